@@ -1,0 +1,54 @@
+# Two commands for a newcomer, `make demo` and `make test`: each makes .venv, installs what it needs
+# there, and runs. README.md shows the same as plain commands.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    train LeNet-5 on real digits and check the kernels with it"
+	@echo "make test    run all tests"
+	@echo "make check   what to run before a commit: ruff, mypy, the quick tests"
+	@echo "make clean   remove what builds and tools left, but not $(VENV) nor compiled kernels"
+
+demo: $(VENV)/.with-demo
+	$(BIN)/cnnops demo
+
+test: $(VENV)/.with-test
+	@command -v $${CXX:-g++} >/dev/null || \
+	  echo "g++ is missing: tests that emulate CUDA kernels will be skipped (sudo apt install g++)"
+	$(BIN)/python -m pytest -n auto
+
+check: $(VENV)/.with-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto -q -m "not slow"
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+
+# .venv/.with-demo: the virtual environment with this checkout and its extra "demo". The stamp is as
+# new as setup.py, so that a second call installs nothing. A GPU gets the extra of torch's own CUDA.
+$(VENV)/.with-%: setup.py
+	@command -v $(PYTHON) >/dev/null || \
+	  { echo "$(PYTHON) is missing: sudo apt install python3 python3-venv"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "cnnops needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) -V)." \
+	    "If you have a newer one: make $* PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: sudo apt install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e '.[$*]'
+	@if nvidia-smi >/dev/null 2>&1; then \
+	  cuda=$$($(BIN)/python -c 'import torch; print((torch.version.cuda or "").partition(".")[0])'); \
+	  if [ -n "$$cuda" ]; then \
+	    echo "an NVIDIA GPU is here and torch is built for CUDA $$cuda: adding the extra cuda$$cuda"; \
+	    $(BIN)/pip install -e ".[$*,cuda$$cuda]"; \
+	  else \
+	    echo "an NVIDIA GPU is here, but the torch in $(VENV) is built without CUDA: left as it is"; \
+	  fi; \
+	fi
+	@touch $@

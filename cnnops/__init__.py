@@ -1,0 +1,28 @@
+"""cnnops: hand-written CUDA kernels for convolutional networks, as drop-in operations for PyTorch.
+
+    import cnnops
+    y = cnnops.functional.conv2d(x, w, padding=1)       # torch.nn.functional's names and arguments
+    layer = cnnops.nn.Conv2d(3, 64, 3)                  # torch.nn's layers
+
+    with cnnops.engine("emulate"): ...                  # who computes: cuda, emulate, cpu, aten
+    print(*cnnops.explain(layer, x), sep="\\n")          # which kernels ran, and why not the others
+
+Importing compiles nothing and loads no engine: the first call does.
+"""
+
+from cnnops import functional, nn
+from cnnops.config import algorithm, engine, fallback
+from cnnops.registry import UnsupportedError, explain
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "UnsupportedError",
+    "__version__",
+    "algorithm",
+    "engine",
+    "explain",
+    "fallback",
+    "functional",
+    "nn",
+]

@@ -1,0 +1,93 @@
+"""The command line: ``cnnops`` or ``python -m cnnops``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import cnnops
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it, and exits with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> _Parser:
+    parser = _Parser("cnnops", description="CUDA kernels for convolutional networks in PyTorch.")
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    commands.add_parser("info", help="what is installed, and which engines work here")
+    demo = commands.add_parser(
+        "demo", help="train LeNet-5 on real digits and check the kernels with it"
+    )
+    demo.add_argument("--engine", help="cuda, cpu or aten (default: cuda where it works, else cpu)")
+    demo.add_argument(
+        "--model", default="lenet5", help="lenet5 or lenet5-original (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--epochs", type=int, help="passes over the data (default: 12, with --data 3)"
+    )
+    demo.add_argument("--data", type=Path, metavar="DIR", help="folder with MNIST's four idx files")
+    demo.add_argument(
+        "--seed", type=int, default=0, help="decides every random choice (default: 0)"
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        default=Path("cnnops_demo.png"),
+        help="the picture (default: %(default)s)",
+    )
+    return parser
+
+
+def _demo(parser: _Parser, options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from cnnops import demo
+
+    try:
+        plan = demo.prepare(
+            options.engine, options.model, options.epochs, options.data, options.seed, options.out
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    # Paths and figures as they are: no wrapping, no markup, no colours of rich's own choosing.
+    console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+    return 0 if demo.run(plan, console) else 1
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code: 0 for success, 1 where results disagree, 2 for bad input."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.version:
+            print(cnnops.__version__)
+        elif options.command == "info":
+            from cnnops import info
+
+            for line in info.report():
+                print(line, flush=True)
+        elif options.command == "demo":
+            return _demo(parser, options)
+        else:
+            parser.error("expected a command, info or demo (cnnops --help tells more), got none")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `cnnops info | head -1`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Settings of the package. They are process-wide, like torch's own switches; each is a setter and a context.
+
+    cnnops.engine("aten")                 # from here on
+    with cnnops.engine("emulate"): ...    # for this block
+
+What an operation was recorded with is what its backward runs with, wherever and in whichever thread
+``backward()`` is called.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+ENGINES = ("cuda", "emulate", "cpu", "aten")
+FALLBACKS = ("warn", "error", "silent")
+
+
+class _Settings:
+    """The values in force. `engine` "" picks by device: cuda for CUDA tensors, cpu for CPU tensors."""
+
+    def __init__(self) -> None:
+        self.engine = _checked_engine(os.environ.get("CNNOPS_ENGINE") or None)
+        self.fallback = "warn"
+        self.algorithm = ""
+
+
+class _Setting:
+    """Sets one value at once; as a context manager it puts the former value back at the end."""
+
+    def __init__(self, name: str, value: str) -> None:
+        self._name, self._former = name, getattr(settings, name)
+        setattr(settings, name, value)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        setattr(settings, self._name, self._former)
+
+
+def _checked_engine(name: str | None) -> str:
+    if name is not None and name not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)} or None, got {name!r}")
+    return name or ""
+
+
+def engine(name: str | None) -> _Setting:
+    """Choose who computes: "cuda", "emulate" (the CUDA kernels on the CPU, checked), "cpu" (numba), "aten"
+    (PyTorch itself), or None for the tensors' own device. ``CNNOPS_ENGINE`` sets the start value.
+
+    Raises ValueError for any other name.
+    """
+    return _Setting("engine", _checked_engine(name))
+
+
+def fallback(mode: str) -> _Setting:
+    """What happens to a problem that no kernel takes: PyTorch's op with one warning a reason ("warn"),
+    without a word ("silent"), or `UnsupportedError` ("error"). Raises ValueError for any other mode.
+    """
+    if mode not in FALLBACKS:
+        raise ValueError(f"fallback: expected one of {', '.join(FALLBACKS)}, got {mode!r}")
+    return _Setting("fallback", mode)
+
+
+def algorithm(name: str | None) -> _Setting:
+    """Prefer kernels of one name, such as "conv_im2col", wherever they support the problem; None: no wish.
+
+    Raises ValueError for a name that is not in the registry.
+    """
+    from cnnops.registry import algorithms
+
+    if name is not None and name not in algorithms():
+        raise ValueError(f"algorithm: expected one of {', '.join(algorithms())}, got {name!r}")
+    return _Setting("algorithm", name or "")
+
+
+settings = _Settings()

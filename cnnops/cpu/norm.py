@@ -1,0 +1,412 @@
+"""Batch normalisation on the CPU: training forward, inference, and the backward of both.
+
+Each channel ``y = act(gamma * (x - mean) * rstd + beta + residual)``. Statistics come from two passes in
+float64, the second about the first's mean, so they survive a mean far larger than the deviation; a mean that
+float32 cannot hold is carried as ``high + low``. The backward computes the activation's input anew from x.
+
+A channel's elements are `runs` of `length`, `step` apart: in row-major memory the planes of the images, in
+channels-last memory stretches of rows, short enough that the cache lines which 16 channels share stay close
+by while each takes its turn. A task does some channels; `side` of them, 1 or 16, take turns.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numba import njit
+
+from cnnops.cpu.simd import sum_of
+from cnnops.cpu.task import NAME, Task, ahead, given, layout, native, pointer, unpack
+from cnnops.shapes import NormShape
+
+SIDE = 16
+"""Channels that take turns in channels-last memory: one cache line of float32."""
+
+PIECE = 1024
+"""Elements that the backward holds in scratch at a time."""
+
+ACTIVATIONS = (
+    "none", "relu", "relu6", "silu", "gelu", "hardswish", "leaky_relu", "sigmoid", "tanh",
+)  # fmt: skip
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def supports(op: str, shape: object, dtype: torch.dtype) -> str | None:
+    """None where `op` takes the problem, or the reason why it does not."""
+    return None if dtype in _DTYPES else f"dtype {dtype} is not a floating-point type of 16 to 64 bits"
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------
+# `kind` is an index into ACTIVATIONS and `real` the type of the elements: both known when a kernel is compiled,
+# so that one branch remains, and constants do not widen float32 arithmetic.
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _activate(real, kind, z):  # type: ignore[no-untyped-def]
+    if kind == 1:
+        return real(0) if z <= real(0) else z
+    if kind == 2:
+        return real(0) if z <= real(0) else real(6) if z >= real(6) else z
+    if kind == 3:
+        return z / (real(1) + math.exp(-z))
+    if kind == 4:
+        return real(0.5) * z * (real(1) + math.erf(z * real(math.sqrt(0.5))))
+    if kind == 5:
+        return z * min(max(z + real(3), real(0)), real(6)) / real(6)
+    if kind == 6:
+        return z if z > real(0) else z * real(0.01)
+    if kind == 7:
+        return real(1) / (real(1) + math.exp(-z))
+    if kind == 8:
+        return math.tanh(z)
+    return z
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _slope(real, kind, z):  # type: ignore[no-untyped-def]
+    """The activation's derivative at z; where there is none, PyTorch's choice."""
+    if kind == 1:
+        return real(0) if z <= real(0) else real(1)
+    if kind == 2:
+        return real(0) if z <= real(0) or z >= real(6) else real(1)
+    if kind == 3:
+        s = real(1) / (real(1) + math.exp(-z))
+        return s * (real(1) + z * (real(1) - s))
+    if kind == 4:
+        below = real(0.5) * (real(1) + math.erf(z * real(math.sqrt(0.5))))
+        return below + z * real(1 / math.sqrt(2 * math.pi)) * math.exp(real(-0.5) * z * z)
+    if kind == 5:
+        if z <= real(-3):
+            return real(0)
+        return z / real(3) + real(0.5) if z < real(3) else real(1)
+    if kind == 6:
+        return real(1) if z > real(0) else real(0.01)
+    if kind == 7:
+        s = real(1) / (real(1) + math.exp(-z))
+        return s * (real(1) - s)
+    if kind == 8:
+        t = math.tanh(z)
+        return real(1) - t * t
+    return real(1)
+
+
+@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+def _deviations(x, count, step, mean):  # type: ignore[no-untyped-def]
+    """The sums of ``x - mean`` and of its squares, in float64."""
+    first, second = 0.0, 0.0
+    for i in range(count):
+        d = np.float64(x[i * step]) - mean
+        first += d
+        second += d * d
+    return first, second
+
+
+@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+def _products(a, b, count):  # type: ignore[no-untyped-def]
+    """The sums of a and of ``a * b``, in float64."""
+    first, second = 0.0, 0.0
+    for i in range(count):
+        first += a[i]
+        second += np.float64(a[i]) * np.float64(b[i])
+    return first, second
+
+
+@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+def _normalise(real, kind, x, residual, y, count, step, high, low, scale, shift):  # type: ignore[no-untyped-def]
+    if given(residual):
+        for i in range(count):
+            z = (x[i * step] - high - low) * scale + shift + residual[i * step]
+            y[i * step] = _activate(real, kind, z)
+    else:
+        for i in range(count):
+            y[i * step] = _activate(real, kind, (x[i * step] - high - low) * scale + shift)
+
+
+@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+def _back(real, kind, grad_y, x, residual, count, step, high, low, scale, shift, grad_z, apart):  # type: ignore[no-untyped-def]
+    """Into scratch: the gradient of the activation's input z, and ``x - mean``."""
+    if given(residual):
+        for i in range(count):
+            d = x[i * step] - high - low
+            apart[i] = d
+            grad_z[i] = grad_y[i * step] * _slope(real, kind, d * scale + shift + residual[i * step])
+    else:
+        for i in range(count):
+            d = x[i * step] - high - low
+            apart[i] = d
+            grad_z[i] = grad_y[i * step] * _slope(real, kind, d * scale + shift)
+
+
+def _real(T: str) -> type:
+    return np.float32 if T == "float32" else np.float64
+
+
+@lru_cache(None)
+def _forward(T: str, kind: int, training: bool) -> Task:
+    args = layout(f"{T}**9 int64*9 float64*2")
+    real = _real(T)
+
+    def batch_norm_forward(address: int, index: int, scratch: int) -> None:
+        """Some channels of y; in training from their own statistics, which go to mean, rstd and the averages."""
+        (
+            x, weight, bias, residual, running_mean, running_var, y, means, rstds,
+            C, each, side, total, length, runs, run_step, step, channel_step, momentum, eps,
+        ) = unpack(address, args)  # fmt: skip
+        mean = pointer(scratch, "float64")
+        var, first = ahead(mean, side), ahead(mean, 2 * side)
+        for c0 in range(index * each, min(index * each + each, C), side):
+            channels = min(side, C - c0)
+            for i in range(channels):
+                if training:
+                    mean[i] = var[i] = first[i] = 0
+                else:
+                    mean[i], var[i] = running_mean[c0 + i], running_var[c0 + i]
+            if training:
+                for run in range(runs):
+                    count = min(length, total - run * length)
+                    for i in range(channels):
+                        place = ahead(x, run * run_step + (c0 + i) * channel_step)
+                        mean[i] += sum_of(place, count, step)
+                for i in range(channels):
+                    mean[i] /= total
+                for run in range(runs):
+                    count = min(length, total - run * length)
+                    for i in range(channels):
+                        place = ahead(x, run * run_step + (c0 + i) * channel_step)
+                        d, square = _deviations(place, count, step, mean[i])
+                        first[i] += d
+                        var[i] += square
+                for i in range(channels):
+                    # The first pass's rounding: what is left of the mean about itself.
+                    error = first[i] / total
+                    mean[i] += error
+                    var[i] = max(var[i] / total - error * error, 0.0)
+                    c = c0 + i
+                    means[c] = mean[i]
+                    rstds[c] = 1 / math.sqrt(var[i] + eps)
+                    if given(running_mean):
+                        running_mean[c] = (1 - momentum) * running_mean[c] + momentum * mean[i]
+                    if given(running_var):
+                        unbiased = var[i] * total / (total - 1)
+                        running_var[c] = (1 - momentum) * running_var[c] + momentum * unbiased
+            for run in range(runs):
+                count = min(length, total - run * length)
+                for i in range(channels):
+                    c = c0 + i
+                    scale = 1 / math.sqrt(var[i] + eps)
+                    if given(weight):
+                        scale *= weight[c]
+                    shift = real(bias[c]) if given(bias) else real(0)
+                    high = real(mean[i])
+                    low = real(mean[i] - high) if math.isfinite(high) else real(0)
+                    place = run * run_step + c * channel_step
+                    beside = ahead(residual, place) if given(residual) else residual
+                    _normalise(
+                        real, kind, ahead(x, place), beside, ahead(y, place), count, step,
+                        high, low, real(scale), shift,
+                    )  # fmt: skip
+
+    return Task(batch_norm_forward, args)
+
+
+@lru_cache(None)
+def _backward(T: str, kind: int, training: bool) -> Task:
+    args = layout(f"{T}**11 int64*9")
+    real = _real(T)
+
+    def batch_norm_backward(address: int, index: int, scratch: int) -> None:
+        """Some channels of every gradient that is asked for."""
+        (
+            grad_y, x, weight, bias, residual, means, rstds, grad_x, grad_weight, grad_bias, grad_residual,
+            C, each, side, total, length, runs, run_step, step, channel_step,
+        ) = unpack(address, args)  # fmt: skip
+        lows = pointer(scratch, "float64")
+        sums, products = ahead(lows, side), ahead(lows, 2 * side)
+        grad_z = pointer(scratch + 24 * side, T)
+        apart = ahead(grad_z, PIECE)
+        for c0 in range(index * each, min(index * each + each, C), side):
+            channels = min(side, C - c0)
+            hard = False
+            for i in range(channels):
+                lows[i] = sums[i] = products[i] = 0
+                # Far from zero the mean as kept is off by a good part of the deviation.
+                hard = hard or training and abs(means[c0 + i]) * rstds[c0 + i] > 64
+            if hard:
+                for run in range(runs):
+                    count = min(length, total - run * length)
+                    for i in range(channels):
+                        place = ahead(x, run * run_step + (c0 + i) * channel_step)
+                        d, square = _deviations(place, count, step, np.float64(means[c0 + i]))
+                        lows[i] += d
+                for i in range(channels):
+                    lows[i] /= total
+            # The first round sums, the second writes.
+            for last in range(2):
+                if last == 1:
+                    for i in range(channels):
+                        if given(grad_bias):
+                            grad_bias[c0 + i] = sums[i]
+                        if given(grad_weight):
+                            grad_weight[c0 + i] = products[i] * rstds[c0 + i]
+                for run in range(runs):
+                    count = min(length, total - run * length)
+                    for i in range(channels):
+                        c = c0 + i
+                        factor = rstds[c]
+                        if given(weight):
+                            factor *= weight[c]
+                        shift = real(bias[c]) if given(bias) else real(0)
+                        a, b = real(0), real(0)
+                        if training:
+                            a = real(sums[i] / total)
+                            b = real(products[i] / total * rstds[c] * rstds[c])
+                        for piece in range(0, count, PIECE):
+                            size = min(PIECE, count - piece)
+                            place = run * run_step + c * channel_step + piece * step
+                            beside = ahead(residual, place) if given(residual) else residual
+                            _back(
+                                real, kind, ahead(grad_y, place), ahead(x, place), beside, size, step,
+                                means[c], real(lows[i]), factor, shift, grad_z, apart,
+                            )  # fmt: skip
+                            if last == 0:
+                                first, second = _products(grad_z, apart, size)
+                                sums[i] += first
+                                products[i] += second
+                                continue
+                            if given(grad_residual):
+                                to = ahead(grad_residual, place)
+                                for j in range(size):
+                                    to[j * step] = grad_z[j]
+                            if given(grad_x):
+                                to = ahead(grad_x, place)
+                                for j in range(size):
+                                    to[j * step] = factor * (grad_z[j] - a - apart[j] * b)
+
+    return Task(batch_norm_backward, args)
+
+
+# ---- operations -------------------------------------------------------------------------------------------
+
+
+def _together(shape: NormShape, result: torch.Tensor | None) -> bool:
+    """Whether to work on memory where channels are neighbours, as they are in `result`."""
+    if shape.L == 1:
+        return True
+    return result is not None and result.movedim(1, -1).is_contiguous()
+
+
+def _dense(t: torch.Tensor | None, together: bool) -> torch.Tensor | None:
+    """`t` in a type that kernels read and in the order asked for, copied if need be."""
+    if t is None:
+        return None
+    t = native(t)
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if together else t.contiguous()
+
+
+def _result(t: torch.Tensor | None, dtype: torch.dtype, together: bool) -> torch.Tensor | None:
+    """Where kernels write what becomes `t`: `t` itself if its type and order allow it."""
+    if t is None:
+        return None
+    view = t.movedim(1, -1) if together else t
+    if t.dtype == dtype and view.is_contiguous():
+        return t
+    apart = torch.empty(view.shape, dtype=dtype)
+    return apart.movedim(-1, 1) if together else apart
+
+
+def _vector(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if t is None else t.to(dtype).contiguous()
+
+
+def _deliver(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
+    """Copy each (computed, asked for) that is not one tensor."""
+    for computed, t in pairs:
+        if t is not None and computed is not None and computed is not t:
+            t.copy_(computed)
+
+
+def _addresses(*tensors: torch.Tensor | None) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+@lru_cache(512)
+def _sizes(shape: NormShape, together: bool) -> tuple[tuple[int, ...], int, float]:
+    """Arguments that both kernels have, tasks to run, and an estimate of all their cycles."""
+    C, total = shape.C, shape.count
+    if together:
+        length = 256
+        runs = -(-total // length)
+        return (C, SIDE, SIDE, total, length, runs, length * C, C, 1), -(-C // SIDE), 4.0 * C * total
+    each = max(1, min(C // 16, 20_000 // (2 * total)))
+    L = shape.L
+    return (C, each, 1, total, L, shape.N, C * L, 1, L), -(-C // each), 2.0 * C * total
+
+
+def batch_norm_train(
+    shape: NormShape, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    residual: torch.Tensor | None, running_mean: torch.Tensor | None, running_var: torch.Tensor | None,
+    momentum: float, eps: float, activation: str, y: torch.Tensor, mean: torch.Tensor, rstd: torch.Tensor,
+) -> None:  # fmt: skip
+    """y by the batch's own statistics, which go to `mean`, `rstd` and, weighted by `momentum`, into the
+    running ones (the variance there is the unbiased one)."""
+    together = _together(shape, y)
+    x, residual = _dense(x, together), _dense(residual, together)
+    dtype = x.dtype
+    weight, bias = _vector(weight, dtype), _vector(bias, dtype)
+    averages = _vector(running_mean, dtype), _vector(running_var, dtype)
+    results = _result(y, dtype, together), _vector(mean, dtype), _vector(rstd, dtype)
+    sizes, count, work = _sizes(shape, together)
+    _forward(NAME[dtype], ACTIVATIONS.index(activation), True).run(
+        count, work, *_addresses(x, weight, bias, residual, *averages, *results), *sizes, momentum, eps,
+        scratch_bytes=24 * SIDE,
+    )  # fmt: skip
+    _deliver(*zip((*averages, *results), (running_mean, running_var, y, mean, rstd), strict=True))
+
+
+def batch_norm_infer(
+    shape: NormShape, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    residual: torch.Tensor | None, running_mean: torch.Tensor, running_var: torch.Tensor, eps: float,
+    activation: str, y: torch.Tensor,
+) -> None:  # fmt: skip
+    """y by the running statistics."""
+    together = _together(shape, y)
+    x, residual = _dense(x, together), _dense(residual, together)
+    dtype = x.dtype
+    vectors = [_vector(t, dtype) for t in (weight, bias, running_mean, running_var)]
+    result = _result(y, dtype, together)
+    sizes, count, work = _sizes(shape, together)
+    _forward(NAME[dtype], ACTIVATIONS.index(activation), False).run(
+        count, work, *_addresses(x, *vectors[:2], residual, *vectors[2:], result, None, None), *sizes, 0.0,
+        eps, scratch_bytes=24 * SIDE,
+    )  # fmt: skip
+    _deliver((result, y))
+
+
+def batch_norm_bwd(
+    shape: NormShape, grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None,
+    bias: torch.Tensor | None, residual: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor,
+    activation: str, training: bool, grad_x: torch.Tensor | None, grad_weight: torch.Tensor | None,
+    grad_bias: torch.Tensor | None, grad_residual: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Every gradient that is asked for. With `training`, mean and rstd are x's own, and x's gradient flows
+    through them too."""
+    together = _together(shape, grad_x if grad_x is not None else grad_residual)
+    grad_y, x, residual = (_dense(t, together) for t in (grad_y, x, residual))
+    dtype = x.dtype
+    vectors = [_vector(t, dtype) for t in (weight, bias)]
+    statistics = [_vector(t, dtype) for t in (mean, rstd)]
+    asked = grad_x, grad_weight, grad_bias, grad_residual
+    results = (
+        _result(grad_x, dtype, together), _vector(grad_weight, dtype), _vector(grad_bias, dtype),
+        _result(grad_residual, dtype, together),
+    )  # fmt: skip
+    sizes, count, work = _sizes(shape, together)
+    _backward(NAME[dtype], ACTIVATIONS.index(activation), training).run(
+        count, 2 * work, *_addresses(grad_y, x, *vectors, residual, *statistics, *results), *sizes,
+        scratch_bytes=24 * SIDE + 16 * PIECE,
+    )  # fmt: skip
+    _deliver(*zip(results, asked, strict=True))

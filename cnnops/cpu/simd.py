@@ -1,0 +1,376 @@
+"""Vector micro-kernels as LLVM IR, for use inside numba functions.
+
+numba's own loops lose 4 to 10 times against a good library here: LLVM keeps no tile of accumulators in
+registers by itself. These intrinsics write that tile down: `gemm` for products against packed weights, `dot`
+for sums of products along rows. Lanes and tile sizes are literal arguments, so one source serves every CPU;
+`lanes` and `Tiles` say what fits the one at hand. Vectors wider than the CPU's still compute rightly (LLVM
+splits them), which is how the tests try every width everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+
+import llvmlite.binding as llvm
+import numba
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+WIDTHS = (128, 256, 512)
+_I64 = ir.IntType(64)
+
+
+@lru_cache(None)
+def simd_bits() -> int:
+    """Width of this CPU's vectors: 512 (AVX-512), 256 (AVX2) or 128; ``CNNOPS_SIMD_BITS`` overrides it.
+
+    Raises ValueError for a width that is none of these.
+    """
+    named = os.environ.get("CNNOPS_SIMD_BITS")
+    if named:
+        if named not in map(str, WIDTHS):
+            raise ValueError(f"CNNOPS_SIMD_BITS: expected one of {WIDTHS}, got {named!r}")
+        return int(named)
+    # numba compiles for the host unless its own settings name another CPU.
+    listed = numba.config.CPU_FEATURES
+    if listed is not None:
+        features = {word[1:] for word in listed.split(",") if word.startswith("+")}
+    elif numba.config.CPU_NAME == "generic":
+        features = set()
+    else:
+        features = {name for name, present in llvm.get_host_cpu_features().items() if present}
+    if "avx512f" in features:
+        return 512
+    return 256 if {"avx2", "fma"} <= features else 128
+
+
+def lanes(name: str) -> int:
+    """Elements of the type called `name` in one vector."""
+    return simd_bits() // {"float32": 32, "float64": 64}[name]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Accumulator tiles that leave registers for the operands: 32 vector registers, or 16 on x86 below AVX-512.
+
+    `gemm` and `dot` are (rows, vectors) and (rows, columns); the thin ones serve a single row, as in depthwise
+    convolution.
+    """
+
+    gemm: tuple[int, int]
+    gemm_thin: tuple[int, int]
+    dot: tuple[int, int]
+    dot_thin: tuple[int, int]
+
+
+@lru_cache(None)
+def tiles() -> Tiles:
+    if simd_bits() == 512 or platform.machine() in ("aarch64", "arm64"):
+        return Tiles((6, 4), (1, 8), (5, 5), (1, 5))
+    return Tiles((4, 3), (1, 6), (3, 3), (1, 5))
+
+
+class _Emit:
+    """Writes vector instructions on elements of one type."""
+
+    def __init__(self, builder: ir.IRBuilder, element: ir.Type, lanes: int) -> None:
+        self.builder = builder
+        self.element = element
+        self.vector = ir.VectorType(element, lanes)
+        self.lanes = lanes
+        self.align = 4 if isinstance(element, ir.FloatType) else 8
+        self._suffix = f"v{lanes}f{8 * self.align}"
+
+    def zero(self) -> ir.Constant:
+        return ir.Constant(self.vector, [0.0] * self.lanes)
+
+    def load(self, place: ir.Value) -> ir.Value:
+        return self.builder.load(
+            self.builder.bitcast(place, self.vector.as_pointer()), align=self.align
+        )
+
+    def store(self, value: ir.Value, place: ir.Value) -> None:
+        self.builder.store(
+            value, self.builder.bitcast(place, self.vector.as_pointer()), align=self.align
+        )
+
+    def load_some(self, place: ir.Value, mask: ir.Value) -> ir.Value:
+        """Lanes of `mask` from memory, zero in the others; nothing behind them is touched."""
+        address = self.builder.bitcast(place, self.vector.as_pointer())
+        kind = ir.FunctionType(
+            self.vector, [address.type, ir.IntType(32), mask.type, self.vector]
+        )
+        function = _declared(self.builder.module, f"llvm.masked.load.{self._suffix}.p0", kind)
+        align = ir.Constant(ir.IntType(32), self.align)
+        return self.builder.call(function, [address, align, mask, self.zero()])
+
+    def store_some(self, value: ir.Value, place: ir.Value, mask: ir.Value) -> None:
+        address = self.builder.bitcast(place, self.vector.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [self.vector, address.type, ir.IntType(32), mask.type])
+        function = _declared(self.builder.module, f"llvm.masked.store.{self._suffix}.p0", kind)
+        self.builder.call(function, [value, address, ir.Constant(ir.IntType(32), self.align), mask])
+
+    def first(self, count: ir.Value) -> ir.Value:
+        """A mask of the first `count` lanes."""
+        numbers = ir.Constant(ir.VectorType(_I64, self.lanes), list(range(self.lanes)))
+        return self.builder.icmp_signed("<", numbers, _splat(self.builder, count, self.lanes))
+
+    def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        # fmuladd is one instruction where the CPU has it; llvm.fma would call libm where it does not.
+        kind = ir.FunctionType(self.vector, [self.vector] * 3)
+        function = _declared(self.builder.module, f"llvm.fmuladd.{self._suffix}", kind)
+        return self.builder.call(function, [a, b, c])
+
+    def total(self, vector: ir.Value) -> ir.Value:
+        """The sum of the lanes, in a fixed tree's order."""
+        kind = ir.FunctionType(self.element, [self.element, self.vector])
+        function = _declared(self.builder.module, f"llvm.vector.reduce.fadd.{self._suffix}", kind)
+        start = ir.Constant(self.element, -0.0)
+        return self.builder.call(function, [start, vector], fastmath=("reassoc",))
+
+
+def _splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+    """A vector with `scalar` in every lane."""
+    blank = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(blank, scalar, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    return builder.shuffle_vector(first, blank, zeros)
+
+
+def _declared(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:
+    found = module.globals.get(name)
+    return found if found is not None else ir.Function(module, kind, name)
+
+
+class _Loop:
+    """``for index in range(start, stop, step)`` with `carried` values: fill its body, then call `close`."""
+
+    def __init__(
+        self, builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, carried: list[ir.Value]
+    ) -> None:
+        self._builder, self._step = builder, step
+        before = builder.block
+        self._head = builder.append_basic_block("head")
+        body = builder.append_basic_block("body")
+        self._after = builder.append_basic_block("after")
+        builder.branch(self._head)
+        builder.position_at_end(self._head)
+        self.index = builder.phi(_I64)
+        self.index.add_incoming(start, before)
+        self.carried = [builder.phi(value.type) for value in carried]
+        for phi, value in zip(self.carried, carried, strict=True):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", self.index, stop), body, self._after)
+        builder.position_at_end(body)
+
+    def close(self, carried: list[ir.Value]) -> list[ir.Value]:
+        """End the body, which leaves `carried`; returns the values behind the loop."""
+        builder = self._builder
+        following = builder.add(self.index, ir.Constant(_I64, self._step))
+        for phi, value in zip([self.index, *self.carried], [following, *carried], strict=True):
+            phi.add_incoming(value, builder.block)
+        builder.branch(self._head)
+        builder.position_at_end(self._after)
+        return self.carried
+
+
+def _i64(value: int) -> ir.Constant:
+    return ir.Constant(_I64, value)
+
+
+@intrinsic(prefer_literal=True)
+def gemm(typing_context, lanes, rows, vectors, a, b, offsets, count, c, pitch, accumulate):  # type: ignore[no-untyped-def]
+    """``C[m, v] (+)= sum_k A[k, m] * B[offsets[k] + v]`` for m < rows, v < vectors * lanes, k < count.
+
+    `a` packed count x rows; `offsets` int32, in elements; `pitch` from row to row of C. C is overwritten where
+    `accumulate` is 0, added to elsewhere. Reads of B and writes of C are whole vectors.
+    """
+    L, M, V = lanes.literal_value, rows.literal_value, vectors.literal_value
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        a, b, offsets, count, c, pitch, accumulate = values[3:]
+        emit = _Emit(builder, a.type.pointee, L)
+        places = [
+            builder.gep(c, [builder.add(builder.mul(pitch, _i64(m)), _i64(v * L))])
+            for m in range(M)
+            for v in range(V)
+        ]
+        fresh = builder.block
+        with builder.if_then(builder.icmp_signed("!=", accumulate, _i64(0))):
+            loaded = [emit.load(place) for place in places]
+            there = builder.block
+        start = []
+        for value in loaded:
+            phi = builder.phi(emit.vector)
+            phi.add_incoming(emit.zero(), fresh)
+            phi.add_incoming(value, there)
+            start.append(phi)
+        loop = _Loop(builder, _i64(0), count, 1, start)
+        k = loop.index
+        row = builder.gep(b, [builder.sext(builder.load(builder.gep(offsets, [k])), _I64)])
+        column = [emit.load(builder.gep(row, [_i64(v * L)])) for v in range(V)]
+        packed = builder.gep(a, [builder.mul(k, _i64(M))])
+        sums = []
+        for m in range(M):
+            weight = _splat(builder, builder.load(builder.gep(packed, [_i64(m)])), L)
+            sums += [emit.multiply_add(weight, column[v], loop.carried[m * V + v]) for v in range(V)]
+        for value, place in zip(loop.close(sums), places, strict=True):
+            emit.store(value, place)
+        return context.get_dummy_value()
+
+    signature = types.void(
+        lanes, rows, vectors, a, b, types.CPointer(types.int32), types.int64, c, types.int64, types.int64
+    )
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def dot(typing_context, lanes, rows, columns, a, row, line, b, offsets, step, lines, length, c, pitch):  # type: ignore[no-untyped-def]
+    """``C[m, n] += sum_{s,i} A[m * row + s * line + i] * B[s * step + offsets[n] + i]``.
+
+    For m < rows, n < columns, s < lines, i < length; `offsets` int32, in elements; `pitch` from row to row of
+    C. Whole vectors are read; what lies behind `length` takes no part, be it NaN.
+    """
+    L, M, N = lanes.literal_value, rows.literal_value, columns.literal_value
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        a, row, line, b, offsets, step, lines, length, c, pitch = values[3:]
+        emit = _Emit(builder, a.type.pointee, L)
+        rest = builder.and_(length, _i64(L - 1))
+        whole = builder.sub(length, rest)
+        inside = emit.first(rest)
+        far = [builder.sext(builder.load(builder.gep(offsets, [_i64(n)])), _I64) for n in range(N)]
+
+        def products(i, left, right, sums, part):  # type: ignore[no-untyped-def]
+            xs = [part(emit.load(builder.gep(place, [i]))) for place in left]
+            result = [None] * (M * N)
+            for n in range(N):
+                y = part(emit.load(builder.gep(right[n], [i])))
+                for m in range(M):
+                    result[m * N + n] = emit.multiply_add(xs[m], y, sums[m * N + n])
+            return result
+
+        outer = _Loop(builder, _i64(0), lines, 1, [emit.zero()] * (M * N))
+        near = builder.gep(a, [builder.mul(outer.index, line)])
+        left = [builder.gep(near, [builder.mul(row, _i64(m))]) for m in range(M)]
+        base = builder.gep(b, [builder.mul(outer.index, step)])
+        right = [builder.gep(base, [offset]) for offset in far]
+        inner = _Loop(builder, _i64(0), whole, L, outer.carried)
+        sums = inner.close(products(inner.index, left, right, inner.carried, lambda v: v))
+        before = builder.block
+        with builder.if_then(builder.icmp_signed("!=", rest, _i64(0))):
+            tail = products(whole, left, right, sums, lambda v: builder.select(inside, v, emit.zero()))
+            there = builder.block
+        joined = []
+        for full, more in zip(sums, tail, strict=True):
+            phi = builder.phi(emit.vector)
+            phi.add_incoming(full, before)
+            phi.add_incoming(more, there)
+            joined.append(phi)
+        sums = outer.close(joined)
+        for m in range(M):
+            for n in range(N):
+                place = builder.gep(c, [builder.add(builder.mul(pitch, _i64(m)), _i64(n))])
+                builder.store(builder.fadd(builder.load(place), emit.total(sums[m * N + n])), place)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    signature = types.void(
+        lanes, rows, columns, a, i64, i64, b, types.CPointer(types.int32), i64, i64, i64, c, i64
+    )  # fmt: skip
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def copy(typing_context, lanes, to, source, count, shift):  # type: ignore[no-untyped-def]
+    """``to[i] = source[i] + shift`` for i < count; for the short rows where a loop's set-up would dominate."""
+    L = lanes.literal_value
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        to, source, count, shift = values[1:]
+        emit = _Emit(builder, source.type.pointee, L)
+        addend = _splat(builder, shift, L)
+        rest = builder.and_(count, _i64(L - 1))
+        whole = builder.sub(count, rest)
+        loop = _Loop(builder, _i64(0), whole, L, [])
+        value = emit.load(builder.gep(source, [loop.index]))
+        emit.store(builder.fadd(value, addend), builder.gep(to, [loop.index]))
+        loop.close([])
+        with builder.if_then(builder.icmp_signed("!=", rest, _i64(0))):
+            mask = emit.first(rest)
+            value = emit.load_some(builder.gep(source, [whole]), mask)
+            emit.store_some(builder.fadd(value, addend), builder.gep(to, [whole]), mask)
+        return context.get_dummy_value()
+
+    return types.void(lanes, to, source, types.int64, source.dtype), generate
+
+
+@intrinsic(prefer_literal=True)
+def keep_larger(typing_context, lanes, step, best, kept, row, count, place):  # type: ignore[no-untyped-def]
+    """Where ``row[i * step]`` is larger than ``best[i]``, or NaN, it and `place` replace what was kept.
+
+    For i < count; `step` 1 or 2; `kept` int32. Best and kept are read and written in whole vectors, row is not.
+    """
+    L, S = lanes.literal_value, step.literal_value
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        best, kept, row, count, place = values[2:]
+        emit = _Emit(builder, best.type.pointee, L)
+        numbers = ir.VectorType(ir.IntType(32), L)
+        places = _splat(builder, builder.trunc(place, ir.IntType(32)), L)
+        rest = builder.and_(count, _i64(L - 1))
+        whole = builder.sub(count, rest)
+
+        def update(i, load, part):  # type: ignore[no-untyped-def]
+            start = builder.gep(row, [builder.mul(i, _i64(S))])
+            value = load(start, _i64(0))
+            if S == 2:
+                # The second load starts one early, to end with the last element that is asked for.
+                early = load(builder.gep(start, [_i64(L - 1)]), _i64(L - 1))
+                lanes = [*range(0, L, 2), *range(L + 1, 2 * L, 2)]
+                order = ir.Constant(ir.VectorType(ir.IntType(32), L), lanes)
+                value = builder.shuffle_vector(value, early, order)
+            at = builder.gep(best, [i])
+            where = builder.bitcast(builder.gep(kept, [i]), numbers.as_pointer())
+            former = emit.load(at)
+            nan = builder.fcmp_unordered("uno", value, value)
+            wins = builder.or_(builder.fcmp_ordered(">", value, former), nan)
+            if part is not None:
+                wins = builder.and_(wins, part)
+            emit.store(builder.select(wins, value, former), at)
+            before = builder.load(where, align=4)
+            builder.store(builder.select(wins, places, before), where, align=4)
+
+        loop = _Loop(builder, _i64(0), whole, L, [])
+        update(loop.index, lambda place, skipped: emit.load(place), None)
+        loop.close([])
+        with builder.if_then(builder.icmp_signed("!=", rest, _i64(0))):
+            # So many elements of the row belong to the lanes that are left.
+            reach = builder.sub(builder.mul(rest, _i64(S)), _i64(S - 1))
+            update(
+                whole,
+                lambda place, skipped: emit.load_some(place, emit.first(builder.sub(reach, skipped))),
+                emit.first(rest),
+            )
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    signature = types.void(lanes, step, best, types.CPointer(types.int32), row, i64, i64)
+    return signature, generate
+
+
+@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+def sum_of(values, count, stride):  # type: ignore[no-untyped-def]
+    """The sum of `count` values, `stride` apart, in float64 whatever their type."""
+    total = 0.0
+    if stride == 1:
+        for i in range(count):
+            total += values[i]
+    else:
+        for i in range(count):
+            total += values[i * stride]
+    return total

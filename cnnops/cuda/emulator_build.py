@@ -1,0 +1,277 @@
+"""Compile a kernel file into a library of the CPU's, for the emulator: g++, a disk cache, and what it wrote.
+
+A `.cu` file is preprocessed with `kernels/emulator/cuda_on_cpu.h` in front, trampolines are added for its
+entries, and the assembly gets room between shared variables; what results is a shared library that calls the
+emulator's runtime library at every load, store, barrier and shuffle. Nothing but g++ and binutils is needed.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import struct
+import subprocess
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from cnnops.cuda.cache import CompileError, DiskCache, digest_of, sources
+from cnnops.cuda.kernel import Kernel, kernels_dir
+
+OLDEST_GCC = 11
+MAX_SHARED = 227 << 10
+# Room behind each shared variable in which no other one lies, so that running over its end is seen.
+SHARED_GAP = 1024
+ANCHOR = "emulator_anchor"  # the shared variable whose address tells those of the others
+TRAMPOLINES = "trampolines"  # the file that generated lines claim to be from
+
+_libraries = DiskCache("emulator", ".so")
+
+
+def stats() -> dict[str, float]:
+    """Libraries compiled, libraries found on disk, seconds spent compiling, since this process started."""
+    return _libraries.stats()
+
+
+# ---- the compiler ----------------------------------------------------------------------------------------
+
+
+@lru_cache(None)
+def compiler() -> tuple[str, str]:
+    """Path of g++ and its version. Raises RuntimeError with what to do when there is none that serves."""
+    if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
+        raise RuntimeError(
+            f"expected Linux on x86_64 or aarch64, got {platform.system()} on {platform.machine()}"
+        )
+    named = os.environ.get("CXX", "g++")
+    path = shutil.which(named)
+    if path is None:
+        raise RuntimeError(f"{named} not found: apt install g++")
+    probe = subprocess.run(
+        [path, "-E", "-P", "-x", "c++", "-"],
+        input="__GNUC__ __GNUC_MINOR__ __GNUC_PATCHLEVEL__ __clang__",
+        capture_output=True,
+        text=True,
+    )
+    words = probe.stdout.split()
+    if probe.returncode or len(words) != 4 or words[3] != "__clang__" or int(words[0]) < OLDEST_GCC:
+        raise RuntimeError(
+            f"{named}: expected GCC {OLDEST_GCC} or newer (apt install g++, or set CXX)"
+        )
+    return path, ".".join(words[:3])
+
+
+def available() -> str | None:
+    """None where kernels can be emulated, else the reason why not."""
+    try:
+        compiler()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@lru_cache(None)
+def machine_flags() -> tuple[str, ...]:
+    """Code for one of two machine levels, not for this very CPU, so that machines agree in their results."""
+    if platform.machine() != "x86_64":
+        return ()
+    needed = {"avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"}
+    try:
+        listed = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        listed = None
+    flags = set(listed[1].split()) if listed else set()
+    return ("-march=x86-64-v3",) if needed <= flags else ()
+
+
+RUNTIME_FLAGS = (
+    "-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing",
+)  # fmt: skip
+
+KERNEL_FLAGS = (
+    "-std=c++17", "-O2", "-fPIC", "-fno-plt",
+    "-fno-strict-aliasing",  # kernels move 16 bytes of anything through reinterpret_cast
+    "-ffp-contract=fast",  # as NVRTC's -fmad=true
+    "-fno-exceptions", "-fno-rtti", "-fsigned-char",
+    # Every load and store and every undefined operation calls the runtime; no libtsan or libubsan is linked.
+    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
+    "-fsanitize=bounds-strict,alignment,shift,signed-integer-overflow,integer-divide-by-zero,return,unreachable",
+    "-fno-tree-loop-distribute-patterns",  # or loops become memcpy and memset, which call nothing
+    "-fstack-clash-protection",  # no frame can step over a stack's guard zone
+    # Lines for reports; version 4 because addr2line misreads version 5 as GCC 11 and 12 write it.
+    "-g1", "-gdwarf-4",
+    # Shared variables are thread_local: plain storage in this library alone, found by symbol.
+    "-fvisibility=hidden", "-fno-gnu-unique", "-fno-extern-tls-init", "-fno-section-anchors",
+    "-w",  # nobody would read the warnings of a compilation at run time
+)  # fmt: skip
+
+
+def kernel_flags() -> list[str]:
+    newer = int(compiler()[1].split(".")[0]) >= 12
+    # A variable without a value is 0xFE bytes (-1.7e38 as a float), not what a register happened to hold.
+    pattern = ("-ftrivial-auto-var-init=pattern",) if newer else ()
+    return [*KERNEL_FLAGS, *machine_flags(), *pattern]
+
+
+def _run(arguments: list[str], what: str, text: str | None = None) -> str:
+    done = subprocess.run(arguments, input=text, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise CompileError(f"{what}: {Path(arguments[0]).name} failed:\n{done.stderr.strip()}")
+    return done.stdout
+
+
+def _emulator_dir() -> Path:
+    return kernels_dir() / "emulator"
+
+
+# ---- the runtime library ---------------------------------------------------------------------------------
+
+
+def runtime_library() -> Path:
+    """The compiled runtime, `kernels/emulator/runtime.cpp`. Its SONAME is its name in the cache."""
+    path, version = compiler()
+    files = sorted(p for p in _emulator_dir().iterdir() if p.suffix in (".cpp", ".h"))
+    flags = [*RUNTIME_FLAGS, *machine_flags()]
+    name = f"runtime-{digest_of(flags, version, files=files)}"
+
+    def build(target: Path) -> None:
+        source = str(_emulator_dir() / "runtime.cpp")
+        arguments = [path, *flags, f"-Wl,-soname,{name}.so", source, "-o", str(target)]
+        _run(arguments, "the emulator's runtime library")
+
+    return _libraries.entry(name, build)
+
+
+# ---- compiling a kernel file -----------------------------------------------------------------------------
+
+# Read in the preprocessed text, where macros and #if are gone and __launch_bounds__ has become an attribute.
+_ENTRY = re.compile(
+    r'extern\s+"C"\s+(?:void\s+|__attribute__\s*\(\(emulator_launch_bounds\s*'
+    r"\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)\s*\)\)\s*)+(?P<name>\w+)\s*\("
+)
+_LINE_MARKER = re.compile(r"^#.*$", re.MULTILINE)
+_DYNAMIC = re.compile(r"extern\s+thread_local\b[^;{}]*?(\w+)\s*\[\s*\]\s*;")
+_SHARED_STORAGE = re.compile(r"^(?P<label>[\w.$]+:\n\s*\.zero\s+)(?P<bytes>\d+)$", re.MULTILINE)
+
+
+def _trampolines(text: str) -> str:
+    """C++ that makes each entry of the preprocessed `text` callable with an array of arguments."""
+    export = '__attribute__((visibility("default"), no_sanitize("thread", "undefined")))'
+    lines = [
+        "",
+        f'# 1 "{TRAMPOLINES}"',
+        f"static thread_local char {ANCHOR};",
+        'extern "C" {',
+        f"{export} void* emulator_module_anchor() {{ return &{ANCHOR}; }}",
+    ]
+    for match in _ENTRY.finditer(_LINE_MARKER.sub("", text)):
+        name, bounds = match["name"], match["bounds"]
+        limit = f", {bounds}" if bounds else ""
+        lines += [
+            f"{export} void emulator_call_{name}(void** a) {{ emulator_call(&{name}, a); }}",
+            f'__attribute__((visibility("default"))) EmulatorSignature emulator_signature_{name}'
+            f" = emulator_signature(&{name}{limit});",
+        ]
+    lines += ["}"]
+    return "\n".join(lines) + "\n"
+
+
+def _with_gap(storage: re.Match[str]) -> str:
+    return f"{storage['label']}{int(storage['bytes']) + SHARED_GAP}"
+
+
+def _with_shared_storage(assembly: str, dynamic: Sequence[str]) -> str:
+    """Put a gap behind each shared variable, and define the dynamic shared array under all its names."""
+    parts = re.split(r"(?m)^(?=\s*\.(?:section|text|data|bss)\b)", assembly)
+    for i, part in enumerate(parts):
+        if re.match(r"\s*\.section\s+\.tbss", part):
+            parts[i] = _SHARED_STORAGE.sub(_with_gap, part)
+    if dynamic:
+        parts.append('\n\t.section .tbss,"awT",@nobits\n\t.p2align 10\n')
+        for name in dynamic:
+            parts.append(f"\t.globl {name}\n\t.hidden {name}\n\t.type {name}, @object\n")
+            parts.append(f"\t.size {name}, {MAX_SHARED}\n{name}:\n")
+        parts.append(f"\t.zero {MAX_SHARED + SHARED_GAP}\n")
+    return "".join(parts)
+
+
+def _compile(kernel: Kernel, path: Path, runtime: Path) -> None:
+    """Compile the file and constants of `kernel` to a shared library at `path`."""
+    gxx, flags = compiler()[0], kernel_flags()
+    what = f"{kernel.source} [{' '.join(d[2:] for d in kernel.defines)}]"
+    header, source = _emulator_dir() / "cuda_on_cpu.h", kernels_dir() / kernel.source
+    include = ["-include", str(header), f"-I{kernels_dir()}", "-x", "c++", str(source)]
+    text = _run([gxx, "-E", *flags, *kernel.defines, *include], what)
+    dynamic = sorted(set(_DYNAMIC.findall(text)))
+    text += _trampolines(text)
+    assembly = _run([gxx, "-S", *flags, "-x", "c++-cpp-output", "-", "-o", "-"], what, text)
+    assembly = _with_shared_storage(assembly, dynamic)
+    link = ["-shared", "-x", "assembler", "-", "-x", "none", str(runtime), "-lm", "-o", str(path)]
+    _run([gxx, *link], what, assembly)
+
+
+def _source_name(symbol: str) -> str:
+    """`tile` from `_ZZ11conv_directE4tile`: the variable that a local static's mangled name ends in."""
+    for match in re.finditer(r"(\d+)(?=[A-Za-z_])", symbol):
+        name = symbol[match.end() : match.end() + int(match[0])]
+        rest = symbol[match.end() + int(match[0]) :]
+        if len(name) == int(match[0]) and re.fullmatch(r"(_\d+|__\d+_)?", rest):
+            return name
+    return symbol
+
+
+def shared_variables(path: Path) -> list[tuple[str, int, int]]:
+    """Name, offset and size of every shared variable, read from the library's ELF symbol table."""
+    content = path.read_bytes()
+    (sections,) = struct.unpack_from("<Q", content, 0x28)
+    entry_bytes, count = struct.unpack_from("<HH", content, 0x3A)
+    headers = [
+        struct.unpack_from("<IIQQQQIIQQ", content, sections + i * entry_bytes) for i in range(count)
+    ]
+    found = []
+    for _, kind, _, _, offset, size, link, _, _, _ in headers:
+        if kind != 2:  # SHT_SYMTAB
+            continue
+        names = headers[link][4]
+        for at in range(offset, offset + size, 24):
+            name, info, _, section, value, length = struct.unpack_from("<IBBHQQ", content, at)
+            if info & 15 == 6 and section:  # STT_TLS, defined
+                symbol = content[names + name : content.index(b"\0", names + name)].decode()
+                found.append((_source_name(symbol), value, length))
+    return found
+
+
+def kernel_library(
+    source: str, constants: tuple[tuple[str, str | int], ...], runtime: Path
+) -> Path:
+    """The compiled ``kernels/<source>`` under `constants`, linked to the library `runtime`.
+
+    Raises CompileError with file, constants and the compiler's output when g++ refuses the file.
+    """
+    path = kernels_dir() / source
+    if not path.is_file():
+        raise CompileError(f"{source}: expected a file in {kernels_dir()}, got none")
+    files = sources(path)
+    if path.parent != kernels_dir():  # a file from elsewhere may include the kernels' headers
+        files += sorted(kernels_dir().glob("*.cuh"))
+    digest = digest_of(constants, kernel_flags(), SHARED_GAP, runtime.name, files=files)
+    kernel = Kernel(source, "", constants)
+    return _libraries.entry(f"{path.stem}-{digest}", lambda built: _compile(kernel, built, runtime))
+
+
+def places(path: Path, offsets: Sequence[int]) -> list[tuple[str, int]]:
+    """(file, line) of instructions and of the functions they were inlined into, innermost first."""
+    tool = shutil.which("addr2line")
+    if tool is None or not offsets:
+        return []
+    command = [tool, "-i", "-e", str(path), *map(hex, offsets)]
+    text = subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
+    hidden = {TRAMPOLINES, *(file.name for file in _emulator_dir().iterdir())}
+    found: dict[tuple[str, int], None] = {}
+    for row in text.splitlines():
+        file, _, line = row.split(" (")[0].rpartition(":")
+        if line.isdigit() and Path(file).name not in hidden:
+            found[Path(file).name, int(line)] = None
+    return list(found)

@@ -1,0 +1,229 @@
+"""CUDA source to cubin to launch: NVRTC (no driver, no toolkit needed), a disk cache, CuPy's launcher.
+
+The only module that asks torch for a stream, and the only one that knows compiler flags.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cnnops.cuda.cache import CompileError, DiskCache, digest_of, sources
+from cnnops.cuda.kernel import Kernel, Launch, kernels_dir
+
+# fp32 results are IEEE's but for contraction to FMA: subnormals kept, division and square root rounded right.
+FLAGS = ("-std=c++17", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", "-fmad=true")
+_RESOURCES = re.compile(
+    r"Compiling entry function '(?P<entry>\w+)'.*?"
+    r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
+    re.DOTALL,
+)
+_lock = threading.RLock()
+_cubins = DiskCache("cubin", ".cubin")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas reports of one entry, for one architecture."""
+
+    entry: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+    spill_store_bytes: int
+    spill_load_bytes: int
+
+
+def stats() -> dict[str, float]:
+    """Cubins compiled, cubins found on disk, and seconds spent compiling, since this process started."""
+    return _cubins.stats()
+
+
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise RuntimeError(
+            "NVRTC: expected the package cuda-core with CUDA bindings, got none; install it with: "
+            + install_command()
+        ) from error
+    return nvrtc
+
+
+def install_command() -> str:
+    """The pip command that makes the `cuda` engine complete for the torch that is installed."""
+    return f"pip install 'cnnops[cuda{(torch.version.cuda or '13').partition('.')[0]}]'"
+
+
+def _call(function: Any, *args: Any) -> Any:
+    """Call an NVRTC binding; its first result is the error code, the rest is what it returns."""
+    code, *results = function(*args)
+    if int(code) != 0:
+        raise CompileError(f"{function.__name__}: {_nvrtc().nvrtcGetErrorString(code)[1].decode()}")
+    return results[0] if results else None
+
+
+@lru_cache(None)
+def nvrtc_version() -> tuple[int, int]:
+    nvrtc = _nvrtc()
+    code, major, minor = nvrtc.nvrtcVersion()
+    if int(code) != 0:
+        raise RuntimeError(f"nvrtcVersion: {code}")
+    return major, minor
+
+
+def compile_cubin(source: str, constants: Sequence[tuple[str, str | int]], arch: str) -> tuple[bytes, str]:
+    """Compile ``kernels/<source>`` for ``sm_<arch>``: the cubin and NVRTC's log with ptxas's resource lines.
+
+    Needs no GPU and no driver. Raises CompileError with file, constants and log when NVRTC refuses.
+    """
+    nvrtc, path = _nvrtc(), kernels_dir() / source
+    options = [
+        f"-arch=sm_{arch}", *FLAGS, "--ptxas-options=-v", f"-I{path.parent}",
+        *(f"-D{name}={value}" for name, value in constants),
+    ]  # fmt: skip
+    program = _call(nvrtc.nvrtcCreateProgram, path.read_bytes(), source.encode(), 0, [], [])
+    try:
+        (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
+        log = b" " * _call(nvrtc.nvrtcGetProgramLogSize, program)
+        _call(nvrtc.nvrtcGetProgramLog, program, log)
+        text = log.rstrip(b"\0 \n").decode(errors="replace")
+        if int(code) != 0:
+            raise CompileError(f"{source} for sm_{arch} with {' '.join(options)}:\n{text}")
+        cubin = b" " * _call(nvrtc.nvrtcGetCUBINSize, program)
+        _call(nvrtc.nvrtcGetCUBIN, program, cubin)
+        return cubin, text
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def resources(log: str) -> list[Resources]:
+    """Registers, shared memory and spills of every entry, read from the log of `compile_cubin`."""
+    return [
+        Resources(
+            m["entry"],
+            int(m["registers"]),
+            int(m["shared"] or 0),
+            int(m["stack"]),
+            int(m["stores"]),
+            int(m["loads"]),
+        )
+        for m in _RESOURCES.finditer(log)
+    ]
+
+
+@lru_cache(4096)
+def _digest(source: str, constants: tuple[tuple[str, str | int], ...], arch: str) -> str:
+    """SHA-256 of all that decides the cubin: sources with headers, constants, flags, architecture, NVRTC."""
+    parts = (constants, FLAGS, arch, nvrtc_version())
+    return digest_of(*parts, files=sources(kernels_dir() / source))
+
+
+def cubin_for(kernel: Kernel, arch: str) -> bytes:
+    """The cubin of `kernel`'s source and constants for ``sm_<arch>``, from disk if it was compiled before."""
+
+    def build(path: Path) -> None:
+        path.write_bytes(compile_cubin(kernel.source, kernel.constants, arch)[0])
+
+    with _lock:
+        name = f"{Path(kernel.source).stem}-{_digest(kernel.source, kernel.constants, arch)}"
+        return DiskCache.content(_cubins.entry(name, build))
+
+
+# ---- launching (needs a GPU) -----------------------------------------------------------------------------
+
+
+def unavailable() -> str | None:
+    """None where the `cuda` engine works, else the reason with the command that would mend it."""
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            return f"this torch is built without CUDA: install one that is, then {install_command()}"
+        return "torch sees no NVIDIA GPU"
+    try:
+        import cupy
+    except ImportError:
+        return f"CuPy is missing: {install_command()}"
+    major = int(torch.version.cuda.partition(".")[0]) if torch.version.cuda else 0
+    theirs = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    if theirs != major:
+        return (
+            f"CuPy is built for CUDA {theirs}, torch for CUDA {major}: "
+            f"pip uninstall cupy-cuda{theirs}x && {install_command()}"
+        )
+    try:
+        nvrtc_version()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+@lru_cache(None)
+def _require_cuda() -> None:
+    reason = unavailable()
+    if reason is not None:
+        raise RuntimeError(f"engine 'cuda': {reason}")
+
+
+@lru_cache(None)
+def arch_of(device_index: int) -> str:
+    """The architecture to compile for: with its own features ("90a") from Hopper on."""
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return f"{major}{minor}a" if major >= 9 else f"{major}{minor}"
+
+
+@lru_cache(None)
+def _module(source: str, constants: tuple[tuple[str, str | int], ...], device_index: int) -> Any:
+    from cupy.cuda import function
+
+    module = function.Module()
+    module.load(cubin_for(Kernel(source, "", constants), arch_of(device_index)))
+    return module
+
+
+@lru_cache(None)
+def _function(kernel: Kernel, shared_bytes: int, device_index: int) -> Any:
+    _require_cuda()
+    from cupy.cuda import driver
+
+    function = _module(kernel.source, kernel.constants, device_index).get_function(kernel.entry)
+    if shared_bytes > 48 * 1024:
+        driver.funcSetAttribute(
+            function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
+        )
+    return function
+
+
+@lru_cache(256)
+def _stream(pointer: int, device_index: int) -> Any:
+    from cupy.cuda import ExternalStream
+
+    return ExternalStream(pointer, device_index)
+
+
+def _by_value(plan: Launch) -> Any:
+    """The params struct as the zero-dimensional array that CuPy passes by value."""
+    import numpy as np
+
+    content = bytes(plan.params)
+    return np.frombuffer(content, dtype=f"V{len(content)}").reshape(())
+
+
+def execute(plan: Launch, tensors: Sequence[torch.Tensor | None], device: torch.device) -> None:
+    """Launch on torch's current stream of `device`; compiles or loads the kernel if this is its first use."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if index != torch.cuda.current_device():
+        with torch.cuda.device(index):
+            execute(plan, tensors, torch.device("cuda", index))
+        return
+    function = _function(plan.kernel, plan.shared_bytes, index)
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
+    function(plan.grid, plan.block, (*pointers, _by_value(plan)), plan.shared_bytes, stream)

@@ -1,0 +1,444 @@
+"""Launches `kernels/pool.cu`: max and average pooling, adaptive and global too, forward and backward.
+
+Tensors are read in place by their strides. A plan picks one of the kernel's three forms (tile, loop, reduce)
+and the widths of its accesses, by arithmetic on sizes, strides and alignments alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from cnnops.cuda.kernel import (
+    ACCUMULATOR,
+    ELEMENT,
+    INT32_MAX,
+    FastDiv,
+    Launch,
+    alignment,
+    launch_of,
+)
+from cnnops.cuda.launch import launch
+from cnnops.registry import Shape
+from cnnops.shapes import PoolShape
+
+SOURCE = "pool.cu"
+THREADS = 256
+PACK_BYTES = 16
+LANES = (32, 16, 8, 4, 2, 1)
+"""Channel packs side by side in the reduce form, widest first."""
+WASTE = 1.25
+"""Tiles may reach over a row, and lanes over the channels, to this many times their number."""
+TILE_VALUES = 8
+"""Values of a channels-last tile, forward; backward a tile has up to four times as many."""
+COLUMN_BYTES = 256
+"""Columns of one row that a thread can hold in registers, forward."""
+COLUMN_BYTES_BACKWARD = 160
+"""The same backward, with their offsets, beside the tile's sums."""
+UNROLLED = 4096
+"""The most pairs of a value and a window in a tile's code."""
+REDUCE_PLACES = {False: 32, True: 16}
+"""Places from which on a window is shared by several threads: of several windows a row, of the only one."""
+REDUCE_PACKS = 8
+"""Packs of a window that a thread of the reduce form takes."""
+FULL_GPU = 2**17
+"""Threads that keep any GPU busy; large windows are shared where there are fewer outputs."""
+FAR_APART = 4
+"""A warp whose lanes are more places apart than this touches a sector a lane: no form for scalar accesses."""
+MAX_TILES = INT32_MAX - 2**16
+"""Tile numbers are 32-bit, with room for a block's last threads."""
+
+OFFSET = {torch.uint8: "unsigned char", torch.int32: "int"}
+
+
+class View(NamedTuple):
+    """Where a tensor N C D H W lies: strides in elements (0 along an axis of size 1), the address's alignment
+    and the element's size in bytes."""
+
+    n: int
+    c: int
+    d: int
+    h: int
+    w: int
+    alignment: int
+    itemsize: int
+
+    def span(self, shape: PoolShape, spatial: tuple[int, int, int]) -> int:
+        """Elements from the first to the last."""
+        size = (shape.N, shape.C, *spatial)
+        return sum((length - 1) * step for length, step in zip(size, self[:5], strict=True))
+
+
+class Axis(NamedTuple):
+    """One spatial axis of the problem. In adaptive pooling `window` is the largest and the rest unused."""
+
+    size: int
+    out: int
+    window: int
+    stride: int
+    dilation: int
+    pad: int
+
+    @property
+    def reach(self) -> int:
+        """Places from a window's first to its last."""
+        return (self.window - 1) * self.dilation + 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether the one window is the axis itself."""
+        return self.out == 1 and self.pad == 0 and self.window == self.size and self.dilation == 1
+
+
+class Problem(NamedTuple):
+    """All that decides a launch."""
+
+    shape: PoolShape
+    dtype: torch.dtype
+    offset: torch.dtype
+    x: View
+    y: View
+    offsets: View | None
+
+
+class Form(NamedTuple):
+    """The constants by which forms differ, but for the fixed geometry."""
+
+    fixed: bool
+    c_vec: int = 1
+    x_vec: int = 1
+    y_vec: int = 1
+    tile: int = 1
+    tile_h: int = 1
+    per_output: int = 1
+    lanes: int = 1
+
+
+class CStrides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_longlong) for name in "ncdhw"]
+
+
+class CAxis(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("size", "out", "window", "stride", "dilation", "pad")),
+        ("by_stride", FastDiv),
+    ]
+
+
+class Params(ctypes.Structure):
+    """`struct PoolParams`."""
+
+    _fields_ = [
+        *((name, CStrides) for name in ("x", "y", "offsets")),
+        ("reciprocal", ctypes.c_double),
+        *((name, CAxis) for name in "dhw"),
+        *((name, FastDiv) for name in ("c_tiles", "w_tiles", "rows", "planes")),
+        *((name, FastDiv) for name in ("row_packs", "window_rows")),
+        *((name, ctypes.c_int) for name in ("N", "C", "images", "tiles")),
+        *((name, ctypes.c_int) for name in ("adaptive", "count_include_pad", "divisor")),
+    ]
+
+
+def supports(op: str, shape: Shape, dtype: torch.dtype) -> str | None:
+    """None, or why `op` cannot run on this problem."""
+    if not isinstance(shape, PoolShape):
+        return f"expected a PoolShape, got {type(shape).__name__}"
+    if dtype not in ELEMENT:
+        return f"dtype {dtype}: expected float32, float64, float16 or bfloat16"
+    image = shape.C * max(math.prod(shape.spatial), math.prod(shape.output))
+    if image > MAX_TILES:
+        return f"{image} values an image: expected at most {MAX_TILES}"
+    return None
+
+
+# ---- the problem in the kernel's terms -------------------------------------------------------------------
+
+
+def _view(tensor: torch.Tensor) -> View:
+    size, stride = tensor.size(), tensor.stride()
+    steps = [step if length > 1 else 0 for length, step in zip(size, stride, strict=True)]
+    spatial = [0] * (5 - len(steps)) + steps[2:]
+    return View(steps[0], steps[1], *spatial, alignment(tensor), tensor.element_size())  # type: ignore[call-arg]
+
+
+def _axes(shape: PoolShape) -> tuple[list[Axis], bool]:
+    """The three axes, and whether windows are adaptive: those that divide the input evenly are ordinary."""
+    missing = 3 - shape.dims
+    columns = [
+        shape.DHW, shape.ZPQ, shape.TRS, (1,) * missing + shape.stride, (1,) * missing + shape.dilation,
+        (0,) * missing + tuple(before for before, _ in shape.padding),
+    ]  # fmt: skip
+    axes = [Axis(*values) for values in zip(*columns, strict=True)]
+    if shape.adaptive_output is None:
+        return axes, False
+    if all(a.size % a.out == 0 for a in axes):
+        return [a._replace(window=a.size // a.out, stride=a.size // a.out) for a in axes], False
+    return axes, True
+
+
+def _joined(axes: list[Axis], x: View) -> tuple[list[Axis], View]:
+    """Axes that one window spans whole, and along which x is one run, taken as a single axis w."""
+    d, h, w = axes
+    one = Axis(1, 1, 1, 1, 1, 0)
+    if h.whole and w.whole and (h.size == 1 or x.h == x.w * w.size or w.size == 1):
+        step = x.w if w.size > 1 else x.h
+        size = h.size * w.size
+        w, h, x = Axis(size, 1, size, 1, 1, 0), one, x._replace(h=0, w=step)
+        if d.whole and (d.size == 1 or x.d == x.w * size or size == 1):
+            step = x.w if size > 1 else x.d
+            size *= d.size
+            w, d, x = Axis(size, 1, size, 1, 1, 0), one, x._replace(d=0, w=step)
+    return [d, h, w], x
+
+
+def _divisor(shape: PoolShape, axes: list[Axis]) -> int:
+    """The divisor that all windows of an average share, or 0 where they differ."""
+    if shape.divisor_override:
+        return shape.divisor_override
+    for a in axes:
+        padded = a.pad if shape.count_include_pad else 0
+        if padded != a.pad or (a.out - 1) * a.stride - a.pad + a.window > a.size + padded:
+            return 0
+    return math.prod(a.window for a in axes)
+
+
+# ---- how wide, how large, which form ---------------------------------------------------------------------
+
+
+def _widths(most: int) -> Iterator[int]:
+    """Powers of two from `most` down to 1."""
+    while most >= 1:
+        yield most
+        most //= 2
+
+
+def _pack(views: Sequence[View | None], axis: str, extent: int, most: int) -> int:
+    """The widest pack, up to `most` elements, that is contiguous along `axis` and aligned in every view."""
+    given = [view for view in views if view is not None]
+    if any(getattr(view, axis) != 1 for view in given):
+        return 1
+    others = [
+        step for view in given for name, step in zip("ncdhw", view, strict=False) if name != axis
+    ]
+    for width in _widths(most):
+        aligned = all(view.alignment >= min(PACK_BYTES, width * view.itemsize) for view in given)
+        if aligned and extent % width == 0 and all(step % width == 0 for step in others):
+            return width
+    return 1
+
+
+def _lanes(slots: int) -> int:
+    return next(n for n in LANES if -(-slots // n) * n <= WASTE * slots)
+
+
+def _forward_tile(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> Form | None:
+    """The tile form of a forward pass, or None where it would not fit in registers or code."""
+    d, h, w = axes
+    most = PACK_BYTES // problem.dtype.itemsize
+    x_most = y_most = 1
+    if inner:
+        tile = 2 if w.stride < w.reach and w.out > 1 and 2 * c_vec <= TILE_VALUES else 1
+    else:
+        x_most = _pack((problem.x,), "w", w.size, most)
+        y_most = _pack((problem.y, problem.offsets), "w", w.out, most)
+        # With no pack to load or store, it is neighbouring lanes that make whole sectors.
+        tile = most if max(x_most, y_most) > 1 else 1
+    for size in _widths(tile):
+        x_vec, y_vec = math.gcd(size * w.stride, x_most), math.gcd(size, y_most)
+        head = -w.pad % x_vec
+        columns = -(-(head + (size - 1) * w.stride + w.reach) // x_vec) * x_vec
+        used = min(columns, size * w.window) if x_vec == 1 else columns
+        fits = used * c_vec * max(problem.dtype.itemsize, 4) <= COLUMN_BYTES
+        fits = fits and size * c_vec * w.window * d.window * h.window <= UNROLLED
+        if fits and (size == 1 or -(-w.out // size) * size <= WASTE * w.out):
+            return Form(True, c_vec, x_vec, y_vec, size)
+    return None
+
+
+def _backward_tile(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> Form | None:
+    """The tile form of a backward pass: a tile starts at a multiple of the stride."""
+    d, h, w = axes
+    most = PACK_BYTES // problem.dtype.itemsize
+    x_most = y_most = 1
+    if inner:
+        tile = 2 if w.stride == 1 and 2 * c_vec <= TILE_VALUES else w.stride
+    else:
+        x_most = _pack((problem.x,), "w", w.size, most)
+        y_most = _pack((problem.y, problem.offsets), "w", w.out, most)
+        tile = x_most if x_most % w.stride == 0 else w.stride
+    x_vec, y_vec = math.gcd(tile, x_most), math.gcd(tile // w.stride, y_most)
+    tile_h = h.stride
+    if h.stride == 1 < h.reach and h.size > 1 and 2 * tile * c_vec <= TILE_VALUES:
+        tile_h = 2
+    first = -((w.reach - 1 - w.pad) // w.stride)
+    last = (tile - 1 + w.pad) // w.stride
+    columns = -(-(first % y_vec + last - first + 1) // y_vec) * y_vec
+    rows = (tile_h - 1 + h.pad) // h.stride + (h.reach - 1 - h.pad) // h.stride + 1
+    fits = tile_h <= FAR_APART and (tile <= FAR_APART or tile == x_most)
+    fits = fits and tile * tile_h * c_vec <= 4 * TILE_VALUES
+    fits = fits and columns * c_vec * (problem.dtype.itemsize + 1) <= COLUMN_BYTES_BACKWARD
+    fits = fits and rows * columns * tile_h * tile * c_vec <= UNROLLED
+    return Form(True, c_vec, x_vec, y_vec, tile, tile_h) if fits else None
+
+
+def _reduced(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> Form:
+    w = axes[2]
+    places = math.prod(a.window for a in axes)
+    x_vec, lanes = 1, 1
+    if inner:
+        lanes = _lanes(problem.shape.C // c_vec)
+    elif w.whole:
+        x_vec = _pack((problem.x,), "w", w.size, PACK_BYTES // problem.dtype.itemsize)
+    shares = max(lanes * places // (x_vec * REDUCE_PACKS), 1)
+    per_output = max(8, lanes, min(THREADS, 1 << (shares.bit_length() - 1)))
+    return Form(False, c_vec, x_vec, per_output=per_output, lanes=lanes)
+
+
+def _wants_reduce(
+    problem: Problem, axes: list[Axis], inner: bool, c_vec: int, tile: Form | None
+) -> bool:
+    w = axes[2]
+    single = w.out == 1 and not inner
+    if math.prod(a.window for a in axes) < REDUCE_PLACES[single]:
+        return False
+    scattered = not inner and w.size // w.out > FAR_APART and (tile is None or tile.x_vec == 1)
+    return single or scattered or math.prod(problem.shape.y_size) // c_vec < FULL_GPU
+
+
+# ---- launches --------------------------------------------------------------------------------------------
+
+_TENSORS = {
+    "max_pool_fwd": (("x",), ("y", "offsets")),
+    "max_pool_bwd": (("grad_y", "offsets"), ("grad_x",)),
+    "max_pool_gather": (("x", "offsets"), ("y",)),
+    "avg_pool_fwd": (("x",), ("y",)),
+    "avg_pool_bwd": (("grad_y",), ("grad_x",)),
+}
+_REDUCED = {"max_pool_fwd": "max_pool_reduce", "avg_pool_fwd": "avg_pool_reduce"}
+
+
+@lru_cache(4096)
+def _plan(op: str, problem: Problem) -> Launch:
+    """The launch of `op`, chosen by arithmetic."""
+    shape, dtype = problem.shape, problem.dtype
+    axes, adaptive = _axes(shape)
+    backward = op.endswith("_bwd")
+    views = (problem.x, problem.y, problem.offsets)
+    inner = shape.C > 1 and all(view is None or view.c == 1 for view in views)
+    c_vec = _pack(views, "c", shape.C, PACK_BYTES // dtype.itemsize) if inner else 1
+    form, entry = Form(False, c_vec), op
+    if backward and not adaptive:
+        form = _backward_tile(problem, axes, inner, c_vec) or form
+    elif op in _REDUCED:
+        tile = None if adaptive else _forward_tile(problem, axes, inner, c_vec)
+        joined, x = _joined(axes, problem.x)
+        if _wants_reduce(problem, joined, inner, c_vec, tile):
+            axes, problem, entry = joined, problem._replace(x=x), _REDUCED[op]
+            form = _reduced(problem, axes, inner, c_vec)
+        else:
+            form = tile or form
+
+    # The tensor that is written, in tiles.
+    extents = [a.size if backward else a.out for a in axes]
+    slots = -(-shape.C // (form.c_vec * form.lanes))
+    grid_axes = (slots, -(-extents[2] // form.tile), -(-extents[1] // form.tile_h), extents[0])
+    per_image = math.prod(grid_axes)
+    images = min(shape.N, MAX_TILES // per_image)
+    tiles = images * per_image
+    blocks = -(-tiles * form.per_output // THREADS)
+
+    spans = [views[0].span(shape, shape.DHW)]
+    spans += [
+        view.span(shape, shape.ZPQ) for view in (problem.y, problem.offsets) if view is not None
+    ]
+    divisor = 0 if adaptive else _divisor(shape, axes)
+    products = [(a.size + 1) * (a.out + 1) for a in axes] if adaptive else [0]
+    constants: dict[str, str | int] = {
+        "ELEMENT": ELEMENT[dtype],
+        "ACCUMULATOR": ACCUMULATOR[dtype],
+        "OFFSET": OFFSET[problem.offset],
+        "INDEX": "long long" if max(*spans, *products) > INT32_MAX else "int",
+        "CHANNELS_INNER": int(inner),
+        "C_VEC": form.c_vec,
+        "X_VEC": form.x_vec,
+        "Y_VEC": form.y_vec,
+        "FIXED": int(form.fixed),
+        "TILE": form.tile,
+        "TILE_H": form.tile_h,
+        "PAD_H": axes[1].pad if form.fixed else 0,
+        "PAD_W": axes[2].pad if form.fixed else 0,
+        "PER_OUTPUT": form.per_output,
+        "LANES": form.lanes,
+        "UNIFORM": int(divisor != 0),
+        "THREADS": THREADS,
+        entry.upper(): 1,
+    }
+    for name, axis in zip("DHW", axes, strict=True):
+        constants[f"WINDOW_{name}"] = axis.window if form.fixed else 1
+        constants[f"STRIDE_{name}"] = axis.stride if form.fixed else 1
+        constants[f"DILATION_{name}"] = axis.dilation if form.fixed else 1
+    params = Params(
+        *(CStrides() if view is None else CStrides(*view[:5]) for view in problem[3:]),
+        1 / divisor if divisor else 0.0,
+        *(CAxis(*axis, FastDiv(axis.stride)) for axis in axes),
+        *(FastDiv(extent) for extent in grid_axes),
+        FastDiv(axes[2].window // form.x_vec if entry != op else axes[2].window), FastDiv(axes[1].window),
+        shape.N, shape.C, images, tiles, adaptive, shape.count_include_pad and not adaptive, divisor,
+    )  # fmt: skip
+    inputs, outputs = _TENSORS[op]
+    return launch_of(
+        SOURCE, entry, constants, params, grid=(blocks, -(-shape.N // images)), block=(THREADS,),
+        inputs=inputs, outputs=outputs,
+    )  # fmt: skip
+
+
+def _problem(
+    shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor | None
+) -> Problem:
+    """From the tensor of the input's size, that of the output's, and the offsets if there are any."""
+    if offsets is None:
+        return Problem(shape, x.dtype, torch.uint8, _view(x), _view(y), None)
+    return Problem(shape, x.dtype, offsets.dtype, _view(x), _view(y), _view(offsets))
+
+
+# ---- operations ------------------------------------------------------------------------------------------
+
+
+def max_pool_fwd(
+    shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor | None
+) -> None:
+    """y = the maximum of each window, offsets = its place there; offsets may be None where nobody asks."""
+    launch(_plan("max_pool_fwd", _problem(shape, x, y, offsets)), (x,), (y, offsets))
+
+
+def max_pool_bwd(
+    shape: PoolShape, grad_y: torch.Tensor, offsets: torch.Tensor, grad_x: torch.Tensor
+) -> None:
+    """grad_x = the sum of grad_y over the windows whose maximum a place was."""
+    launch(
+        _plan("max_pool_bwd", _problem(shape, grad_x, grad_y, offsets)),
+        (grad_y, offsets),
+        (grad_x,),
+    )
+
+
+def max_pool_gather(
+    shape: PoolShape, x: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor
+) -> None:
+    """y = x at the places that offsets name."""
+    launch(_plan("max_pool_gather", _problem(shape, x, y, offsets)), (x, offsets), (y,))
+
+
+def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
+    """y = the sum of each window over its divisor."""
+    launch(_plan("avg_pool_fwd", _problem(shape, x, y, None)), (x,), (y,))
+
+
+def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -> None:
+    """grad_x = the sum of grad_y over its divisor, over the windows that cover a place."""
+    launch(_plan("avg_pool_bwd", _problem(shape, grad_x, grad_y, None)), (grad_y,), (grad_x,))

@@ -1,0 +1,240 @@
+#include "memory.h"
+
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstring>
+#include <new>
+
+#include "diagnostics.h"
+#include "schedule.h"
+#include "state.h"
+
+namespace emulator {
+
+namespace {
+
+// An address this near to the module's shared memory is taken for an index that has left it.
+constexpr uintptr_t SHARED_MARGIN = 4096;
+
+struct Arena {
+  char* begin = nullptr;
+  uint64_t bytes = 0;
+} arena;
+
+const char* verb(Kind kind) { return kind == Kind::read ? "read" : kind == Kind::write ? "write" : "atomic update"; }
+
+// What is at an offset of shared memory.
+std::string shared_place(uint64_t offset) {
+  const Module& module = *launch.module;
+  const unsigned owner = offset < module.owner.size() ? module.owner[offset] : 0;
+  if (!owner) return "shared memory offset " + std::to_string(offset);
+  const SharedVariable& variable = module.variables[owner - 1];
+  return "shared '" + variable.name + "' byte " + std::to_string(offset - variable.begin);
+}
+
+[[noreturn]] void fail_race(Conflict conflict, Kind kind, const std::string& place, const Access& other) {
+  if (conflict == Conflict::never_written)
+    fail("%s of %s before anything has written it", verb(kind), place.c_str());
+  const char* earlier = conflict == Conflict::write_after_read ? "read" : other.atomic ? "atomic update" : "write";
+  const bool same_block = other.epoch >= block.first_epoch;
+  set_other(other);
+  fail("race: %s of %s is not ordered after the %s by %s%s", verb(kind), place.c_str(), earlier,
+       describe_thread(other).c_str(),
+       same_block ? "" : " (blocks of one launch cannot wait for each other)");
+}
+
+// Blames the variable that is nearest to `offset`, which lies in none of them.
+[[noreturn]] void fail_shared_bounds(int64_t offset, unsigned bytes, Kind kind) {
+  const SharedVariable* nearest = nullptr;
+  int64_t best = INT64_MAX;
+  for (const SharedVariable& variable : launch.module->variables) {
+    const int64_t distance = offset < variable.begin ? variable.begin - offset : offset + bytes - variable.end;
+    if (distance < best) best = distance, nearest = &variable;
+  }
+  if (!nearest) fail("%s of %u bytes of shared memory, of which the kernel has none", verb(kind), bytes);
+  fail("out of bounds: %s of %u bytes at byte %ld of shared '%s', which has %u bytes", verb(kind), bytes,
+       (long)(offset - nearest->begin), nearest->name.c_str(), nearest->end - nearest->begin);
+}
+
+template <Kind kind>
+__attribute__((always_inline)) inline void check_shared(uintptr_t offset, unsigned bytes, unsigned alignment,
+                                                        const void* pc) {
+  Module& module = *launch.module;
+  launch.counters.shared_accesses++;
+  const unsigned owner = module.owner[offset];
+  if (!owner || offset + bytes > launch.shared_bytes || module.owner[offset + bytes - 1] != owner)
+    fail_shared_bounds((int64_t)offset, bytes, kind);
+  if ((launch.shared_base + offset) % alignment)
+    fail("misaligned: %s of %u bytes at %s", verb(kind), bytes, shared_place(offset).c_str());
+  module.touched[owner] = 1;
+  Access other;
+  uint64_t at;
+  const Conflict conflict = module.shadow.access<kind>(offset, bytes, code_offset(pc), *current,
+                                                       block.first_epoch, true, &other, &at);
+  if (conflict != Conflict::none) fail_race(conflict, kind, shared_place(at), other);
+}
+
+[[noreturn]] void fail_global_bounds(uintptr_t address, unsigned bytes, Kind kind) {
+  if (address + SHARED_MARGIN - launch.shared_base < launch.shared_bytes + 2 * SHARED_MARGIN)
+    fail_shared_bounds((int64_t)(address - launch.shared_base), bytes, kind);
+  if (address < 1ul << 32) {
+    std::string names;
+    for (const Tensor& tensor : launch.tensors)
+      if (!tensor.begin) names += (names.empty() ? "" : ", ") + ("'" + tensor.name + "'");
+    fail("null pointer: %s of %u bytes at null + %lu%s%s", verb(kind), bytes, address,
+         names.empty() ? "" : "; null in this launch: ", names.c_str());
+  }
+  const Tensor* nearest = nullptr;
+  uint64_t best = UINT64_MAX;
+  for (const Tensor& tensor : launch.tensors) {
+    if (!tensor.begin) continue;
+    const uint64_t distance = address < tensor.begin ? tensor.begin - address : address + bytes - tensor.end;
+    if (distance < best) best = distance, nearest = &tensor;
+  }
+  if (const int owner = stack_owner(address); owner >= 0)
+    fail("out of bounds: %s of %u bytes in the local memory of %s", verb(kind), bytes,
+         describe_thread((unsigned)owner).c_str());
+  if (!nearest || best > ARENA_GAP)
+    fail("out of bounds: %s of %u bytes at address 0x%lx, which belongs to no tensor and no shared variable",
+         verb(kind), bytes, address);
+  fail("out of bounds: %s of %u bytes at byte %ld of '%s', which has %lu bytes", verb(kind), bytes,
+       (long)(address - nearest->begin), nearest->name.c_str(), nearest->end - nearest->begin);
+}
+
+inline Tensor* tensor_at(uintptr_t address) {
+  static size_t recent = 0;
+  std::vector<Tensor>& tensors = launch.tensors;
+  if (recent < tensors.size() && address - tensors[recent].begin < tensors[recent].end - tensors[recent].begin)
+    return &tensors[recent];
+  for (size_t i = 0; i < tensors.size(); i++)
+    if (address - tensors[i].begin < tensors[i].end - tensors[i].begin) return &tensors[recent = i];
+  return nullptr;
+}
+
+template <Kind kind>
+inline void check_global(uintptr_t address, unsigned bytes, unsigned alignment, const void* pc) {
+  Tensor* tensor = tensor_at(address);
+  if (!tensor || address + bytes > tensor->end) fail_global_bounds(address, bytes, kind);
+  const uint64_t offset = address - tensor->begin;
+  if (address % alignment)
+    fail("misaligned: %s of %u bytes at %s", verb(kind), bytes, describe_address(address).c_str());
+  if (kind != Kind::write) launch.counters.global_bytes_read += bytes;
+  if (kind != Kind::read) launch.counters.global_bytes_written += bytes;
+  if (tensor->role == Role::input) {
+    if (kind != Kind::read) fail("%s of input '%s' at byte %lu", verb(kind), tensor->name.c_str(), offset);
+    return;
+  }
+  Access other;
+  uint64_t at;
+  const Conflict conflict = tensor->shadow->access<kind>(
+      offset, bytes, code_offset(pc), *current, launch.first_epoch, tensor->role == Role::output, &other, &at);
+  if (conflict != Conflict::none)
+    fail_race(conflict, kind, "'" + tensor->name + "' byte " + std::to_string(at), other);
+}
+
+// `alignment` is what the access needs; accesses that the compiler will split need none.
+template <Kind kind>
+inline void check(const void* pointer, unsigned bytes, unsigned alignment, const void* pc) {
+  if (!current) return;
+  const uintptr_t address = (uintptr_t)pointer;
+  const uintptr_t offset = address - launch.shared_base;
+  if (offset < launch.shared_bytes) return check_shared<kind>(offset, bytes, alignment, pc);
+  if (address - (uintptr_t)arena.begin < arena.bytes) return check_global<kind>(address, bytes, alignment, pc);
+  if (address - (uintptr_t)stack(current->number) < STACK_BYTES) return;
+  // Constants and tables of the module itself.
+  if (kind == Kind::read && launch.module->contains(address)) return;
+  check_global<kind>(address, bytes, alignment, pc);
+}
+
+}  // namespace
+
+char* reserve_arena(uint64_t bytes) {
+  if (bytes <= arena.bytes) return arena.begin;
+  if (arena.begin) munmap(arena.begin, arena.bytes);
+  arena = {};
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  arena = {(char*)memory, bytes};
+  return arena.begin;
+}
+
+void release_arena() { madvise(arena.begin, arena.bytes, MADV_DONTNEED); }
+
+std::string describe_address(uintptr_t address) {
+  if (address - launch.shared_base < launch.shared_bytes) return shared_place(address - launch.shared_base);
+  if (const Tensor* tensor = tensor_at(address))
+    return "'" + tensor->name + "' byte " + std::to_string(address - tensor->begin);
+  char text[40];
+  snprintf(text, sizeof text, "address 0x%lx", address);
+  return text;
+}
+
+void prepare_shared(Module& module, uint32_t dynamic_bytes) {
+  module.touched.assign(module.variables.size() + 1, 0);
+  for (size_t i = 0; i < module.variables.size(); i++) {
+    SharedVariable& variable = module.variables[i];
+    if (!variable.dynamic || variable.end == variable.begin + dynamic_bytes) continue;
+    for (uint32_t at = variable.begin; at < variable.begin + MAX_SHARED; at++)
+      module.owner[at] = at < variable.begin + dynamic_bytes ? (uint16_t)(i + 1) : 0;
+    variable.end = variable.begin + dynamic_bytes;
+  }
+}
+
+void poison_shared() {
+  for (const SharedVariable& variable : launch.module->variables)
+    memset((char*)launch.shared_base + variable.begin, 0xff, variable.end - variable.begin);
+}
+
+uint32_t static_shared_used() {
+  uint32_t bytes = 0;
+  for (size_t i = 0; i < launch.module->variables.size(); i++) {
+    const SharedVariable& variable = launch.module->variables[i];
+    if (!variable.dynamic && launch.module->touched[i + 1]) bytes += variable.end - variable.begin;
+  }
+  return bytes;
+}
+
+}  // namespace emulator
+
+// ---- what the compiler calls: -fsanitize=thread, with our own runtime in place of libtsan ----------------
+using emulator::Kind;
+
+#pragma GCC visibility push(default)
+// The usual accesses have the checks inlined, for speed; the others share one copy of them.
+template <Kind kind>
+__attribute__((noinline)) static void check_unusual(const void* address, unsigned bytes, unsigned alignment,
+                                                    const void* pc) {
+  emulator::check<kind>(address, bytes, alignment, pc);
+}
+#define ON_ACCESS(name, check, bytes, kind, alignment)                      \
+  extern "C" void __tsan_##name(const void* address) {                      \
+    check<kind>(address, bytes, alignment, __builtin_return_address(0));    \
+  }
+#define ON_ACCESS_OF(bytes)                                                 \
+  ON_ACCESS(read##bytes, emulator::check, bytes, Kind::read, bytes)         \
+  ON_ACCESS(write##bytes, emulator::check, bytes, Kind::write, bytes)       \
+  ON_ACCESS(unaligned_read##bytes, check_unusual, bytes, Kind::read, 1)     \
+  ON_ACCESS(unaligned_write##bytes, check_unusual, bytes, Kind::write, 1)
+ON_ACCESS_OF(1)
+ON_ACCESS_OF(2)
+ON_ACCESS_OF(4)
+ON_ACCESS_OF(8)
+ON_ACCESS_OF(16)
+
+extern "C" {
+void __tsan_read_range(const void* address, size_t bytes) {
+  check_unusual<Kind::read>(address, (unsigned)bytes, 1, __builtin_return_address(0));
+}
+void __tsan_write_range(const void* address, size_t bytes) {
+  check_unusual<Kind::write>(address, (unsigned)bytes, 1, __builtin_return_address(0));
+}
+void __tsan_init() {}
+
+void emulator_atomic(const void* address, unsigned bytes, const void* pc) {
+  emulator::let_others_run();  // a thread that waits for an atomic to change must not keep the others from it
+  check_unusual<Kind::atomic>(address, bytes, bytes, pc);
+}
+}
+#pragma GCC visibility pop

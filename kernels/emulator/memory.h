@@ -1,0 +1,28 @@
+// Checks of every load and store, and the arena in which the tensors of a launch live.
+#pragma once
+#include <cstdint>
+#include <string>
+
+namespace emulator {
+
+// Tensors are copied into an arena, this far apart, so that an index that leaves one tensor cannot land in
+// another unseen, and so that a failed launch leaves the caller's tensors as they were.
+constexpr uint64_t ARENA_GAP = 1 << 20;
+
+// Reserves at least `bytes` of address space; memory is taken when it is first touched.
+char* reserve_arena(uint64_t bytes);
+// Gives the memory back, but not the addresses.
+void release_arena();
+
+// "'x' byte 12", "shared 'tile' byte 4", or the bare address.
+std::string describe_address(uintptr_t address);
+
+// Sets the size of the module's dynamic shared array and prepares its shared memory for a launch.
+struct Module;
+void prepare_shared(Module& module, uint32_t dynamic_bytes);
+// A new block finds 0xFF in all of its shared memory: NaN in every float type.
+void poison_shared();
+// Bytes of the static shared variables that this launch has used so far.
+uint32_t static_shared_used();
+
+}  // namespace emulator

@@ -1,0 +1,142 @@
+#include "schedule.h"
+
+#include "collectives.h"
+#include "diagnostics.h"
+#include "guards.h"
+
+namespace emulator {
+
+Thread threads[MAX_THREADS];
+Thread* current;
+Block block;
+Launch launch;
+
+namespace {
+
+Fiber scheduler;  // where run_block() stands while threads run
+bool failed;
+uint64_t random_state = 1;
+
+// Runnable threads, oldest first; those before `head` have been taken.
+std::vector<Thread*> queue;
+size_t head;
+
+Thread& next() {
+  if (head == queue.size()) fail_deadlock();
+  if (overdue) fail_overdue();
+  Thread* chosen = nullptr;
+  switch (launch.schedule) {
+    case Schedule::forward:
+      chosen = queue[head++];
+      break;
+    case Schedule::reverse:
+      chosen = queue.back();
+      queue.pop_back();
+      break;
+    case Schedule::random: {
+      const size_t i = head + random_number() % (queue.size() - head);
+      chosen = queue[i];
+      queue[i] = queue.back();
+      queue.pop_back();
+      break;
+    }
+  }
+  if (head == queue.size()) {
+    queue.clear();
+    head = 0;
+  } else if (head > 4 * MAX_THREADS) {
+    queue.erase(queue.begin(), queue.begin() + (long)head);
+    head = 0;
+  }
+  return *chosen;
+}
+
+void switch_to(Thread& thread) {
+  Thread& from = *current;
+  if (&thread == &from) return;
+  launch.counters.switches++;
+  current = &thread;
+  switch_fiber(from.fiber, thread.fiber);
+}
+
+// What every fiber runs.
+void run_thread() {
+  launch.entry(launch.arguments);
+  Thread& self = *current;
+  self.state = State::exited;
+  block.live--;
+  leave_warp(self);
+  if (block.live == 0) {
+    current = nullptr;
+    switch_fiber(self.fiber, scheduler);
+  }
+  switch_to(next());
+  __builtin_unreachable();
+}
+
+}  // namespace
+
+bool run_block() {
+  failed = false;
+  queue.clear();
+  head = 0;
+  for (unsigned i = 0; i < launch.threads; i++) {
+    prepare(threads[i].fiber, i, run_thread);
+    threads[i].state = State::ready;
+    queue.push_back(&threads[i]);
+  }
+  current = &next();
+  switch_fiber(scheduler, current->fiber);
+  current = nullptr;
+  return !failed;
+}
+
+void wake(Thread& thread) {
+  thread.state = State::ready;
+  queue.push_back(&thread);
+}
+
+void wait(State state, EmulatorPlace place) {
+  current->state = state;
+  current->waits_at = place;
+  switch_to(next());
+}
+
+void let_others_run() {
+  wake(*current);
+  if (launch.schedule == Schedule::reverse) {  // its end of the queue is the front
+    for (size_t i = queue.size() - 1; i > head; i--) queue[i] = queue[i - 1];
+    queue[head] = current;
+  }
+  switch_to(next());
+}
+
+void maybe_let_others_run() {
+  if (launch.schedule == Schedule::random) let_others_run();
+}
+
+void abandon_block() {
+  failed = true;
+  Fiber nobody;
+  current = nullptr;
+  switch_fiber(nobody, scheduler);
+  __builtin_unreachable();
+}
+
+void seed_random(uint64_t seed) { random_state = seed * 0x9e3779b97f4a7c15ul + 0x2545f4914f6cdd1dul; }
+
+uint64_t random_number() {  // xorshift64*
+  random_state ^= random_state >> 12;
+  random_state ^= random_state << 25;
+  random_state ^= random_state >> 27;
+  return random_state * 0x2545f4914f6cdd1dul >> 32;
+}
+
+}  // namespace emulator
+
+extern "C" {
+unsigned long emulator_thread_index() { return emulator::current->index; }
+unsigned long emulator_block_index() { return emulator::block.index; }
+unsigned long emulator_block_size() { return emulator::launch.block_size; }
+unsigned long emulator_grid_size() { return emulator::launch.grid_size; }
+}

@@ -1,0 +1,67 @@
+// What may follow an operation's own arithmetic while its result is still in registers: an activation of an
+// accumulator value (float or double), and in the backward pass the activation's derivative.
+//
+//     none         z                                  sigmoid      1 / (1 + e^-z)
+//     relu         max(z, 0)                          silu         z · sigmoid(z)
+//     relu6        min(max(z, 0), 6)                  gelu         z · Φ(z), Φ by erf
+//     leaky_relu   z, or 0.01 z below 0               tanh         tanh(z)
+//     hardswish    z · min(max(z + 3, 0), 6) / 6
+//
+// Values and derivatives are PyTorch's, also where a function has a corner (the derivative of relu at 0 is 0,
+// that of relu6 is 0 at 0 and at 6) and for NaN, which passes through every one of them. Comparisons are
+// written so that NaN takes the branch that keeps it.
+#pragma once
+#include "common.cuh"
+
+enum class Activation { none, relu, relu6, silu, gelu, hardswish, leaky_relu, sigmoid, tanh };
+
+template <class A> DEVICE A sigmoid(A z) { return A(1) / (A(1) + exp(-z)); }
+
+// Φ(z), the standard normal distribution.
+template <class A> DEVICE A normal_cdf(A z) { return A(0.5) * (A(1) + erf(z * A(0.70710678118654752440))); }
+
+template <Activation ACT, class A> DEVICE A activate(A z) {
+  switch (ACT) {
+    case Activation::none: return z;
+    case Activation::relu: return z <= A(0) ? A(0) : z;
+    case Activation::relu6: return z <= A(0) ? A(0) : z >= A(6) ? A(6) : z;
+    case Activation::silu: return z / (A(1) + exp(-z));
+    case Activation::gelu: return z * normal_cdf(z);
+    case Activation::hardswish: {
+      const A gate = z + A(3);
+      return z * (gate <= A(0) ? A(0) : gate >= A(6) ? A(6) : gate) * A(1. / 6.);
+    }
+    case Activation::leaky_relu: return z > A(0) ? z : z * A(0.01);
+    case Activation::sigmoid: return sigmoid(z);
+    case Activation::tanh: return tanh(z);
+  }
+  return z;
+}
+
+// g · act'(z): the gradient of z, from the gradient g of act(z).
+template <Activation ACT, class A> DEVICE A activation_grad(A z, A g) {
+  switch (ACT) {
+    case Activation::none: return g;
+    case Activation::relu: return z <= A(0) ? A(0) : g;
+    case Activation::relu6: return z <= A(0) || z >= A(6) ? A(0) : g;
+    case Activation::silu: {
+      const A s = sigmoid(z);
+      return g * s * (A(1) + z * (A(1) - s));
+    }
+    case Activation::gelu: {
+      const A density = A(0.39894228040143267794) * exp(A(-0.5) * z * z);  // 1 / sqrt(2π)
+      return g * (normal_cdf(z) + z * density);
+    }
+    case Activation::hardswish: return z <= A(-3) ? A(0) : z < A(3) ? g * (z * A(1. / 3.) + A(0.5)) : g;
+    case Activation::leaky_relu: return z > A(0) ? g : g * A(0.01);
+    case Activation::sigmoid: {
+      const A s = sigmoid(z);
+      return g * s * (A(1) - s);
+    }
+    case Activation::tanh: {
+      const A t = tanh(z);
+      return g * (A(1) - t * t);
+    }
+  }
+  return g;
+}
