@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Tests run side by side, each with threads of its own: on busy cores those must wait without spinning.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
 
 .PHONY: help demo test check clean
 .DELETE_ON_ERROR:
@@ -19,13 +21,13 @@ demo: $(VENV)/.with-demo
 test: $(VENV)/.with-test
 	@command -v $${CXX:-g++} >/dev/null || \
 	  echo "g++ is missing: tests that emulate CUDA kernels will be skipped (sudo apt install g++)"
-	$(BIN)/python -m pytest -n auto
+	$(PYTEST)
 
 check: $(VENV)/.with-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto -q -m "not slow"
+	$(PYTEST) -q -m "not slow"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

@@ -259,11 +259,12 @@ def batch_norm_bwd(
     grad_z = grad_y
     if activation != "none":
         per_channel = (-1, *(1,) * len(shape.spatial))
+        x = x.to(mean.dtype)
         z = (x - mean.view(per_channel)) * rstd.view(per_channel)
         z = z if gamma is None else z * gamma.view(per_channel)
         z = z if beta is None else z + beta.view(per_channel)
         z = z if residual is None else z + residual
-        grad_z = _ACTIVATION_GRADS[activation](grad_y.to(z.dtype), z).to(x.dtype)
+        grad_z = _ACTIVATION_GRADS[activation](grad_y.to(mean.dtype), z)
     results = (grad_x, grad_weight, grad_bias)
     wanted = [g is not None for g in results]
     statistics = (mean, rstd.pow(-2), mean, rstd)

@@ -36,7 +36,10 @@ class _Setting:
         return None
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         setattr(settings, self._name, self._former)
 

@@ -1,3 +1,77 @@
+// Direct convolution over one to three axes: the output, both gradients and the bias's, for any stride, padding,
+// dilation, groups and element type. Operands are read in place whatever their strides; nothing is materialised.
+//
+// Maths. In two dimensions, with c over the channels of k's group and x zero outside of the image:
+//
+//     fprop  y[n,k,p,q]      = b[k] + Σ c,r,s  w[k,c,r,s] · x[n, c, p·stride - pad + r·dilation, …]
+//     dgrad  grad_x[n,c,h,w] = Σ k,r,s  w[k,c,r,s] · grad_y[n, k, (h + pad - r·dilation) / stride, …]
+//                              over the r and s for which the division leaves no rest
+//     wgrad  grad_w[k,c,r,s] = Σ n,p,q  grad_y[n,k,p,q] · x[n, c, p·stride - pad + r·dilation, …]
+//     bgrad  grad_b[k]       = Σ n,p,q  grad_y[n,k,p,q]
+//
+// The first three are matrix products of a gathered operand and a plain one, per group:
+//
+//              rows                       columns   summed over (steps)            gathered  plain    result
+//     fprop    places n,p,q               k         filter entries c,r,s           x         w        y
+//     dgrad    places n,h,w of a phase    c         filter entries k,r,s of it     grad_y    w        grad_x
+//     wgrad    filter entries c,r,s       k         places n,p,q                   x         grad_y   grad_w
+//
+// Halves. Element (place, entry) of the gathered operand lies at address source(place) + source(entry), at the
+// coordinates at(place) + at(entry); the same place and entry give, as `other`, their addresses in the tensor of
+// places and in the filter. So only M + K numbers are ever decoded into axes, not M·K: a block decodes its rows
+// once and each step once, into shared memory, and an element then costs additions, one comparison an axis and its
+// load. A place or entry beyond the end has a coordinate FAR outside, and needs no check of its own.
+//
+// Phases (dgrad). Elements h with one remainder by the stride are fed by the same taps: first, first + tap_step, …
+// with tap_step = stride / gcd(stride, dilation). Within such a phase dgrad is a correlation of stride 1 with these
+// taps alone. The phases, stride of them an axis, are blocks of one launch: no product with a zero that the stride
+// put in, no atomics. Where the stride does not divide the size, the smaller phases leave some rows unused.
+//
+// Forms. Each is right for every problem; conv_direct.py chooses by sizes.
+//
+//   tiled   A block owns BLOCK_M rows x BLOCK_N columns of one group (and phase, and part of the sum) and walks the
+//           steps BLOCK_K at a time through two buffers in shared memory, as accumulators, step by step: while one
+//           buffer is multiplied, the next step's elements are on their way into registers and the one after it is
+//           decoded; one barrier a step. Thread (tm, tn) owns THREAD_M x THREAD_N results, in runs of 16 bytes of
+//           accumulators that are THREADS_M (THREADS_N) runs apart: a warp's reads of shared memory are then
+//           contiguous or broadcast, and its stores come in runs. Elements are fetched in packs of 16 bytes along
+//           rows, columns or steps, whichever is contiguous, else one by one with lanes along the smallest stride.
+//   thin    At most four channels a group (depthwise): a tile would be mostly empty. A thread owns PLACES places of
+//           VECTOR groups (fprop, dgrad), lanes along memory, and reads the source through L1, which serves the
+//           taps' overlap. In wgrad a thread owns a sum for each tap of a group and a share of the places; the
+//           block's threads are then added by halving.
+//   bgrad   A thread sums packs of grad_y, the block halves; no product at all.
+//
+// Sums. A result is summed by one thread in the order of steps. Where rows x columns are too few to fill a GPU
+// (wgrad, small images), `splits` blocks take parts of the steps and write partial results, each laid out as the
+// result itself, and conv_reduce_direct adds them up. The order depends on the problem's sizes alone.
+//
+// Grid. One axis: column tiles fastest, then groups, phases, splits, and row tiles slowest, so that blocks reading
+// the same gathered rows run together and meet in L2. (thin: group tiles, then phases, then places.)
+//
+// Constants. PASS FORM ELEMENT ACCUMULATOR RESULT DIMS; WIDE: offsets take 64 bits (a tensor spans 2^31 elements)
+//   tiled   BLOCK_M BLOCK_N BLOCK_K THREAD_M THREAD_N; RESIDENT: blocks a multiprocessor, to budget registers for
+//           CHANNELS_FAST: entries are numbered with the channel fastest, else with the taps
+//           GATHER_ALONG_STEPS GATHER_VECTOR, PLAIN_ALONG_STEPS PLAIN_VECTOR: how the operands are fetched
+//           STORE_ALONG_ROWS STORE_VECTOR: how the result is written
+//   thin    LANES_G LANES_P PLACES_FAST VECTOR RESULT_VECTOR OUTPUTS (channels a group), PLACES TAPS (unrolled, of
+//           the last axis) or, for wgrad, TAPS_0 TAPS_1 TAPS_2; FULL_CHUNKS: these divide the filter
+//   bgrad   LANES_G LANES_P PLACES_FAST VECTOR      reduce  REDUCE_LANES
+// Sizes, strides, taps, stride, padding, dilation and groups are run-time numbers: decoding once a step hides them,
+// and a whole network needs a handful of binaries.
+//
+// Cost. fp32 on an H100 (132 multiprocessors, 67 TFLOP/s, 3.35 TB/s), by counting the instructions of the compiled
+// loops; N = 32:
+//   3x3, 64 channels @ 56x56   7.4 GFLOP and 51 MB: the floor is 0.11 ms of arithmetic (0.015 ms of traffic). 784
+//           blocks of 128 x 64 are 5.94 rounds of 132; a step issues 512 FFMA among some 670 instructions in NCHW,
+//           600 in channels-last: 0.15 and 0.13 ms, if nothing else ever waits.
+//   depthwise 3x3, 144 channels @ 56x56   116 MB: the floor is 0.035 ms. Some 130 instructions an output in NCHW, 65
+//           in packs of channels: 0.06 and 0.04 ms. Keeping rows in registers from one place to the next would
+//           reach the floor; that takes the stride as a constant and is a kernel of its own.
+//
+// Why FFMA, not tensor cores: float32 and float64 keep all their bits, every shape and alignment is served, and
+// other kernels may fall back on this one. Why elements pass through registers, not cp.async: half types are
+// widened on the way, padding becomes zero without a branch, and in NCHW the copies would be of single elements.
 #include "common.cuh"
 
 #define FPROP 0  // values of PASS
@@ -31,19 +105,19 @@ struct FilterStrides {
 struct Params {
   Strides source;        // the gathered tensor: x (dgrad: grad_y)
   Strides result;        // the tensor of places: y (dgrad: grad_x; wgrad, bgrad: grad_y, which is read)
-  FilterStrides filter;  // w (wgrad: grad_w, written)
+  FilterStrides filter;  // w (wgrad: grad_w, which is written)
   long long bias;        // stride
   long long numel;       // elements of one partial result
-  FastDiv count[3];      // places along each axis (dgrad: of one phase)
+  FastDiv count[3];      // places along each axis (dgrad: of the largest phase)
   FastDiv channels;      // source channels of a group
-  FastDiv tiles, groups, phases, splits;  // what a block's number is made of, fastest first
+  FastDiv tiles, groups, phases, splits;  // what a block's number is made of
   int size[3];           // of the source
   int limit[3];          // of the result
   int taps[3], stride[3], dilation[3], pad[3];
   int reach[3];          // source coordinates from one tap to the next
   int tap_step[3];       // dgrad: filter taps from one tap of a phase to its next
-  int places;            // of all images (dgrad: of one phase)
-  int outputs;           // result channels of a group (dgrad: channels of grad_x)
+  int places;            // of all images (dgrad: of the largest phase)
+  int outputs;           // result channels of a group
 };
 static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from the structure in conv_direct.py");
 
@@ -52,120 +126,94 @@ DEVICE constexpr int min_of(int a, int b) { return a < b ? a : b; }
 // ---- addresses in two halves ----------------------------------------------------------------------------
 struct Half {
   Offset source, other;  // other: of a place, in the result; of a filter entry, in the filter
-  int at[DIMS];          // source coordinates; where both halves' sum is outside, the source is zero
+  int at[DIMS];          // source coordinates
 };
 constexpr int FAR = -(1 << 30);  // a coordinate that no other half brings back inside; FAR + FAR still fits
-constexpr Offset NOWHERE = -1;   // of `other`: there is no such element
+constexpr Offset NOWHERE = -1;   // an `other` that does not exist
 
-// dgrad: places of one remainder by the stride. Else there is one phase, all places and taps.
-struct Phase {
-  int origin[DIMS];  // source coordinate of the first place's first tap
-  int corner[DIMS];  // first place
-  int first[DIMS];   // first tap
+// The group and the phase in hand. A pass other than dgrad has one phase: all places, all taps.
+struct Work {
+  Offset source, result, filter;  // where the group begins
+  int origin[DIMS];               // source coordinate of the first place's first tap
+  int corner[DIMS];               // result coordinate of the first place
+  int first[DIMS];                // first tap
   int taps[DIMS];
-  int entries;       // of the filter, for one result channel: channels x taps
+  int entries;                    // of the filter for one result channel: channels x taps
 };
 
-DEVICE Phase phase_at(const Params& p, int index) {
-  Phase phase;
-  phase.entries = (int)p.channels.divisor;
+DEVICE Work work_on(const Params& p, int group, int phase) {
+  Work work;
+  work.source = group * (Offset)p.source.group;
+  work.result = group * (Offset)p.result.group;
+  work.filter = group * (Offset)p.filter.group;
+  work.entries = (int)p.channels.divisor;
 #pragma unroll
   for (int a = DIMS - 1; a >= 0; a--) {
     int origin = -p.pad[a], corner = 0, first = 0, taps = p.taps[a];
     if (PASS == DGRAD) {
-      corner = index % p.stride[a], index /= p.stride[a];
+      corner = phase % p.stride[a], phase /= p.stride[a];
       const int base = corner + p.pad[a];
-      while (first < p.taps[a] && (base - first * p.dilation[a]) % p.stride[a] != 0) first++;
+      while (first < taps && (base - first * p.dilation[a]) % p.stride[a] != 0) first++;
       origin = (base - first * p.dilation[a]) / p.stride[a];
-      taps = first < p.taps[a] ? (p.taps[a] - 1 - first) / p.tap_step[a] + 1 : 0;
+      taps = first < taps ? (taps - 1 - first) / p.tap_step[a] + 1 : 0;
     }
-    phase.origin[a] = origin, phase.corner[a] = corner, phase.first[a] = first, phase.taps[a] = taps;
-    phase.entries *= taps;
+    work.origin[a] = origin, work.corner[a] = corner, work.first[a] = first, work.taps[a] = taps;
+    work.entries *= taps;
   }
-  return phase;
+  return work;
 }
 
-struct Geometry {
-  const Params& p;
-  const Phase& phase;
-
-  // Place i of the phase, numbered image by image, last axis fastest.
-  __device__ __forceinline__ Half place(int i) const {
-    bool exists = i < p.places;
-    int rest = exists ? i : 0, index[DIMS];
+// Place i of the phase, numbered image by image, last axis fastest.
+DEVICE Half place_at(const Params& p, const Work& work, int i) {
+  bool exists = i < p.places;
+  int rest = exists ? i : 0, index[DIMS];
 #pragma unroll
-    for (int a = DIMS - 1; a >= 0; a--) rest = p.count[a].divmod(rest, index[a]);
-    Half h;
-    h.source = (Offset)rest * (Offset)p.source.batch;
-    h.other = (Offset)rest * (Offset)p.result.batch;
+  for (int a = DIMS - 1; a >= 0; a--) rest = p.count[a].divmod(rest, index[a]);
+  Half h;
+  h.source = work.source + (Offset)rest * (Offset)p.source.batch;
+  h.other = work.result + (Offset)rest * (Offset)p.result.batch;
 #pragma unroll
-    for (int a = 0; a < DIMS; a++) {
-      const int to = PASS == DGRAD ? phase.corner[a] + index[a] * p.stride[a] : index[a];
-      if (PASS == DGRAD) exists &= to < p.limit[a];
-      h.at[a] = phase.origin[a] + index[a] * (PASS == DGRAD ? 1 : p.stride[a]);
-      h.source += (Offset)h.at[a] * (Offset)p.source.axis[a];
-      h.other += (Offset)to * (Offset)p.result.axis[a];
-    }
-    if (!exists) h.at[DIMS - 1] = FAR, h.other = NOWHERE;
-    return h;
+  for (int a = 0; a < DIMS; a++) {
+    const int to = PASS == DGRAD ? work.corner[a] + index[a] * p.stride[a] : index[a];
+    if (PASS == DGRAD) exists &= to < p.limit[a];  // smaller phases leave the end of their count empty
+    h.at[a] = work.origin[a] + index[a] * (PASS == DGRAD ? 1 : p.stride[a]);
+    h.source += (Offset)h.at[a] * (Offset)p.source.axis[a];
+    h.other += (Offset)to * (Offset)p.result.axis[a];
   }
-
-  // The filter's entry for source channel c at one tap of the phase.
-  __device__ __forceinline__ Half entry(int c, const int (&tap)[DIMS]) const {
-    Half h;
-    h.source = (Offset)c * (Offset)p.source.channel;
-    h.other = (Offset)c * (Offset)p.filter.channel;
-#pragma unroll
-    for (int a = 0; a < DIMS; a++) {
-      const int r = PASS == DGRAD ? phase.first[a] + tap[a] * p.tap_step[a] : tap[a];
-      h.at[a] = tap[a] * p.reach[a];
-      h.source += (Offset)h.at[a] * (Offset)p.source.axis[a];
-      h.other += (Offset)r * (Offset)p.filter.tap[a];
-    }
-    return h;
-  }
-
-  __device__ __forceinline__ bool inside(const Half& one, const Half& two) const {
-    bool in = true;
-#pragma unroll
-    for (int a = 0; a < DIMS; a++) in &= (unsigned)(one.at[a] + two.at[a]) < (unsigned)p.size[a];
-    return in;
-  }
-};
-
-#if PASS != REDUCE && !(PASS != BGRAD && FORM == TILED)
-// ---- blocks of LANES_G groups x LANES_P places ----------------------------------------------------------
-constexpr int V = VECTOR, THREADS = LANES_G * LANES_P;
-// Neighbouring lanes follow the axis that is contiguous in memory.
-DEVICE int lane_of_place() { return PLACES_FAST ? (int)threadIdx.x % LANES_P : (int)threadIdx.x / LANES_G; }
-DEVICE int lane_of_group() { return PLACES_FAST ? (int)threadIdx.x / LANES_P : (int)threadIdx.x % LANES_G; }
-
-// Adds COUNT values of every thread over the LANES_P threads of its group, in an order that the block's
-// size alone decides. The sums come back in `sums`, in the columns of the threads whose place lane is 0.
-template <int COUNT> DEVICE void sum_over_places(const A (&own)[COUNT], A (&sums)[COUNT][THREADS]) {
-  static_assert((LANES_P & (LANES_P - 1)) == 0, "the tree halves the lanes until one is left");
-#pragma unroll
-  for (int i = 0; i < COUNT; i++) sums[i][threadIdx.x] = own[i];
-  __syncthreads();
-  for (int half = LANES_P / 2; half > 0; half /= 2) {
-    if (lane_of_place() < half) {
-      const int other = (int)threadIdx.x + half * (PLACES_FAST ? 1 : LANES_G);
-#pragma unroll
-      for (int i = 0; i < COUNT; i++) sums[i][threadIdx.x] += sums[i][other];
-    }
-    __syncthreads();
-  }
+  if (!exists) h.at[DIMS - 1] = FAR, h.other = NOWHERE;
+  return h;
 }
-#endif
+
+// The filter's entry for source channel c at one tap of the phase.
+DEVICE Half entry_at(const Params& p, const Work& work, int c, const int (&tap)[DIMS]) {
+  Half h;
+  h.source = (Offset)c * (Offset)p.source.channel;
+  h.other = work.filter + (Offset)c * (Offset)p.filter.channel;
+#pragma unroll
+  for (int a = 0; a < DIMS; a++) {
+    const int r = PASS == DGRAD ? work.first[a] + tap[a] * p.tap_step[a] : tap[a];
+    h.at[a] = tap[a] * p.reach[a];
+    h.source += (Offset)h.at[a] * (Offset)p.source.axis[a];
+    h.other += (Offset)r * (Offset)p.filter.tap[a];
+  }
+  return h;
+}
+
+DEVICE bool inside(const Params& p, const Half& one, const Half& two, int axes = DIMS) {
+  bool in = true;
+#pragma unroll
+  for (int a = 0; a < axes; a++) in &= (unsigned)(one.at[a] + two.at[a]) < (unsigned)p.size[a];
+  return in;
+}
 
 #if PASS == REDUCE
-// ---- second pass ----------------------------------------------------------------------------------------
+// ---- second pass: sums of partial results ---------------------------------------------------------------
 constexpr int THREADS = 256, LANES = REDUCE_LANES, ROWS = THREADS / LANES;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 conv_reduce_direct(const A* __restrict__ partial, const T* __restrict__ bias, T* __restrict__ out, const Params p) {
   __shared__ A sums[ROWS][LANES];
-  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
+  const int lane = (int)threadIdx.x % LANES, row = (int)threadIdx.x / LANES;
   const int element = (int)blockIdx.x * LANES + lane;
   A sum = A(0);
   if (element < p.numel)
@@ -184,98 +232,123 @@ conv_reduce_direct(const A* __restrict__ partial, const T* __restrict__ bias, T*
   }
 }
 
-#elif PASS == BGRAD
-// ---- bias gradient --------------------------------------------------------------------------------------
+#elif PASS == BGRAD || FORM == THIN
+// ---- blocks of LANES_G groups x LANES_P places, without a product in shared memory ----------------------
+constexpr int V = VECTOR, THREADS = LANES_G * LANES_P;
+
+// Neighbouring lanes follow the index that is contiguous in memory.
+DEVICE int lane_of_place() { return PLACES_FAST ? (int)threadIdx.x % LANES_P : (int)threadIdx.x / LANES_G; }
+DEVICE int lane_of_group() { return PLACES_FAST ? (int)threadIdx.x / LANES_P : (int)threadIdx.x % LANES_G; }
+
+// Adds each of COUNT values over the LANES_P threads of a group, in an order that the block's shape alone
+// decides. The sums are left in `sums` in the columns of the threads whose place lane is 0.
+template <int COUNT> DEVICE void sum_over_places(const A (&own)[COUNT], A (&sums)[COUNT][THREADS]) {
+  static_assert((LANES_P & (LANES_P - 1)) == 0, "halving ends at one lane");
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) sums[i][threadIdx.x] = own[i];
+  __syncthreads();
+  for (int half = LANES_P / 2; half > 0; half /= 2) {
+    if (lane_of_place() < half) {
+      const int other = (int)threadIdx.x + half * (PLACES_FAST ? 1 : LANES_G);
+#pragma unroll
+      for (int i = 0; i < COUNT; i++) sums[i][threadIdx.x] += sums[i][other];
+    }
+    __syncthreads();
+  }
+}
+
+#if PASS == BGRAD
+// Every channel is a group here. A pack is V places of a channel, or V channels at a place.
 extern "C" __global__ void __launch_bounds__(THREADS)
 conv_bgrad_direct(const T* __restrict__ grad_y, Result* __restrict__ partial, const Params p) {
-  constexpr int SUMS = PLACES_FAST ? 1 : V, STEP = PLACES_FAST ? V : 1;  // a pack: V places or V channels
+  constexpr int SUMS = PLACES_FAST ? 1 : V, STEP = PLACES_FAST ? V : 1;
   __shared__ A sums[SUMS][THREADS];
-  const Phase phase = phase_at(p, 0);
-  const Geometry g{p, phase};
   int tile;
   const int split = p.tiles.divmod((int)blockIdx.x, tile);
   const int channel = (tile * LANES_G + lane_of_group()) * SUMS;
   const int packs = p.places / STEP, share = ceil_div(packs, (int)p.splits.divisor);
   const int end = min_of(packs, (split + 1) * share);
   A own[SUMS] = {};
-  if (channel < p.outputs) {
-    const T* base = grad_y + channel * p.result.channel;
+  if (channel < (int)p.groups.divisor) {
+    const Work work = work_on(p, channel, 0);
 #pragma unroll 4
     for (int i = split * share + lane_of_place(); i < end; i += LANES_P) {
-      const Pack<T, V> pack = load_pack<V>(base + g.place(i * STEP).other);
+      A d[V];
+      load_as<V>(d, grad_y + place_at(p, work, i * STEP).other);
 #pragma unroll
-      for (int v = 0; v < V; v++) own[PLACES_FAST ? 0 : v] += convert<A>(pack.v[v]);
+      for (int v = 0; v < V; v++) own[PLACES_FAST ? 0 : v] += d[v];
     }
   }
   sum_over_places(own, sums);
-  if (lane_of_place() == 0 && channel < p.outputs)
+  if (lane_of_place() == 0 && channel < (int)p.groups.divisor)
 #pragma unroll
-    for (int v = 0; v < SUMS; v++) partial[split * p.numel + channel + v] = convert<Result>(sums[v][threadIdx.x]);
+    for (int v = 0; v < SUMS; v++)
+      partial[split * p.numel + channel + v] = convert<Result>(sums[v][threadIdx.x]);
 }
 
-#elif FORM == THIN
-// ---- thin groups ----------------------------------------------------------------------------------------
+#else
+// Few channels a group: nothing to share between threads but what L1 holds anyway.
 constexpr int RV = RESULT_VECTOR, O = OUTPUTS;
-static_assert(V == 1 || O == 1, "a pack holds the same channel of neighbouring groups");
+static_assert(V == 1 || O == 1, "a pack holds the one channel of V neighbouring groups");
 static_assert(RV == V || RV == 1, "the result moves in the source's packs or element by element");
 
-// Taps stand unrolled in chunks of TAPS_0 x TAPS_1 x TAPS_2; a small filter is one chunk.
+#if PASS == WGRAD
+// Taps stand unrolled in chunks of TAPS_0 x TAPS_1 x TAPS_2.
 DEVICE constexpr int chunk(int a) { return a >= DIMS ? 1 : a == 0 ? TAPS_0 : a == 1 ? TAPS_1 : TAPS_2; }
 constexpr int TAPS = chunk(0) * chunk(1) * chunk(2);
 
 // Tap t of the chunk that begins at tap `base`; false where the filter ends before it.
-DEVICE bool chunk_tap(const Geometry& g, const int (&base)[3], int t, int (&tap)[DIMS]) {
+DEVICE bool chunk_tap(const Work& work, const int (&base)[3], int t, int (&tap)[DIMS]) {
   bool exists = true;
 #pragma unroll
   for (int a = DIMS - 1; a >= 0; a--) {
     tap[a] = base[a] + t % chunk(a), t /= chunk(a);
-    if (!FULL_CHUNKS) exists &= tap[a] < g.phase.taps[a];
+    if (!FULL_CHUNKS) exists &= tap[a] < work.taps[a];
   }
   return exists;
 }
 
-#if PASS == WGRAD
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-conv_wgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ x, Result* __restrict__ partial, const Params p) {
+conv_wgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ x, Result* __restrict__ partial,
+                const Params p) {
   constexpr int SUMS = O * TAPS * V;
   __shared__ A sums[SUMS][THREADS];
-  const Phase phase = phase_at(p, 0);
-  const Geometry g{p, phase};
   int tile, c, index;
   int block = p.tiles.divmod((int)blockIdx.x, tile);
   block = p.channels.divmod(block, c);
-  const int split = p.phases.divmod(block, index);
+  const int split = p.phases.divmod(block, index);  // here: chunks of taps
   const int group = (tile * LANES_G + lane_of_group()) * V;
+  const Work work = work_on(p, group, 0);
   int base[3] = {};
 #pragma unroll
   for (int a = DIMS - 1; a >= 0; a--) {
-    const int n = ceil_div(g.phase.taps[a], chunk(a));
-    base[a] = index % n * chunk(a), index /= n;
+    const int chunks = ceil_div(work.taps[a], chunk(a));
+    base[a] = index % chunks * chunk(a), index /= chunks;
   }
 
   A own[SUMS] = {};
   if (group < (int)p.groups.divisor) {
-    const T* from = x + group * p.source.group;
-    const T* grad = grad_y + group * p.result.group;
     const int share = ceil_div(p.places, (int)p.splits.divisor), end = min_of(p.places, (split + 1) * share);
     for (int i = split * share + lane_of_place(); i < end; i += LANES_P) {
-      const Half place = g.place(i);
+      const Half place = place_at(p, work, i);
       A d[O][V];
 #pragma unroll
-      for (int o = 0; o < O; o++)
+      for (int o = 0; o < O; o++) {
+        const T* from = grad_y + (place.other + o * (Offset)p.result.channel);
+        if (RV == V) {
+          load_as<V>(d[o], from);
+        } else {
 #pragma unroll
-        for (int v = 0; v < V; v += RV) {
-          const Pack<T, RV> pack = load_pack<RV>(grad + place.other + o * (Offset)p.result.channel + v * (Offset)p.result.group);
-#pragma unroll
-          for (int i = 0; i < RV; i++) d[o][v + i] = convert<A>(pack.v[i]);
+          for (int v = 0; v < V; v++) d[o][v] = convert<A>(from[v * (Offset)p.result.group]);
         }
+      }
 #pragma unroll
       for (int t = 0; t < TAPS; t++) {
         int tap[DIMS];
-        const bool exists = chunk_tap(g, base, t, tap);
-        const Half entry = g.entry(c, tap);
-        const bool in = exists && g.inside(place, entry);
-        const Pack<T, V> pack = in ? load_pack<V>(from + (place.source + entry.source)) : Pack<T, V>{};
+        const bool exists = chunk_tap(work, base, t, tap);
+        const Half entry = entry_at(p, work, c, tap);
+        const bool in = exists && inside(p, place, entry);
+        const Pack<T, V> pack = in ? load_pack<V>(x + (place.source + entry.source)) : Pack<T, V>{};
 #pragma unroll
         for (int v = 0; v < V; v++)
 #pragma unroll
@@ -285,13 +358,12 @@ conv_wgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ x, Result* _
   }
   sum_over_places(own, sums);
 
-  partial += split * p.numel;
   for (int i = threadIdx.x; i < SUMS * LANES_G; i += THREADS) {
     const int lane = i % LANES_G, sum = i / LANES_G, v = sum % V, t = sum / V % TAPS, o = sum / V / TAPS;
     const int to = (tile * LANES_G + lane) * V + v;
     int tap[DIMS];
-    if (chunk_tap(g, base, t, tap) && to < (int)p.groups.divisor)
-      partial[to * p.filter.group + o * p.filter.row + g.entry(c, tap).other] =
+    if (chunk_tap(work, base, t, tap) && to < (int)p.groups.divisor)
+      partial[split * p.numel + o * p.filter.row + entry_at(p, work_on(p, to, 0), c, tap).other] =
           convert<Result>(sums[sum][PLACES_FAST ? lane * LANES_P : lane]);
   }
 }
@@ -299,85 +371,101 @@ conv_wgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ x, Result* _
 #else
 constexpr int U = PLACES;
 
-DEVICE int taps_along(const Geometry& g, int a) { return a < DIMS ? g.phase.taps[a] : 1; }
-
 DEVICE void thin(const T* __restrict__ source, const T* __restrict__ filter, const T* __restrict__ bias,
-                 Result* __restrict__ result, const Params& p) {
-  int tile, index;
+                 T* __restrict__ result, const Params& p) {
+  int tile, phase;
   int block = p.tiles.divmod((int)blockIdx.x, tile);
-  block = p.phases.divmod(block, index);
-  const Phase phase = phase_at(p, index);
-  const Geometry g{p, phase};
+  block = p.phases.divmod(block, phase);
   const int group = (tile * LANES_G + lane_of_group()) * V;
   if (group >= (int)p.groups.divisor) return;
-  source += group * p.source.group, filter += group * p.filter.group, result += group * p.result.group;
-
+  const Work work = work_on(p, group, phase);
   Half place[U];
 #pragma unroll
-  for (int u = 0; u < U; u++) place[u] = g.place((block * U + u) * LANES_P + lane_of_place());
+  for (int u = 0; u < U; u++) place[u] = place_at(p, work, (block * U + u) * LANES_P + lane_of_place());
 
   A acc[U][O][V] = {};
+  constexpr int LAST = DIMS - 1;
+  const int planes = DIMS > 2 ? work.taps[0] : 1, rows = DIMS > 1 ? work.taps[DIMS - 2] : 1;
 #pragma unroll 1
   for (int c = 0; c < (int)p.channels.divisor; c++)
 #pragma unroll 1
-    for (int t0 = 0; t0 < taps_along(g, 0); t0 += chunk(0))
+    for (int plane = 0; plane < planes; plane++)
 #pragma unroll 1
-      for (int t1 = 0; t1 < taps_along(g, 1); t1 += chunk(1))
-#pragma unroll 1
-        for (int t2 = 0; t2 < taps_along(g, 2); t2 += chunk(2)) {
-          const int base[3] = {t0, t1, t2};
+      for (int row = 0; row < rows; row++) {
+        int tap[DIMS] = {};
+        if (DIMS > 2) tap[0] = plane;
+        if (DIMS > 1) tap[DIMS - 2] = row;
+        const Half entry = entry_at(p, work, c, tap);
+        // The line of the source that this row of taps reads, for each place; far away where there is none.
+        Offset line[U];
+        int at[U];
 #pragma unroll
-          for (int t = 0; t < TAPS; t++) {
-            int tap[DIMS];
-            const bool exists = chunk_tap(g, base, t, tap);
-            const Half entry = g.entry(c, tap);
+        for (int u = 0; u < U; u++) {
+          line[u] = place[u].source + entry.source;
+          at[u] = inside(p, place[u], entry, LAST) ? place[u].at[LAST] : FAR;
+        }
+#pragma unroll 1
+        for (int first = 0; first < work.taps[LAST]; first += TAPS)
+#pragma unroll
+          for (int t = first; t < first + TAPS; t++) {
+            const bool exists = FULL_CHUNKS || t < work.taps[LAST];
+            const int step = t * p.reach[LAST], r = PASS == DGRAD ? t * p.tap_step[LAST] : t;
+            const T* from = filter + (entry.other + (Offset)r * (Offset)p.filter.tap[LAST]);
             A w[O][V];
 #pragma unroll
             for (int o = 0; o < O; o++)
 #pragma unroll
               for (int v = 0; v < V; v++)
-                w[o][v] = exists ? convert<A>(filter[entry.other + o * (Offset)p.filter.row + v * (Offset)p.filter.group]) : A(0);
+                w[o][v] = exists ? convert<A>(from[o * (Offset)p.filter.row + v * (Offset)p.filter.group])
+                                 : A(0);
 #pragma unroll
             for (int u = 0; u < U; u++) {
-              const bool in = exists && g.inside(place[u], entry);
-              const Pack<T, V> pack = in ? load_pack<V>(source + (place[u].source + entry.source)) : Pack<T, V>{};
+              const bool in = exists && (unsigned)(at[u] + step) < (unsigned)p.size[LAST];
+              const Offset offset = line[u] + (Offset)step * (Offset)p.source.axis[LAST];
+              const Pack<T, V> pack = in ? load_pack<V>(source + offset) : Pack<T, V>{};
 #pragma unroll
               for (int v = 0; v < V; v++)
 #pragma unroll
                 for (int o = 0; o < O; o++) acc[u][o][v] += w[o][v] * convert<A>(pack.v[v]);
             }
           }
-        }
+      }
 
 #pragma unroll
   for (int o = 0; o < O; o++) {
-    A b[V] = {};
     if (bias)
 #pragma unroll
-      for (int v = 0; v < V; v++) b[v] = convert<A>(bias[((group + v) * O + o) * p.bias]);
+      for (int v = 0; v < V; v++) {
+        const A b = convert<A>(bias[((group + v) * O + o) * p.bias]);
 #pragma unroll
-    for (int u = 0; u < U; u++)
-#pragma unroll
-      for (int v = 0; v < V; v += RV) {
-        Pack<Result, RV> pack;
-#pragma unroll
-        for (int i = 0; i < RV; i++) pack.v[i] = convert<Result>(acc[u][o][v + i] + b[v + i]);
-        if (place[u].other >= 0)
-          store_pack<RV>(result + place[u].other + o * (Offset)p.result.channel + v * (Offset)p.result.group, pack);
+        for (int u = 0; u < U; u++) acc[u][o][v] += b;
       }
+#pragma unroll
+    for (int u = 0; u < U; u++) {
+      if (place[u].other < 0) continue;
+      T* to = result + (place[u].other + o * (Offset)p.result.channel);
+      if (RV == V) {
+        store_as<V>(to, acc[u][o]);
+      } else {
+#pragma unroll
+        for (int v = 0; v < V; v++) to[v * (Offset)p.result.group] = convert<T>(acc[u][o][v]);
+      }
+    }
   }
 }
 
 #if PASS == FPROP
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-conv_fprop_thin(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias, Result* __restrict__ y, const Params p) {
+conv_fprop_thin(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
+                T* __restrict__ y, const Params p) {
   thin(x, w, bias, y, p);
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-conv_dgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ w, Result* __restrict__ grad_x, const Params p) {
+conv_dgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ w, T* __restrict__ grad_x, const Params p) {
   thin(grad_y, w, nullptr, grad_x, p);
 }
+#endif
 #endif
 #endif
 
@@ -386,10 +474,12 @@ conv_dgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ w, Result* _
 constexpr int BM = BLOCK_M, BN = BLOCK_N, BK = BLOCK_K, TM = THREAD_M, TN = THREAD_N;
 constexpr int GV = GATHER_VECTOR, PV = PLAIN_VECTOR, SV = STORE_VECTOR;
 constexpr int THREADS_M = BM / TM, THREADS_N = BN / TN, THREADS = THREADS_M * THREADS_N;
-constexpr int ACCESS = 16 / sizeof(A);                          // accumulators in 16 bytes of shared memory
-constexpr int FM = min_of(TM, ACCESS), FN = min_of(TN, ACCESS);  // rows, columns a thread owns side by side
+constexpr int ACCESS = 16 / sizeof(A);  // accumulators in one access to shared memory
+constexpr int FM = min_of(TM, ACCESS), FN = min_of(TN, ACCESS);  // rows, columns that a thread owns side by side
 static_assert(BM % TM == 0 && BN % TN == 0 && TM % FM == 0 && TN % FN == 0, "threads fill the tile");
-static_assert(THREADS >= BK && THREADS % 32 == 0 && BM % GV == 0 && BK % GV == 0 && BK % PV == 0, "packs fill the tile");
+static_assert(THREADS >= BK && THREADS % 32 == 0, "one thread decodes a step");
+static_assert((GATHER_ALONG_STEPS ? BK : BM) % GV == 0, "packs fill the gathered tile");
+static_assert((PLAIN_ALONG_STEPS ? BK : BN) % PV == 0, "packs fill the plain tile");
 static_assert((STORE_ALONG_ROWS ? FM : FN) % SV == 0, "a store moves what one thread owns side by side");
 
 struct __align__(16) Tiles {
@@ -417,7 +507,10 @@ template <int EXTENT, bool ALONG_STEPS, int V> struct Share {
     const int lane = ALONG_STEPS ? (int)threadIdx.x % STEP_LANES : (int)threadIdx.x / ROW_LANES;
     return (lane + j * STEP_LANES) * STEP_PACK;
   }
+  // Where the packs are not a multiple of the threads, some have none: has() tells, and reads are clamped.
   DEVICE bool has(int i, int j) { return EXACT || (row(i) < EXTENT && step(j) < BK); }
+  DEVICE int known_row(int i) { return EXACT ? row(i) : min_of(row(i), EXTENT - 1); }
+  DEVICE int known_step(int j) { return EXACT ? step(j) : min_of(step(j), BK - 1); }
 
   // Converts what was fetched and lays it out step by step, as the product reads it.
   template <int PITCH> DEVICE void commit(const Pack<T, V> (&fetched)[ROWS][STEPS], A (&tile)[BK][PITCH]) {
@@ -439,74 +532,76 @@ template <int EXTENT, bool ALONG_STEPS, int V> struct Share {
 using Gather = Share<BM, GATHER_ALONG_STEPS, GV>;
 using Plain = Share<BN, PLAIN_ALONG_STEPS, PV>;
 
-// Entry j of the filter: channels or taps fastest, whichever the source's lanes follow.
-DEVICE Half filter_entry(const Geometry& g, int j) {
-  const bool exists = j < g.phase.entries;
+// Entry j of the filter, numbered with channels or with taps fastest: whichever the source's lanes follow.
+DEVICE Half numbered_entry(const Params& p, const Work& work, int j) {
+  const bool exists = j < work.entries;
   int rest = exists ? j : 0, c = 0, tap[DIMS];
-  if (CHANNELS_FAST) rest = g.p.channels.divmod(rest, c);
+  if (CHANNELS_FAST) rest = p.channels.divmod(rest, c);
 #pragma unroll
   for (int a = DIMS - 1; a >= 0; a--) {
-    if (CHANNELS_FAST && a == 0) {
-      tap[0] = rest;
-    } else {
-      const int next = rest / g.phase.taps[a];
-      tap[a] = rest - next * g.phase.taps[a], rest = next;
-    }
+    const bool last_digit = CHANNELS_FAST && a == 0;
+    const int next = last_digit ? 0 : rest / work.taps[a];
+    tap[a] = rest - next * work.taps[a], rest = next;
   }
-  Half h = g.entry(CHANNELS_FAST ? c : rest, tap);
+  Half h = entry_at(p, work, CHANNELS_FAST ? c : rest, tap);
   if (!exists) h.at[DIMS - 1] = FAR, h.other = NOWHERE;
   return h;
 }
 
-// Rows of the product, and the steps of its sum.
-DEVICE Half row_at(const Geometry& g, int m) { return PASS == WGRAD ? filter_entry(g, m) : g.place(m); }
-DEVICE Half step_at(const Geometry& g, int k) { return PASS == WGRAD ? g.place(k) : filter_entry(g, k); }
+// The product's rows, and the steps of its sums.
+DEVICE Half row_at(const Params& p, const Work& work, int m) {
+  return PASS == WGRAD ? numbered_entry(p, work, m) : place_at(p, work, m);
+}
+DEVICE Half step_at(const Params& p, const Work& work, int k) {
+  return PASS == WGRAD ? place_at(p, work, k) : numbered_entry(p, work, k);
+}
 
 DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, const T* __restrict__ bias,
                   Result* __restrict__ out, const Params& p) {
   __shared__ Tiles tiles;
-  __shared__ Phase phase;
+  __shared__ Work work;
   __shared__ int m0, n0, group, split;
-  if (threadIdx.x == 0) {
-    int index, block = p.tiles.divmod((int)blockIdx.x, n0);
+  const int tid = (int)threadIdx.x;
+  if (tid == 0) {
+    int phase, block = p.tiles.divmod((int)blockIdx.x, n0);
     block = p.groups.divmod(block, group);
-    block = p.phases.divmod(block, index);
+    block = p.phases.divmod(block, phase);
     m0 = p.splits.divmod(block, split) * BM, n0 *= BN;
-    phase = phase_at(p, index);
+    work = work_on(p, group, phase);
   }
   __syncthreads();
-  const Geometry g{p, phase};
 
-  gathered += group * p.source.group;
-  plain += group * (PASS == WGRAD ? p.result.group : p.filter.group);
-  const Offset plain_channel = (Offset)(PASS == WGRAD ? p.result.channel : p.filter.row);
-
-  for (int m = threadIdx.x; m < BM; m += THREADS) tiles.rows[m] = row_at(g, m0 + m);
-  for (int n = threadIdx.x; n < BN; n += THREADS) tiles.columns[n] = n0 + n < p.outputs ? (n0 + n) * plain_channel : NOWHERE;
+  // A row's other half says where it is written, a step's where the plain operand is read; a column adds its
+  // channel to either.
+  for (int m = tid; m < BM; m += THREADS) tiles.rows[m] = row_at(p, work, m0 + m);
+  const Offset read_channel = (Offset)(PASS == WGRAD ? p.result.channel : p.filter.row);
+  for (int n = tid; n < BN; n += THREADS)
+    tiles.columns[n] = n0 + n < p.outputs ? (n0 + n) * read_channel : NOWHERE;
 
   Pack<T, GV> gather[Gather::ROWS][Gather::STEPS];
   Pack<T, PV> straight[Plain::ROWS][Plain::STEPS];
   const auto describe = [&](int s) {
-    if (threadIdx.x < BK) tiles.steps[s & 1][threadIdx.x] = step_at(g, s * BK + (int)threadIdx.x);
+    if (tid < BK) tiles.steps[s & 1][tid] = step_at(p, work, s * BK + tid);
   };
   const auto fetch = [&](int s) {
 #pragma unroll
     for (int i = 0; i < Gather::ROWS; i++) {
-      const Half row = tiles.rows[min_of(Gather::row(i), BM - 1)];
+      const Half row = tiles.rows[Gather::known_row(i)];
 #pragma unroll
       for (int j = 0; j < Gather::STEPS; j++) {
-        const Half step = tiles.steps[s & 1][min_of(Gather::step(j), BK - 1)];
-        gather[i][j] = Gather::has(i, j) && g.inside(row, step)
+        const Half step = tiles.steps[s & 1][Gather::known_step(j)];
+        gather[i][j] = Gather::has(i, j) && inside(p, row, step)
                            ? load_pack<GV>(gathered + (row.source + step.source)) : Pack<T, GV>{};
       }
     }
 #pragma unroll
     for (int i = 0; i < Plain::ROWS; i++) {
-      const Offset column = tiles.columns[min_of(Plain::row(i), BN - 1)];
+      const Offset column = tiles.columns[Plain::known_row(i)];
 #pragma unroll
       for (int j = 0; j < Plain::STEPS; j++) {
-        const Offset step = tiles.steps[s & 1][min_of(Plain::step(j), BK - 1)].other;
-        straight[i][j] = Plain::has(i, j) && (column | step) >= 0 ? load_pack<PV>(plain + (column + step)) : Pack<T, PV>{};
+        const Offset step = tiles.steps[s & 1][Plain::known_step(j)].other;
+        straight[i][j] = Plain::has(i, j) && (column | step) >= 0  // neither is NOWHERE
+                             ? load_pack<PV>(plain + (column + step)) : Pack<T, PV>{};
       }
     }
   };
@@ -516,8 +611,8 @@ DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, c
   };
 
   // Lanes follow the result's contiguous axis, so that a warp's stores run together.
-  const int tm = STORE_ALONG_ROWS ? (int)threadIdx.x % THREADS_M : (int)threadIdx.x / THREADS_N;
-  const int tn = STORE_ALONG_ROWS ? (int)threadIdx.x / THREADS_M : (int)threadIdx.x % THREADS_N;
+  const int tm = STORE_ALONG_ROWS ? tid % THREADS_M : tid / THREADS_N;
+  const int tn = STORE_ALONG_ROWS ? tid / THREADS_M : tid % THREADS_N;
   A acc[TM][TN] = {};
   const auto multiply = [&](int s) {
 #pragma unroll
@@ -525,9 +620,11 @@ DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, c
       Pack<A, FM> a[TM / FM];
       Pack<A, FN> b[TN / FN];
 #pragma unroll
-      for (int i = 0; i < TM / FM; i++) a[i] = load_pack<FM>(&tiles.gathered[s & 1][k][(i * THREADS_M + tm) * FM]);
+      for (int i = 0; i < TM / FM; i++)
+        a[i] = load_pack<FM>(&tiles.gathered[s & 1][k][(i * THREADS_M + tm) * FM]);
 #pragma unroll
-      for (int j = 0; j < TN / FN; j++) b[j] = load_pack<FN>(&tiles.plain[s & 1][k][(j * THREADS_N + tn) * FN]);
+      for (int j = 0; j < TN / FN; j++)
+        b[j] = load_pack<FN>(&tiles.plain[s & 1][k][(j * THREADS_N + tn) * FN]);
 #pragma unroll
       for (int i = 0; i < TM; i++)
 #pragma unroll
@@ -535,7 +632,7 @@ DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, c
     }
   };
 
-  const int steps = ceil_div(PASS == WGRAD ? p.places : g.phase.entries, BK);
+  const int steps = ceil_div(PASS == WGRAD ? p.places : work.entries, BK);
   const int share = ceil_div(steps, (int)p.splits.divisor);
   const int begin = split * share, end = min_of(steps, begin + share);
   if (begin < end) describe(begin);
@@ -557,8 +654,8 @@ DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, c
     }
   }
 
-  out += group * (PASS == WGRAD ? p.filter.group : p.result.group) + split * p.numel;
-  const Offset out_channel = (Offset)(PASS == WGRAD ? p.filter.row : p.result.channel);
+  out += split * p.numel;
+  const Offset write_channel = (Offset)(PASS == WGRAD ? p.filter.row : p.result.channel);
 #pragma unroll
   for (int j = 0; j < TN; j++) {
     const int n = n0 + (j / FN * THREADS_N + tn) * FN + j % FN;
@@ -576,25 +673,29 @@ DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, c
       const int n = n0 + (j / FN * THREADS_N + tn) * FN + j % FN;
       Pack<Result, SV> pack;
 #pragma unroll
-      for (int v = 0; v < SV; v++) pack.v[v] = convert<Result>(STORE_ALONG_ROWS ? acc[i + v][j] : acc[i][j + v]);
-      if (to >= 0 && n < p.outputs) store_pack<SV>(out + (to + n * out_channel), pack);
+      for (int v = 0; v < SV; v++)
+        pack.v[v] = convert<Result>(STORE_ALONG_ROWS ? acc[i + v][j] : acc[i][j + v]);
+      if (to >= 0 && n < p.outputs) store_pack<SV>(out + (to + n * write_channel), pack);
     }
   }
 }
 
 #if PASS == FPROP
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-conv_fprop_direct(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias, Result* __restrict__ y, const Params p) {
+conv_fprop_direct(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
+                  Result* __restrict__ y, const Params p) {
   tiled(x, w, bias, y, p);
 }
 #elif PASS == DGRAD
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-conv_dgrad_direct(const T* __restrict__ grad_y, const T* __restrict__ w, Result* __restrict__ grad_x, const Params p) {
+conv_dgrad_direct(const T* __restrict__ grad_y, const T* __restrict__ w, Result* __restrict__ grad_x,
+                  const Params p) {
   tiled(grad_y, w, nullptr, grad_x, p);
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-conv_wgrad_direct(const T* __restrict__ grad_y, const T* __restrict__ x, Result* __restrict__ partial, const Params p) {
+conv_wgrad_direct(const T* __restrict__ grad_y, const T* __restrict__ x, Result* __restrict__ partial,
+                  const Params p) {
   tiled(x, grad_y, nullptr, partial, p);
 }
 #endif

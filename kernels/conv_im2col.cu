@@ -1,198 +1,188 @@
-// The two copies around a matrix product that make it a convolution: im2col before it, col2im behind it.
+// Convolution as a matrix product over stored columns: this file lays the columns out (im2col) and adds their
+// gradients up again (col2im); torch.matmul is the product in between (cnnops/cuda/conv_im2col.py).
 //
-// Maths, for x of N x C x D x H x W (1-D and 2-D problems have axes of size 1), filters of T x R x S taps:
+// MATHS      col[(c, tap), place] = x[n, c, place * stride - pad + tap * dilation], zero outside of x
+//            fprop  y = w . col          wgrad  grad_w = grad_y . col^T                     (conv_im2col)
+//            dgrad  grad_x = col2im(w^T . grad_y): the sum of the columns that hold an input element. The
+//            element gathers them itself: tap r holds input h at place (h + pad - r * dilation) / stride, where
+//            that divides and exists. No atomics, and the order of the sum is that of the taps.
 //
-//     im2col   columns[place of y, (c, t, r, s)] = x[c, z·stride + t·dilation - pad, …], 0 outside of x
-//     fprop    y = columns · filters      wgrad   grad_w = grad_yᵀ · columns      (torch.matmul)
-//     dgrad    columns = grad_y · filtersᵀ, then
-//     col2im   grad_x[c, d, h, w] = Σ over the taps and places that read it of columns[place, (c, t, r, s)]
+// LAYOUT     Columns lie so that the product reads and writes the other tensors as they are:
+//              CHANNELS_FAST 0   col[n][c][tap][place]                     beside NCHW
+//              CHANNELS_FAST 1   col[n][place][group][tap][c of group]     beside channels-last
+//            Taps are numbered with the last axis fastest. x and grad_x may have any strides.
 //
-// Layout. The columns lie as the product needs them, so that nothing is ever transposed. M = Z·P·Q places an image:
+// GRID       One axis of 256 threads a block, one thread for VECTOR neighbours along the fast index:
+//            conv_im2col: places of a channel (or channels at a place), every tap of them in turn. A place is
+//            decoded once, then a tap costs a check, a load and a part of a store; neighbouring threads store
+//            neighbouring 16 bytes in every turn.
+//            conv_col2im: an element of grad_x (or VECTOR channels of it) and the taps that hold it.
 //
-//     CHANNELS_INNER 0   y is N K M:    columns[image][channel][tap][place], multiplied as filters · columns
-//     CHANNELS_INNER 1   y is N M K:    columns[image][place][group][tap][channel of the group]
+// CONSTANTS  PASS IM2COL | COL2IM   ELEMENT ACCUMULATOR types   DIMS spatial axes   WIDE 64-bit offsets in x
+//            CHANNELS_FAST   VECTOR elements of an access to columns   X_VECTOR of an access to x: VECTOR or 1
+//            Sizes, strides, taps, stride, padding and dilation are run-time: a network needs few binaries.
 //
-// x and grad_x are addressed by their strides: any view is read in place. Packs of VECTOR elements, 16 bytes at
-// most, run along places (layout 0, columns only: x is read element by element, since taps shift it off any
-// alignment) or along channels (layout 1, both sides). Where sizes or alignment do not allow them VECTOR is 1.
+// COST       fp32, 3x3, 64 channels @ 56x56, N = 32: 26 MB of x become 231 MB of columns, written here and read
+//            by the product, against 51 MB that a convolution in place has to move; at 3.35 TB/s 0.15 ms on top
+//            of the product's 7.4 GFLOP (0.11 ms at 67 TFLOP/s). conv_im2col.py therefore works on a few images
+//            at a time, whose columns stay in L2 until the product reads them. A 1x1 convolution of a dense
+//            tensor needs no columns: it is its own.
 //
-// Grid. One axis of blocks of THREADS threads. im2col, layout 0: a thread owns VECTOR places of one channel and
-// writes them for every tap; lanes run along places, so each tap's store is one run. im2col, layout 1: a thread
-// owns one pack of the columns, in the order of memory. col2im: a thread owns one element (layout 0) or pack
-// (layout 1) of grad_x and gathers: no atomics, a fixed order, each element written once.
-//
-// Bytes. An image's columns are T·R·S·M / (D·H·W) times its input: nine times for a 3x3 filter of stride 1. im2col
-// reads x once from memory (that each element is wanted by up to T·R·S threads is L1's business) and writes the
-// columns, the product reads them again; dgrad likewise in the other direction. This is what a convolution that
-// gathers on the fly saves, and why this one is not the first choice. What it has is the vendor's matrix product,
-// tensor cores included. A 1x1 convolution of a dense tensor is its own columns: nothing is copied.
-//
-// Constants: ELEMENT, ACCUMULATOR, CHANNELS_INNER, VECTOR, THREADS, PARAMS_BYTES. All sizes are run-time
-// numbers: both kernels wait for memory, not for index arithmetic, and two modules serve every network.
+// WHY SO     Taps inside the thread, not across threads: T*R*S reads of one input element come from
+//            neighbouring threads in consecutive turns and meet in L1, and there is one decode for all of them.
 #include "common.cuh"
+
+#define IM2COL 0  // values of PASS
+#define COL2IM 1
 
 using T = ELEMENT;
 using A = ACCUMULATOR;
-constexpr int V = VECTOR;
-constexpr int RESIDENT = !CHANNELS_INNER && V == 8 ? 2 : 4;  // blocks: eight places' coordinates want registers
-static_assert(V * sizeof(T) <= 16, "a pack is one access");
-static_assert(CHANNELS_INNER == 0 || CHANNELS_INNER == 1, "a switch");
+#if WIDE
+typedef long long Offset;
+#else
+typedef int Offset;
+#endif
+constexpr int V = VECTOR, XV = X_VECTOR, THREADS = 256;
+static_assert(DIMS >= 1 && DIMS <= 3, "one to three spatial axes");
+static_assert(XV == V || XV == 1, "x moves in the columns' packs or element by element");
+static_assert(CHANNELS_FAST || XV == 1, "neighbouring places are no neighbours in x");
 
-// Arrays over axes: D H W, Z P Q or T R S.
-struct ColumnParams {
-  long long batch, channel, axis[3];  // strides of x or grad_x
-  FastDiv out[3], taps[3], size[3];
-  FastDiv packs;            // of an image's places (layout 0), of a group's channels (layout 1)
-  FastDiv channels, groups;  // channels: of all groups (layout 0), packs of them (layout 1, col2im)
-  FastDiv all_taps;
-  FastDiv strides[3];
-  int stride[3], dilation[3], pad[3];
-  int places, group_channels;
-  int items;  // threads that have work
+// Arrays over axes hold DIMS values, slowest axis first.
+struct Params {
+  long long batch, channel, axis[3];  // strides of x
+  FastDiv fast, slow;                 // a thread's number: packs of the fast index, then of the slow one
+  FastDiv extent[3];                  // along each axis: places (conv_im2col), input elements (conv_col2im)
+  FastDiv group;                      // channels of a group
+  FastDiv stride[3];
+  int size[3], out[3], taps[3], pad[3], dilation[3];
+  int threads, channels, places, tap_count;  // places: of one image
 };
-static_assert(sizeof(ColumnParams) == PARAMS_BYTES, "the Python structure must mirror this one");
+static_assert(sizeof(Params) == PARAMS_BYTES, "Params differs from the structure in conv_im2col.py");
 
-DEVICE int extent(const FastDiv& d) { return (int)d.divisor; }
-
-// Splits a row-major index over three axes; returns what is left in front of them.
-DEVICE int unravel(int i, const FastDiv (&extents)[3], int (&index)[3]) {
-#pragma unroll
-  for (int a = 2; a >= 0; a--) i = extents[a].divmod(i, index[a]);
-  return i;
+// What a thread owns: channels c … at a point (an output place or an input element) of image n.
+struct Own {
+  int n, c, point;
+};
+DEVICE Own own_of(const Params& p, int i) {
+  int fast, slow;
+  const int n = p.slow.divmod(p.fast.divmod(i, fast), slow);
+  return CHANNELS_FAST ? Own{n, fast * V, slow} : Own{n, slow, fast * V};
 }
 
-// Where place `at` reads x through `tap`; false outside of x.
-DEVICE bool read_at(const ColumnParams& p, const int (&at)[3], const int (&tap)[3], long long& offset) {
-  bool inside = true;
-#pragma unroll
-  for (int a = 0; a < 3; a++) {
-    const int i = at[a] * p.stride[a] + tap[a] * p.dilation[a] - p.pad[a];
-    inside &= (unsigned)i < (unsigned)extent(p.size[a]);
-    offset += i * p.axis[a];
+// Where the column entry of tap 0 lies, and how far apart entries of neighbouring taps are.
+DEVICE int column_of(const Params& p, int n, int c, int place, int& tap_step) {
+  if (CHANNELS_FAST) {
+    int in_group;
+    const int group = p.group.divmod(c, in_group);
+    tap_step = (int)p.group.divisor;
+    return (n * p.places + place) * p.channels * p.tap_count + group * p.tap_count * tap_step + in_group;
   }
-  return inside;
+  tap_step = p.places;
+  return (n * p.channels + c) * p.tap_count * p.places + place;
 }
 
-// Along one axis: the output place that reads element `i` through tap `t`, or -1.
-DEVICE int place_of(const ColumnParams& p, int a, int i, int t) {
-  const int reach = i + p.pad[a] - t * p.dilation[a];
-  if (reach < 0) return -1;
-  int rest;
-  const int place = p.strides[a].divmod(reach, rest);
-  return rest == 0 && place < extent(p.out[a]) ? place : -1;
-}
+DEVICE int taps_along(const Params& p, int a) { return a < DIMS ? p.taps[a] : 1; }
 
-#if CHANNELS_INNER
-
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-im2col(const T* __restrict__ x, T* __restrict__ columns, const ColumnParams p) {
-  const int item = blockIdx.x * THREADS + threadIdx.x;
-  if (item >= p.items) return;
-  int pack, tap_index, group, tap[3], at[3];
-  int rest = p.packs.divmod(item, pack);
-  rest = p.all_taps.divmod(rest, tap_index);
-  rest = p.groups.divmod(rest, group);
-  unravel(tap_index, p.taps, tap);
-  const int image = unravel(rest, p.out, at);
-  long long offset = image * p.batch + (group * p.group_channels + pack * V) * p.channel;
-  const bool inside = read_at(p, at, tap, offset);
-  store_pack(columns + (long long)item * V, inside ? load_pack<V>(x + offset) : Pack<T, V>{});
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-col2im(const T* __restrict__ columns, T* __restrict__ grad_x, const ColumnParams p) {
-  const int item = blockIdx.x * THREADS + threadIdx.x;
-  if (item >= p.items) return;
-  int pack, own, at[3];
-  const int rest = p.channels.divmod(item, pack);
-  const int image = unravel(rest, p.size, at), group = p.packs.divmod(pack, own);
-  A sum[V] = {};
-  for (int t = 0; t < extent(p.taps[0]); t++) {
-    const int z = place_of(p, 0, at[0], t);
-    for (int r = 0; r < extent(p.taps[1]); r++) {
-      const int h = place_of(p, 1, at[1], r);
-#pragma unroll 4
-      for (int s = 0; s < extent(p.taps[2]); s++) {
-        const int w = place_of(p, 2, at[2], s);
-        if ((z | h | w) < 0) continue;
-        const int place = (z * extent(p.out[1]) + h) * extent(p.out[2]) + w;
-        const int tap = (t * extent(p.taps[1]) + r) * extent(p.taps[2]) + s;
-        const long long row = ((long long)image * p.places + place) * extent(p.groups) + group;
-        const T* from = columns + (row * extent(p.all_taps) + tap) * p.group_channels + own * V;
-        const Pack<T, V> column = load_pack<V>(from);
+DEVICE void coordinates(const Params& p, int point, int (&at)[DIMS]) {
 #pragma unroll
-        for (int v = 0; v < V; v++) sum[v] += convert<A>(column.v[v]);
-      }
+  for (int a = DIMS - 1; a >= 0; a--) point = p.extent[a].divmod(point, at[a]);
+}
+
+#if PASS == IM2COL
+extern "C" __global__ void __launch_bounds__(THREADS)
+conv_im2col(const T* __restrict__ x, T* __restrict__ col, const Params p) {
+  constexpr int POINTS = CHANNELS_FAST ? 1 : V, LOADS = CHANNELS_FAST ? V / XV : 1;
+  const int i = (int)blockIdx.x * THREADS + (int)threadIdx.x;
+  if (i >= p.threads) return;
+  const Own own = own_of(p, i);
+  int tap_step;
+  T* to = col + column_of(p, own.n, own.c, own.point, tap_step);
+  const T* from = x + (own.n * p.batch + own.c * p.channel);
+
+  Offset origin[POINTS];
+  int at[POINTS][DIMS];
+#pragma unroll
+  for (int v = 0; v < POINTS; v++) {
+    coordinates(p, own.point + v, at[v]);
+    origin[v] = 0;
+#pragma unroll
+    for (int a = 0; a < DIMS; a++) {
+      at[v][a] = at[v][a] * (int)p.stride[a].divisor - p.pad[a];
+      origin[v] += (Offset)at[v][a] * (Offset)p.axis[a];
     }
   }
-  long long offset = image * p.batch + (long long)pack * V * p.channel;
+
+  for (int r0 = 0; r0 < taps_along(p, 0); r0++)
+    for (int r1 = 0; r1 < taps_along(p, 1); r1++)
+      for (int r2 = 0; r2 < taps_along(p, 2); r2++) {
+        const int tap[3] = {r0, r1, r2};
+        Pack<T, V> pack;
 #pragma unroll
-  for (int a = 0; a < 3; a++) offset += at[a] * p.axis[a];
-  Pack<T, V> result;
+        for (int v = 0; v < POINTS; v++) {
+          bool inside = true;
+          Offset offset = origin[v];
 #pragma unroll
-  for (int v = 0; v < V; v++) result.v[v] = convert<T>(sum[v]);
-  store_pack(grad_x + offset, result);
+          for (int a = 0; a < DIMS; a++) {
+            const int moved = tap[a] * p.dilation[a];
+            inside &= (unsigned)(at[v][a] + moved) < (unsigned)p.size[a];
+            offset += (Offset)moved * (Offset)p.axis[a];
+          }
+#pragma unroll
+          for (int j = 0; j < LOADS; j++) {
+            const Pack<T, XV> loaded = inside ? load_pack<XV>(from + (offset + j * XV * (Offset)p.channel)) : Pack<T, XV>{};
+#pragma unroll
+            for (int u = 0; u < XV; u++) pack.v[v + j * XV + u] = loaded.v[u];
+          }
+        }
+        store_pack<V>(to, pack);
+        to += tap_step;
+      }
 }
 
 #else
+extern "C" __global__ void __launch_bounds__(THREADS)
+conv_col2im(const T* __restrict__ col, T* __restrict__ grad_x, const Params p) {
+  static_assert(CHANNELS_FAST || V == 1, "neighbouring elements lie in different places");
+  const int i = (int)blockIdx.x * THREADS + (int)threadIdx.x;
+  if (i >= p.threads) return;
+  const Own own = own_of(p, i);
+  int at[DIMS], tap_step;
+  coordinates(p, own.point, at);
+  Offset offset = 0;
+#pragma unroll
+  for (int a = 0; a < DIMS; a++) offset += (Offset)at[a] * (Offset)p.axis[a], at[a] += p.pad[a];
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-im2col(const T* __restrict__ x, T* __restrict__ columns, const ColumnParams p) {
-  const int item = blockIdx.x * THREADS + threadIdx.x;
-  if (item >= p.items) return;
-  int pack, channel, at[V][3];
-  const int plane = p.packs.divmod(item, pack);
-  const int image = p.channels.divmod(plane, channel);
+  A sum[V] = {};
+  int t = 0;
+  for (int r0 = 0; r0 < taps_along(p, 0); r0++)
+    for (int r1 = 0; r1 < taps_along(p, 1); r1++)
+      for (int r2 = 0; r2 < taps_along(p, 2); r2++, t++) {
+        const int tap[3] = {r0, r1, r2};
+        bool holds = true;
+        int place = 0;
 #pragma unroll
-  for (int v = 0; v < V; v++) unravel(pack * V + v, p.out, at[v]);
-  const T* from = x + (image * p.batch + channel * p.channel);
-  T* to = columns + ((long long)plane * extent(p.all_taps) * p.places + pack * V);
-  int tap[3];
-  for (tap[0] = 0; tap[0] < extent(p.taps[0]); tap[0]++) {
-    for (tap[1] = 0; tap[1] < extent(p.taps[1]); tap[1]++) {
-#pragma unroll 4
-      for (tap[2] = 0; tap[2] < extent(p.taps[2]); tap[2]++) {
-        Pack<T, V> values;
-#pragma unroll
-        for (int v = 0; v < V; v++) {
-          long long offset = 0;
-          const bool inside = read_at(p, at[v], tap, offset);
-          values.v[v] = inside ? from[offset] : T{};
+        for (int a = 0; a < DIMS; a++) {
+          const int reach = at[a] - tap[a] * p.dilation[a];
+          int rest;
+          const int out = p.stride[a].divmod(reach >= 0 ? reach : 0, rest);
+          holds &= reach >= 0 && rest == 0 && out < p.out[a];
+          place = place * p.out[a] + out;
         }
-        store_pack(to, values);
-        to += p.places;
-      }
-    }
-  }
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-col2im(const T* __restrict__ columns, T* __restrict__ grad_x, const ColumnParams p) {
-  const int item = blockIdx.x * THREADS + threadIdx.x;
-  if (item >= p.items) return;
-  int channel, at[3];
-  const int plane = unravel(item, p.size, at);
-  const int image = p.channels.divmod(plane, channel);
-  const T* from = columns + (long long)plane * extent(p.all_taps) * p.places;
-  A sum = A(0);
-  for (int t = 0; t < extent(p.taps[0]); t++) {
-    const int z = place_of(p, 0, at[0], t);
-    for (int r = 0; r < extent(p.taps[1]); r++) {
-      const int h = place_of(p, 1, at[1], r);
-#pragma unroll 4
-      for (int s = 0; s < extent(p.taps[2]); s++) {
-        const int w = place_of(p, 2, at[2], s);
-        if ((z | h | w) < 0) continue;
-        const int tap = (t * extent(p.taps[1]) + r) * extent(p.taps[2]) + s;
-        const int place = (z * extent(p.out[1]) + h) * extent(p.out[2]) + w;
-        sum += convert<A>(from[(long long)tap * p.places + place]);
-      }
-    }
-  }
-  long long offset = image * p.batch + channel * p.channel;
+        if (holds) {
+          const int first = column_of(p, own.n, own.c, place, tap_step);
+          const Pack<T, V> pack = load_pack<V>(col + (first + t * tap_step));
 #pragma unroll
-  for (int a = 0; a < 3; a++) offset += at[a] * p.axis[a];
-  grad_x[offset] = convert<T>(sum);
-}
+          for (int v = 0; v < V; v++) sum[v] += convert<A>(pack.v[v]);
+        }
+      }
 
+  T* to = grad_x + (own.n * p.batch + own.c * p.channel);
+#pragma unroll
+  for (int v = 0; v < V; v += XV) {
+    Pack<T, XV> pack;
+#pragma unroll
+    for (int u = 0; u < XV; u++) pack.v[u] = convert<T>(sum[v + u]);
+    store_pack<XV>(to + (offset + v * (Offset)p.channel), pack);
+  }
+}
 #endif

@@ -156,16 +156,17 @@ template <class G> DEVICE int counted(const Axis& a, int out, const PoolParams& 
 }
 
 // How many rows to unroll: their loads go out together, as far as they find registers.
-template <int ROWS, int ROW_BYTES>
-constexpr int rows_in_flight = ROWS * ROW_BYTES <= 192 ? ROWS : ROW_BYTES <= 96 ? 192 / ROW_BYTES : 1;
+template <int ROWS, int ROW_BYTES, int MOST_BYTES>
+constexpr int rows_in_flight = ROWS * ROW_BYTES <= MOST_BYTES ? ROWS
+                               : 2 * ROW_BYTES <= MOST_BYTES  ? MOST_BYTES / ROW_BYTES : 1;
 
 #if defined(MAX_POOL_FWD) || defined(AVG_POOL_FWD)  // ---- forward: every value of a tile's windows ---------
-// A tile's columns of one row of x, from a multiple of X_VEC on; HEAD of them come before the first window.
+// A tile's columns of one row of x, from a multiple of X_VEC on; X_HEAD of them come before the first window.
 constexpr int X_HEAD = modulo(-PAD_W, X_VEC);
 constexpr int X_COLUMNS = ceil_div(X_HEAD + (TILE - 1) * STRIDE_W + AlongW::SPAN, X_VEC) * X_VEC;
 constexpr int ROWS = WINDOW_D * WINDOW_H;
-// Packs of channels make a row alone wide enough.
-constexpr int UNROLLED_ROWS = C_VEC == 1 ? rows_in_flight<ROWS, X_COLUMNS * sizeof(T)> : 1;
+// Packs of channels make one row wide enough; more rows would only cost registers.
+constexpr int UNROLLED_ROWS = C_VEC == 1 ? rows_in_flight<ROWS, X_COLUMNS * sizeof(T), 192> : 1;
 
 // Whether any window of the tile has a place in columns [first, first + X_VEC): dilation leaves gaps.
 DEVICE constexpr bool column_used(int first) {
@@ -231,7 +232,6 @@ DEVICE void scan_windows(const T* x, const Tile& tile, const PoolParams& p, Visi
     }
   }
 }
-
 #endif
 
 // ---- maximum --------------------------------------------------------------------------------------------
@@ -492,7 +492,9 @@ constexpr int Q_LAST = floor_div(TILE - 1 + PAD_W, STRIDE_W);
 constexpr int Y_HEAD = modulo(Q_FIRST, Y_VEC);
 constexpr int Y_COLUMNS = ceil_div(Y_HEAD + Q_LAST - Q_FIRST + 1, Y_VEC) * Y_VEC;
 constexpr int Y_ROWS = P_LAST - P_FIRST + 1;
-constexpr int UNROLLED_Y_ROWS = rows_in_flight<Y_ROWS, Y_COLUMNS * C_VEC * (sizeof(T) + sizeof(Offset))>;
+// Beside the columns stand their offsets as integers and the tile's sums: fewer rows than forward.
+constexpr int Y_ROW_BYTES = Y_COLUMNS * C_VEC * (sizeof(T) + sizeof(Offset));
+constexpr int UNROLLED_Y_ROWS = rows_in_flight<Y_ROWS, Y_ROW_BYTES, 128>;
 static_assert(!FIXED || (TILE_H % STRIDE_H == 0 && TILE % STRIDE_W == 0), "tiles start where a stride does");
 
 // Which place of a window, as far from the tile's start as `out` strides, the tile's `in`-th place is, or -1.

@@ -1,17 +1,22 @@
-"""Which engines work on this machine, and the grid of rows, engines and dtypes that tests run over.
+"""What holds for every test.
 
-`pytest -m gpu` runs what needs an NVIDIA GPU; without one those tests are not collected. Where g++ is
-missing, the CUDA kernels cannot run on the CPU, and the tests that would are skipped with that reason.
+Tests marked `gpu` need an NVIDIA GPU and do not exist where there is none. Where g++ is missing, the CUDA
+kernels cannot run on the CPU, and the tests that would are skipped with that reason. Rows are in cases.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 import torch
 
 import cnnops
+
+# The same examples in every run, however slow the machine.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +25,8 @@ def settings() -> Iterator[None]:
     with cnnops.engine(None), cnnops.fallback("error"), cnnops.algorithm(None):
         torch.manual_seed(0)
         yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # PyTorch's word about its own speed, from the reference of rows with an even kernel.
+    config.addinivalue_line("filterwarnings", "ignore:Using padding='same' with even kernel")

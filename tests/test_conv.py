@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CONV_CASES, ENGINES, TOLERANCE, ConvCase, assert_close, check, device_of, grid
+from cases import (
+    CONV_CASES,
+    ENGINES,
+    TOLERANCE,
+    ConvCase,
+    assert_close,
+    check,
+    device_of,
+    grid,
+    needs_emulator,
+)
 from torch import Tensor
 
 import cnnops
@@ -31,7 +41,7 @@ def test_rows_by_im2col(case: ConvCase, dtype: torch.dtype, engine: str) -> None
         check(case, engine, dtype)
 
 
-@pytest.mark.skipif(bool(emulate.available()), reason=str(emulate.available()))
+@needs_emulator
 @pytest.mark.parametrize("algorithm", ["conv_direct", "conv_im2col"])
 @pytest.mark.parametrize("case", [c for c in CONV_CASES if c.schedules], ids=lambda c: c.id)
 def test_thread_order_does_not_matter(case: ConvCase, algorithm: str) -> None:
@@ -78,7 +88,7 @@ def test_worked_examples(
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_gradients_of_the_worked_example(engine: str) -> None:
-    """The weight gathers every patch it touched, the bias every place, the input every tap that touched it."""
+    """The weight sums over patches it touched, the bias over places, the input over taps that touched it."""
     device = device_of(engine)
     x, w = _grid3().to(device).requires_grad_(), _kernel2().to(device).requires_grad_()
     bias = torch.zeros(1, device=device, requires_grad=True)

@@ -26,14 +26,9 @@ pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install 'cn
 Console = pytest.importorskip("rich.console").Console
 
 
-# Tests run side by side; threads that wait for one another on busy cores cost more than they bring.
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-
-
 def cnnops_command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "cnnops", *arguments],
-        env=ONE_THREAD,
         capture_output=True,
         text=True,
         timeout=600,
@@ -186,10 +181,11 @@ def trained(
 
 def test_training_is_decided_by_the_seed(few: data.Digits) -> None:
     quiet = Console(file=io.StringIO())
-    state = torch.get_rng_state()
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
     (one, history), (two, _), (other, _) = (trained(few, seed, quiet) for seed in (5, 5, 6))
     assert all(map(torch.equal, one, two)) and not any(map(torch.equal, one, other))
     assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are left alone"
+    assert torch.get_num_threads() == threads
     # 70 images are two batches of 32 and one of 6.
     assert (len(history.losses), len(history.seconds), len(history.accuracies)) == (6, 2, 2)
 
@@ -216,7 +212,6 @@ def test_control_c_ends_cleanly(tmp_path: Path) -> None:
     arguments = ["demo", "--engine", "aten", "--model", "lenet5-original", "--epochs", "1000"]
     child = subprocess.Popen(
         [sys.executable, "-u", "-m", "cnnops", *arguments, "--out", str(out)],
-        env=ONE_THREAD,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -18,7 +18,7 @@ from cnnops import registry
 
 
 class Mistake(NamedTuple):
-    """A call that PyTorch refuses. `args` after the function's name; `error` where ours is not torch's type."""
+    """A call that PyTorch refuses; `error` is given where ours is not torch's type."""
 
     id: str
     function: str

@@ -48,7 +48,9 @@ def sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def kernel(factor: str = "2.0f") -> Kernel:
-    return Kernel("scale.cu", "scale", (("FACTOR", factor), ("PARAMS_BYTES", ctypes.sizeof(Params))))
+    return Kernel(
+        "scale.cu", "scale", (("FACTOR", factor), ("PARAMS_BYTES", ctypes.sizeof(Params)))
+    )
 
 
 def counts() -> tuple[float, float]:
@@ -182,7 +184,9 @@ def test_execute_hands_cupy_pointers_then_the_struct(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jit, "_function", lambda kernel, shared, index: lambda *a: calls.append(a))
     monkeypatch.setattr(jit, "_stream", lambda pointer, index: ("stream", pointer, index))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda i: type("S", (), {"cuda_stream": 77})())
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda i: type("S", (), {"cuda_stream": 77})()
+    )
     params = Params(FastDiv(7), 12)
     plan = launch_of(
         "scale.cu", "scale", {"FACTOR": "2.0f"}, params, grid=(3,), block=(32, 2),

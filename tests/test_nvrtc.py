@@ -50,6 +50,8 @@ def test_compiles_without_spills(source: str, arch: str) -> None:
         entries = jit.resources(log)
         assert kernel.entry in {entry.entry for entry in entries}, f"{kernel}:\n{log}"
         spilling += [
-            f"{kernel}: {entry}" for entry in entries if entry.stack_bytes or entry.spill_store_bytes
+            f"{kernel}: {entry}"
+            for entry in entries
+            if entry.stack_bytes or entry.spill_store_bytes
         ]
     assert not spilling, "\n".join(spilling)

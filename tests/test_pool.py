@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import ENGINES, POOL_CASES, PoolCase, check, device_of, grid
+from cases import ENGINES, POOL_CASES, PoolCase, check, device_of, grid, needs_emulator
 from torch import Tensor
 
 import cnnops
@@ -32,7 +32,7 @@ def test_maxima_are_exact(case: PoolCase, engine: str, dtype: torch.dtype) -> No
     assert torch.equal(y.cpu().nan_to_num(7e3), case.theirs(x.cpu()).nan_to_num(7e3))
 
 
-@pytest.mark.skipif(bool(emulate.available()), reason=str(emulate.available()))
+@needs_emulator
 @pytest.mark.parametrize("case", [c for c in POOL_CASES if c.schedules], ids=lambda c: c.id)
 def test_thread_order_does_not_matter(case: PoolCase) -> None:
     with emulate.schedule("all"):

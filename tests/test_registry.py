@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case, ConvCase, NormCase, PoolCase, device_of, run
+from cases import CASES, Case, ConvCase, NormCase, PoolCase, device_of, needs_emulator, run
 
 import cnnops
 from cnnops import functional as C
 from cnnops import registry
 from cnnops.config import settings
-from cnnops.cuda import emulate
 from cnnops.cuda.kernel import kernels_dir
 from cnnops.registry import ROWS, UnsupportedError
 from cnnops.shapes import ConvShape
@@ -194,7 +193,7 @@ def test_engine_that_cannot_take_the_device(chosen: str, device: str) -> None:
         registry.engine_for(torch.device(device))
 
 
-@pytest.mark.skipif(bool(emulate.available()), reason=str(emulate.available()))
+@needs_emulator
 def test_emulated_layers_keep_their_engine_through_backward() -> None:
     layer = torch.nn.Sequential(cnnops.nn.Conv2d(1, 2, 3), cnnops.nn.MaxPool2d(2))
     x = torch.randn(1, 1, 6, 6, device=device_of("emulate"))

@@ -1,4 +1,4 @@
-"""Rules about sizes: worked examples and formulas, layer tables of known networks, and PyTorch's own sizes."""
+"""Rules about sizes: worked examples, formulas, layer tables of known networks, and PyTorch's own sizes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_receptive_field_with_strides() -> None:
 @given(
     layers=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 3)), min_size=1, max_size=3),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_receptive_field_is_what_a_gradient_reaches(layers: list[tuple[int, int]]) -> None:
     field = receptive_field(layers)
     x = torch.zeros(1, 1, field, requires_grad=True)
@@ -167,7 +167,7 @@ def _meta(*size: int) -> torch.Tensor:
     spatial=st.lists(st.integers(1, 14), min_size=1, max_size=3), batch=st.integers(0, 3), groups=small,
     per_group=small, filters=small, data=st.data(),
 )  # fmt: skip
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_convolution_sizes_are_torchs(
     spatial: list[int], batch: int, groups: int, per_group: int, filters: int, data: st.DataObject
 ) -> None:
@@ -202,7 +202,7 @@ def test_convolution_sizes_are_torchs(
     spatial=st.lists(st.integers(1, 14), min_size=2, max_size=3), ceil_mode=st.booleans(),
     whole_stride=st.booleans(), data=st.data(),
 )  # fmt: skip
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_max_pooling_sizes_are_torchs(
     spatial: list[int], ceil_mode: bool, whole_stride: bool, data: st.DataObject
 ) -> None:
@@ -228,7 +228,7 @@ def test_max_pooling_sizes_are_torchs(
     ceil_mode=st.booleans(),
     data=st.data(),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_average_pooling_sizes_are_torchs(
     spatial: tuple[int, int], ceil_mode: bool, data: st.DataObject
 ) -> None:
@@ -248,7 +248,7 @@ def test_average_pooling_sizes_are_torchs(
     spatial=st.lists(st.integers(1, 14), min_size=1, max_size=3), channels=st.integers(0, 3),
     data=st.data(),
 )  # fmt: skip
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_adaptive_pooling_sizes_are_torchs(
     spatial: list[int], channels: int, data: st.DataObject
 ) -> None:

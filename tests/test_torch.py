@@ -207,10 +207,14 @@ def _case(id: str, cases: tuple[Case, ...]) -> Case:
 
 
 COMPILED = [
-    *(_case(id, CONV_CASES) for id in ("plain", "same_even", "groups", "channels_last", "no_bias", "unequal")),
-    *(_case(id, POOL_CASES) for id in ("max_overlapping", "max_channels_last", "avg_ceil", "adaptive_keep", "global")),
-    *(_case(id, NORM_CASES) for id in ("train", "eval", "train_residual_gelu", "eval_residual_relu", "train_plain", "untracked")),
-]  # fmt: skip
+    _case(id, cases)
+    for cases, ids in (
+        (CONV_CASES, "plain same_even groups channels_last no_bias unequal"),
+        (POOL_CASES, "max_overlapping max_channels_last avg_ceil adaptive_keep global"),
+        (NORM_CASES, "train eval train_residual_gelu eval_residual_relu train_plain untracked"),
+    )
+    for id in ids.split()
+]
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])

@@ -10,11 +10,12 @@ x into scratch, padded, and multiplies it there against packed weights:
 
 A tap then is one offset into the block, and `simd.gemm` runs along consecutive elements: places of a row,
 images side by side (the innermost axis, for maps too small to fill vectors) or, where that computes less in
-total, whole rows with the padding between them. `_correlation` weighs these and picks. The weight gradient
-copies x the same way and takes sums along rows with `simd.dot`; it splits the sum by the shape alone and adds
-the parts in order, so its bits do not depend on the number of threads.
+total, whole rows with the padding between them. `_weigh_correlation` picks by an estimate. The weight
+gradient copies x the same way and takes sums along rows with `simd.dot`; it splits the sum by the shape alone
+and adds the parts in order, so its bits do not depend on the number of threads.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import math
@@ -31,8 +32,21 @@ from numba import njit
 from cnnops.cpu import simd
 from cnnops.cpu.simd import sum_of
 from cnnops.cpu.task import (
-    NAME, Task, ahead, collapse, layout, native, native_result, pointer, strides, unpack,
-)  # fmt: skip
+    NAME,
+    Task,
+    ahead,
+    collapse,
+    inside,
+    layout,
+    native,
+    native_result,
+    pointer,
+    strides,
+    unpack,
+)
+from cnnops.cpu.task import (
+    supports as supports,
+)
 from cnnops.shapes import ConvShape
 
 CACHE_BYTES = 512 * 1024
@@ -42,56 +56,44 @@ SPLITS = 32
 PARTIAL_BYTES = 32 * 1024 * 1024
 """The weight gradient's sum is split into at most SPLITS parts, of at most PARTIAL_BYTES together."""
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def supports(op: str, shape: object, dtype: torch.dtype) -> str | None:
-    """None where `op` takes the problem, or the reason why it does not."""
-    return None if dtype in _DTYPES else f"dtype {dtype} is not a floating-point type of 16 to 64 bits"
-
 
 # ---- kernels ----------------------------------------------------------------------------------------------
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _range(first, step, size, count):  # type: ignore[no-untyped-def]
-    """The i in ``0 … count`` with ``0 <= first + i * step < size``, as start and stop."""
-    start = min(max((step - 1 - first) // step, 0), count)
-    return start, max(min((size - first + step - 1) // step, count), start)
-
-
-@njit(error_model="numpy", boundscheck=False)
-def _copy_block(L, x, block, residues, C, F, Z, H, W, I, images, d0, h0, w0, sd, sh, sw, sizes, strides):  # type: ignore[no-untyped-def]
-    """Fill ``block [C] [F] [Z] [H] [W] [I]`` from the images at `x`, with zeros for what lies outside."""
+def _copy_block(
+    L, x, block, residues, C, F, Z, H, W, side, images, d0, h0, w0, sd, sh, sw, sizes, strides
+):
+    """Fill ``block [C] [F] [Z] [H] [W] [side]`` from `images` images at x; zero where x has nothing."""
     size_d, size_h, size_w = sizes
     xn, xc, xd, xh, xw = strides
-    plane = F * Z * H * W * I
+    plane = F * Z * H * W * side
+    step = sw * xw
     for j in range(C * plane):
         block[j] = 0
     neutral = -block[0]  # -0: adding it changes nothing
-    # Some channels at a time: one image is read in order, and the lines that images share stay close by.
+    # Some channels at a time: an image is read in order, and the lines that images share stay close by.
     for c0 in range(0, C, 16):
         for i in range(images):
             for c in range(c0, min(c0 + 16, C)):
                 source = ahead(x, i * xn + c * xc)
                 for f in range(F):
-                    d, h, w = d0 + residues[3 * f], h0 + residues[3 * f + 1], w0 + residues[3 * f + 2]
-                    start_z, stop_z = _range(d, sd, size_d, Z)
-                    start_r, stop_r = _range(h, sh, size_h, H)
-                    start, stop = _range(w, sw, size_w, W)
+                    d, h = d0 + residues[3 * f], h0 + residues[3 * f + 1]
+                    w = w0 + residues[3 * f + 2]
+                    start_z, stop_z = inside(d, sd, size_d, Z)
+                    start_r, stop_r = inside(h, sh, size_h, H)
+                    start, stop = inside(w, sw, size_w, W)
                     for z in range(start_z, stop_z):
                         for r in range(start_r, stop_r):
-                            place = ahead(
-                                source,
-                                (d + z * sd) * xd + (h + r * sh) * xh + (w + start * sw) * xw,
-                            )
-                            to = ahead(block, c * plane + (((f * Z + z) * H + r) * W + start) * I + i)
-                            step = sw * xw
-                            if I == 1 and step == 1:
-                                simd.copy(L, to, place, stop - start, neutral)
+                            at = (d + z * sd) * xd + (h + r * sh) * xh + (w + start * sw) * xw
+                            row = ahead(source, at)
+                            to = c * plane + (((f * Z + z) * H + r) * W + start) * side + i
+                            line = ahead(block, to)
+                            if side == 1 and step == 1:
+                                simd.copy(L, line, row, stop - start, neutral)
                             else:
                                 for j in range(stop - start):
-                                    to[j * I] = place[j * step]
+                                    line[j * side] = row[j * step]
 
 
 @lru_cache(None)
@@ -99,7 +101,7 @@ def _pack(T: str) -> Task:
     args = layout(f"{T}**2 int32* int64*7")
 
     def conv_pack(address: int, index: int, scratch: int) -> None:
-        """Filters to ``[group] [block of M] [C, tap] [M]``, zero behind the last filter; one block an index."""
+        """Filters to ``[group] [block of M] [C, tap] [M]``, zero behind the last one; one block an index."""
         w, packed, taps, K, C, T, M, of_group, of_k, of_c = unpack(address, args)
         blocks = (K + M - 1) // M
         to = ahead(packed, index * C * T * M)
@@ -187,7 +189,9 @@ def _correlate(T: str, L: int, M: int, V: int) -> Task:
                 for i in range(images):
                     for z in range(zs):
                         for p in range(ps):
-                            line = ahead(sums, (k - first * M) * pitch + z * column_z + p * column_p + i)
+                            line = ahead(
+                                sums, (k - first * M) * pitch + z * column_z + p * column_p + i
+                            )
                             to = ahead(
                                 y,
                                 (n0 + i) * yn + (group * K + k) * yk
@@ -207,7 +211,7 @@ def _weights(T: str, L: int, M: int, V: int) -> Task:
     args = layout(f"{T}**3 int32**2 int64*43")
 
     def conv_weights(address: int, index: int, scratch: int) -> None:
-        """One share of the places, for one share of one group's filters and channels: ``sums [K] [C, tap]``."""
+        """A share of the places, for a share of one group's filters and channels: ``sums [K] [C, tap]``."""
         (
             x, grad_y, sums, offsets, residues,
             N, groups, C, K, T_, F, splits, parts_k, parts_c,
@@ -285,11 +289,13 @@ def _weights(T: str, L: int, M: int, V: int) -> Task:
 
 @lru_cache(None)
 def _add_splits(T: str) -> Task:
-    args = layout(f"{T}**2 int64*10")
+    args = layout(f"{T}**2 int64*9")
 
     def conv_add_splits(address: int, index: int, scratch: int) -> None:
         """The weight gradient of filter `index`: the splits' sums, added in their order."""
-        sums, grad_w, groups, K, C, T_, splits, parts_k, parts_c, rows, columns, size = unpack(address, args)
+        (
+            sums, grad_w, groups, K, C, T_, splits, parts_k, parts_c, rows, columns,
+        ) = unpack(address, args)  # fmt: skip
         most_k, most_c = (K + parts_k - 1) // parts_k, (C + parts_c - 1) // parts_c
         group, k = index // K, index % K
         for part in range(parts_c):
@@ -297,7 +303,7 @@ def _add_splits(T: str) -> Task:
             count = min(most_c, C - part * most_c) * T_
             for split in range(splits):
                 task = ((split * groups + group) * parts_k + k // most_k) * parts_c + part
-                line = ahead(sums, task * size + k % most_k * columns)
+                line = ahead(sums, (task * rows + k % most_k) * columns)
                 if split == 0:
                     for j in range(count):
                         to[j] = line[j]
@@ -330,8 +336,11 @@ def _bias(T: str) -> Task:
 
 
 class _Axis(NamedTuple):
-    """One axis of a correlation: ``out`` outputs; output o reads ``size`` inputs at ``o * step + tap`` for each
-    of `taps`, multiplies by the filter's places `picks`, and lands at ``start + o * stride``."""
+    """One axis of a correlation.
+
+    Of `out` outputs, o reads the `size` inputs at ``o * step + tap`` for each of `taps`, multiplies by the
+    filter's places `picks`, and lands at ``start + o * stride``.
+    """
 
     out: int
     step: int
@@ -345,23 +354,32 @@ class _Axis(NamedTuple):
 def _axes(shape: ConvShape) -> list[_Axis]:
     """The forward pass's three axes."""
     missing = 3 - shape.dims
-    stride, dilation = (1,) * missing + shape.stride, (1,) * missing + shape.dilation
-    padding = ((0, 0),) * missing + shape.padding
+    steps, dilations = (1,) * missing + shape.stride, (1,) * missing + shape.dilation
+    pads = (0,) * missing + tuple(before for before, _ in shape.padding)
     return [
-        _Axis(shape.ZPQ[a], stride[a], taps, tuple(range(shape.TRS[a])), shape.DHW[a])
+        _Axis(
+            out=shape.ZPQ[a],
+            step=steps[a],
+            taps=tuple(r * dilations[a] - pads[a] for r in range(shape.TRS[a])),
+            picks=tuple(range(shape.TRS[a])),
+            size=shape.DHW[a],
+        )
         for a in range(3)
-        for taps in [tuple(r * dilation[a] - padding[a][0] for r in range(shape.TRS[a]))]
     ]
 
 
 def _transposed(axis: _Axis) -> Iterator[_Axis]:
-    """The input gradient along `axis`: inputs of one residue of ``h - tap`` modulo the step, at a time."""
+    """The input gradient along `axis`: the inputs of one residue modulo the step at a time."""
     for start in range(min(axis.step, axis.size)):
-        reached = [(r, t) for r, t in zip(axis.picks, axis.taps, strict=True) if (start - t) % axis.step == 0]
+        reached = [
+            (r, (start - tap) // axis.step)
+            for r, tap in zip(axis.picks, axis.taps, strict=True)
+            if (start - tap) % axis.step == 0
+        ]
         yield _Axis(
             out=-(-(axis.size - start) // axis.step),
             step=1,
-            taps=tuple((start - t) // axis.step for _, t in reached),
+            taps=tuple(tap for _, tap in reached),
             picks=tuple(r for r, _ in reached),
             size=axis.out,
             start=start,
@@ -374,10 +392,10 @@ class _Window:
 
     def __init__(self, axis: _Axis) -> None:
         self.low = min(axis.taps)
-        beyond = [t - self.low for t in axis.taps]
-        self.phases = sorted({t % axis.step for t in beyond})
-        self.taps = [(self.phases.index(t % axis.step), t // axis.step) for t in beyond]
-        self.reach = max(t // axis.step for t in beyond)
+        beyond = [tap - self.low for tap in axis.taps]
+        self.phases = sorted({tap % axis.step for tap in beyond})
+        self.taps = [(self.phases.index(tap % axis.step), tap // axis.step) for tap in beyond]
+        self.reach = max(tap // axis.step for tap in beyond)
 
 
 @dataclass(frozen=True)
@@ -399,27 +417,32 @@ class _Block:
         return self.images * math.prod(self.inputs) * self.phases
 
     def copy_cycles(self, sizes: tuple[int, int, int], phases: int) -> float:
-        """An estimate of copying `sizes` of one channel's images in or out: each stretch of memory starts with
-        a wait; neighbours move as vectors, but one by one where images or phases come between them."""
+        """An estimate of copying `sizes` of one channel's images in or out.
+
+        Each stretch of memory starts with a wait; neighbours move as vectors, but one by one where images or
+        phases come between them.
+        """
         each = 0.4 if self.images * phases == 1 else 1.6
         return self.images * sizes[0] * (250 + sizes[1] * (15 + each * sizes[2] * phases))
 
     def count(self, N: int, axes: Sequence[_Axis]) -> list[int]:
         """Blocks along images and along each axis."""
-        return [-(-N // self.images), *(-(-a.out // o) for a, o in zip(axes, self.outputs, strict=True))]
+        return [
+            -(-N // self.images),
+            *(-(-a.out // o) for a, o in zip(axes, self.outputs, strict=True)),
+        ]
 
 
 def _blocks(N: int, axes: Sequence[_Axis], windows: Sequence[_Window]) -> Iterator[_Block]:
     """Blocks worth weighing: some images side by side, and whole axes or even cuts of them."""
     phases = math.prod(len(w.phases) for w in windows)
-    images = {min(N, 2**e) for e in range(7)}
-    cuts = [sorted({-(-axis.out // 2**e) for e in range(axis.out.bit_length())}) for axis in axes]
-    for I, z, p, q in product(sorted(images), {1, axes[0].out}, cuts[1], cuts[2]):
-        if q < min(axes[2].out, 128):
-            continue
-        outputs = (z, p, q)
-        inputs = tuple(o + w.reach for o, w in zip(outputs, windows, strict=True))
-        yield _Block(I, outputs, inputs, phases)  # type: ignore[arg-type]
+    images = sorted({min(N, 2**e) for e in range(7)})
+    cuts = [sorted({-(-a.out // 2**e) for e in range(a.out.bit_length())}) for a in axes]
+    for side, z, p, q in product(images, {1, axes[0].out}, cuts[1], cuts[2]):
+        # Rows are cut only where they are long, as in 1-D problems.
+        if q >= min(axes[2].out, 128):
+            reach = [w.reach for w in windows]
+            yield _Block(side, (z, p, q), (z + reach[0], p + reach[1], q + reach[2]), phases)
 
 
 def _tables(
@@ -434,13 +457,13 @@ def _tables(
         for (fd, z), (fh, p), (fw, q) in product(d.taps, h.taps, w.taps)
     ]
     offsets = np.arange(C)[:, None] * block.elements + np.array(taps) * block.images
-    padded = np.zeros(-(-offsets.size // multiple) * multiple, np.int32)
+    padded = np.zeros(_up(offsets.size, multiple), np.int32)
     padded[: offsets.size] = offsets.ravel()
     return padded, np.array(list(product(d.phases, h.phases, w.phases)), np.int32)
 
 
 def _slower(room: int) -> float:
-    """What is left of a kernel's speed when its scratch of so many bytes comes from the shared cache."""
+    """How much longer a kernel takes whose scratch of so many bytes comes from the shared cache."""
     return 1.0 if room <= CACHE_BYTES else 1.3 * max(1.0, room / (8 * CACHE_BYTES))
 
 
@@ -448,198 +471,256 @@ def _up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def _itemsize(T: str) -> int:
+    return {"float32": 4, "float64": 8}[T]
+
+
+class _CorrelationChoice(NamedTuple):
+    """How a correlation is cut into tasks.
+
+    Runs have `run_rows` rows each. In the sums a row begins `column_p` behind the row before, an output's
+    plane `column_z` behind. The filters come in `parts`, each done `parts_step` blocks at a time.
+    """
+
+    block: _Block
+    run_rows: int
+    column_z: int
+    column_p: int
+    parts: int
+    parts_step: int
+
+
+def _weigh_correlation(
+    T: str, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis], windows: Sequence[_Window],
+    tile: tuple[int, int], j_step: int, threads: int,
+) -> tuple[float, _CorrelationChoice]:  # fmt: skip
+    """The fastest choice by estimated cycles, and that estimate, a thread."""
+    (M, V), lanes, itemsize = tile, simd.lanes(T), _itemsize(T)
+    width = V * lanes
+    J = C * math.prod(len(axis.taps) for axis in axes)
+    blocks_k = -(-K // M)
+    weighed: list[tuple[float, _CorrelationChoice]] = []
+    for block, joined in product(_blocks(N, axes, windows), (True, False)):
+        z, p, q = block.outputs
+        row = block.inputs[2] * block.images
+        # Rows joined into one run, or each a run of its own.
+        run_rows = p if joined else 1
+        run = (run_rows - 1) * row + q * block.images
+        length = _up(run, width)
+        column_p, column_z = (row, length) if joined else (length, p * length)
+        whole, rest = run // width, run % width
+        vectors = whole * V + (0 if rest == 0 else V if rest > V // 2 * lanes else V // 2)
+        gemms = z * p // run_rows * (J * M * vectors + 40 * -(-run // width) * -(-J // j_step))
+        blocks = math.prod(block.count(N, axes)) * groups
+        for parts in {min(blocks_k, e) for e in (1, 2, 3, 4, 6, 8, 16, 32)}:
+            share = -(-blocks_k // parts)
+            parts_step = min(share, max(1, CACHE_BYTES // 2 // (M * z * column_z * itemsize)))
+            room = (C * block.elements + width + parts_step * M * z * column_z) * itemsize
+            cycles = (
+                share * gemms * _slower(room)
+                + C * block.copy_cycles(block.inputs, block.phases)
+                + share * M * block.copy_cycles(block.outputs, 1)
+                + share * M * J * itemsize / 8  # the filters come from a shared cache
+                + 500
+            )
+            choice = _CorrelationChoice(block, run_rows, column_z, column_p, parts, parts_step)
+            weighed.append((cycles * -(-blocks * parts // threads), choice))
+    return min(weighed, key=lambda pair: pair[0])
+
+
 class _Correlation:
-    """A correlation's plan: block, tile and tables, and the arguments of its task that do not change."""
+    """A correlation's plan: all that does not change from call to call.
+
+    The weight is contiguous, of spatial size `kernel`; `weight_strides` lead from group to group, from filter
+    to filter and from channel to channel of it, as this correlation has them.
+    """
 
     def __init__(
-        self, T: str, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis], threads: int
-    ) -> None:
-        lanes, itemsize = simd.lanes(T), 4 if T == "float32" else 8
-        M, V = simd.tiles().gemm
+        self, T: str, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis],
+        kernel: tuple[int, int, int], weight_strides: tuple[int, int, int], threads: int,
+    ) -> None:  # fmt: skip
+        lanes, itemsize = simd.lanes(T), _itemsize(T)
+        tile = simd.tiles().gemm
         # One row of accumulators runs at some 0.6 of the speed, and wastes no rows.
-        if K < 0.6 * _up(K, M):
-            M, V = simd.tiles().gemm_thin
-        windows = [_Window(axis) for axis in axes]
+        if K < 0.6 * _up(K, tile[0]):
+            tile = simd.tiles().gemm_thin
+        M, V = tile
         J = C * math.prod(len(axis.taps) for axis in axes)
-        blocks_k = -(-K // M)
-        tile = V * lanes
         j_step = max(1, 24 * 1024 // (M * itemsize))
-
-        best = math.inf
-        for block in _blocks(N, axes, windows):
-            z, p, q = block.outputs
-            row = block.inputs[2] * block.images
-            # Rows joined into one run, or each a run of its own.
-            for joined in (True, False):
-                run_rows = p if joined else 1
-                run = (run_rows - 1) * row + q * block.images
-                length = _up(run, tile)
-                column_p = row if joined else length
-                column_z = length if joined else p * length
-                pitch = z * column_z
-                blocks = math.prod(block.count(N, axes)) * groups
-                vectors = run // tile * V
-                if run % tile:
-                    vectors += V if run % tile > V // 2 * lanes else V // 2
-                runs = z * p // run_rows
-                gemms = runs * (J * M * vectors + 40 * -(-run // tile) * -(-J // j_step))
-                for parts in {min(blocks_k, e) for e in (1, 2, 3, 4, 6, 8, 16, 32)}:
-                    share = -(-blocks_k // parts)
-                    parts_step = min(share, max(1, CACHE_BYTES // 2 // (M * pitch * itemsize)))
-                    room = (C * block.elements + tile + parts_step * M * pitch) * itemsize
-                    cycles = (
-                        share * gemms * _slower(room)
-                        + C * block.copy_cycles(block.inputs, block.phases)
-                        + share * M * block.copy_cycles(block.outputs, 1)
-                        + share * M * J * itemsize / 8  # the filters come from a shared cache
-                        + 500
-                    )
-                    total = cycles * -(-blocks * parts // threads)
-                    if total < best:
-                        best = total
-                        chosen = block, run_rows, column_z, column_p, parts, parts_step
-        block, run_rows, column_z, column_p, parts, parts_step = chosen
+        windows = [_Window(axis) for axis in axes]
+        cycles, choice = _weigh_correlation(
+            T, N, groups, C, K, axes, windows, tile, j_step, threads
+        )
+        block = choice.block
         blocks_n, *blocks_zpq = block.count(N, axes)
-        sums_at = _up((C * block.elements + tile) * itemsize, 64)
-        self._offsets, self._residues = _tables(block, C, windows, 1)
-        self.task = _correlate(T, lanes, M, V)
-        self.count = blocks_n * math.prod(blocks_zpq) * groups * parts
-        self.work = best * min(threads, self.count)
-        self.scratch = sums_at + parts_step * M * block.outputs[0] * column_z * itemsize
-        self.tables = self._offsets.ctypes.data, self._residues.ctypes.data
-        self.values = (
-            N, groups, C, K, J, block.phases, parts, parts_step, j_step,
-            block.images, *block.outputs, *blocks_zpq, *block.inputs, run_rows, column_z, column_p, sums_at,
+        sums_at = _up((C * block.elements + V * lanes) * itemsize, 64)
+        sums = choice.parts_step * M * block.outputs[0] * choice.column_z
+        self._axes = axes
+        self._task = _correlate(T, lanes, M, V)
+        self._count = blocks_n * math.prod(blocks_zpq) * groups * choice.parts
+        self._work = cycles * min(threads, self._count)
+        self._scratch_bytes = sums_at + sums * itemsize
+        self._tables = _tables(block, C, windows, 1)
+        self._values = (
+            *(table.ctypes.data for table in self._tables),
+            N, groups, C, K, J, block.phases, choice.parts, choice.parts_step, j_step,
+            block.images, *block.outputs, *blocks_zpq, *block.inputs,
+            choice.run_rows, choice.column_z, choice.column_p, sums_at,
             *(axis.out for axis in axes), *(axis.step for axis in axes), *(w.low for w in windows),
             *(axis.size for axis in axes),
         )  # fmt: skip
-        self._axes = axes
-        self._pack = _pack(T)
-        self._packed = groups, blocks_k, M, K, C
-        self.packed_size = groups * blocks_k * M * J
-        taps = [axis.picks for axis in axes]
-        self._dtype = torch.float32 if T == "float32" else torch.float64
-        self._picks = taps
 
-    def bind(self, kernel: tuple[int, int, int], of_group: int, of_k: int, of_c: int) -> _Correlation:
-        """State how a contiguous weight of spatial size `kernel` is indexed; returns the plan."""
         _, R, S = kernel
-        t, r, s = self._picks
-        self._taps = np.array([(a * R + b) * S + c for a, b, c in product(t, r, s)], np.int32)
-        groups, blocks_k, M, K, C = self._packed
-        self._pack_values = (K, C, self._taps.size, M, of_group, of_k, of_c)
-        self._pack_count = groups * blocks_k
-        return self
+        picks = product(*(axis.picks for axis in axes))
+        self._taps = np.array([(t * R + r) * S + s for t, r, s in picks], np.int32)
+        self._pack = _pack(T)
+        self._pack_count = groups * -(-K // M)
+        self._pack_values = (self._taps.ctypes.data, K, C, self._taps.size, M, *weight_strides)
+        self._packed_size = self._pack_count * M * J
 
     def run(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> None:
-        packed = torch.empty(self.packed_size, dtype=self._dtype)
+        packed = torch.empty(self._packed_size, dtype=x.dtype)
         self._pack.run(
-            self._pack_count, 2.0 * self.packed_size,
-            w.data_ptr(), packed.data_ptr(), self._taps.ctypes.data, *self._pack_values,
-        )  # fmt: skip
+            self._pack_count,
+            2.0 * self._packed_size,
+            w.data_ptr(),
+            packed.data_ptr(),
+            *self._pack_values,
+        )
         n, k, *places = strides(y)
         start = sum(axis.start * stride for axis, stride in zip(self._axes, places, strict=True))
-        self.task.run(
-            self.count, self.work,
+        self._task.run(
+            self._count, self._work,
             x.data_ptr(), packed.data_ptr(), bias.data_ptr(), y.data_ptr() + start * y.element_size(),
-            *self.tables, *self.values, *strides(x),
-            n, k, *(axis.stride * stride for axis, stride in zip(self._axes, places, strict=True)),
-            scratch_bytes=self.scratch,
+            *self._values, *strides(x), n, k,
+            *(axis.stride * stride for axis, stride in zip(self._axes, places, strict=True)),
+            scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
 
 
 @lru_cache(512)
 def _fprop(shape: ConvShape, T: str, threads: int) -> _Correlation:
     C, K, taps = shape.C // shape.groups, shape.K // shape.groups, math.prod(shape.TRS)
-    plan = _Correlation(T, shape.N, shape.groups, C, K, _axes(shape), threads)
-    return plan.bind(shape.TRS, of_group=K * C * taps, of_k=C * taps, of_c=taps)
+    along = (K * C * taps, C * taps, taps)
+    return _Correlation(
+        T, shape.N, shape.groups, C, K, _axes(shape), shape.TRS, along, threads
+    )  # fmt: skip
 
 
 @lru_cache(512)
 def _dgrad(shape: ConvShape, T: str, threads: int) -> tuple[list[_Correlation], bool]:
     """The correlations that make up the input gradient, and whether they write all of it."""
     C, K, taps = shape.C // shape.groups, shape.K // shape.groups, math.prod(shape.TRS)
-    parts = [axes for axes in product(*map(_transposed, _axes(shape)))]
+    along = (K * C * taps, taps, C * taps)
+    parts = list(product(*map(_transposed, _axes(shape))))
     reached = [axes for axes in parts if all(axis.taps for axis in axes)]
-    plans = [_Correlation(T, shape.N, shape.groups, K, C, axes, threads) for axes in reached]
-    for plan in plans:
-        plan.bind(shape.TRS, of_group=K * C * taps, of_k=taps, of_c=C * taps)
+    plans = [
+        _Correlation(T, shape.N, shape.groups, K, C, axes, shape.TRS, along, threads)
+        for axes in reached
+    ]
     return plans, len(reached) == len(parts)
 
 
-class _Gradient:
+class _WeightChoice(NamedTuple):
+    """How the weight gradient is cut: filters and channels into parts, the places into `splits`. A task's
+    sums have `rows` times `columns`."""
+
+    block: _Block
+    parts_k: int
+    parts_c: int
+    splits: int
+    rows: int
+    columns: int
+
+
+def _weigh_weights(
+    T: str, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis], windows: Sequence[_Window],
+    tile: tuple[int, int],
+) -> tuple[float, _WeightChoice]:  # fmt: skip
+    """The fastest choice by estimated cycles, and that estimate for all tasks together."""
+    (M, V), lanes, itemsize = tile, simd.lanes(T), _itemsize(T)
+    taps = math.prod(len(axis.taps) for axis in axes)
+    weighed: list[tuple[float, float, _WeightChoice]] = []
+    for block in _blocks(N, axes, windows):
+        z, p, q = block.outputs
+        blocks = math.prod(block.count(N, axes))
+        lines, length = z * p, q * block.images
+        if block.inputs[2] == q:
+            lines, length = z, p * length
+        one = M * V * (lines * -(-length // lanes) + 12 * z) + 15 * lines + 30
+        for parts_k, parts_c in product((1, 2, 4, 8, 16), repeat=2):
+            parts = groups * parts_k * parts_c
+            if parts_k > K or parts_c > C or parts > max(groups, 4 * SPLITS):
+                continue
+            most_k, most_c = -(-K // parts_k), -(-C // parts_c)
+            rows, columns = _up(most_k, M), _up(most_c * taps, V)
+            size = rows * columns
+            fitting = PARTIAL_BYTES // (size * parts * itemsize)
+            splits = max(1, min(blocks, SPLITS // parts, fitting))
+            room = (most_c * block.elements + rows * block.places) * itemsize
+            cycles = (
+                rows // M * (columns // V) * one * _slower(room)
+                + most_c * block.copy_cycles(block.inputs, block.phases)
+                + most_k * block.copy_cycles(block.outputs, 1)
+                + 500
+            ) * -(-blocks // splits) + 2 * size
+            # As if for eight threads; small problems for fewer, which need fewer splits.
+            work = cycles * parts * splits
+            threads = min(8, max(1, int(work / 50_000)))
+            choice = _WeightChoice(block, parts_k, parts_c, splits, rows, columns)
+            weighed.append((cycles * -(-parts * splits // threads), work, choice))
+    _, work, choice = min(weighed, key=lambda triple: triple[0])
+    return work, choice
+
+
+class _WeightGradient:
     """The weight gradient's plan. It depends on the shape alone, never on the number of threads."""
 
     def __init__(self, shape: ConvShape, T: str) -> None:
-        lanes, itemsize = simd.lanes(T), 4 if T == "float32" else 8
+        lanes, itemsize = simd.lanes(T), _itemsize(T)
         N, groups = shape.N, shape.groups
         C, K, taps = shape.C // groups, shape.K // groups, math.prod(shape.TRS)
         axes = _axes(shape)
         windows = [_Window(axis) for axis in axes]
-        M, V = simd.tiles().dot if K > 1 else simd.tiles().dot_thin
-
-        best = math.inf
-        for block in _blocks(N, axes, windows):
-            z, p, q = block.outputs
-            blocks = math.prod(block.count(N, axes))
-            joined = block.inputs[2] == q
-            segments, length = (z, p * q * block.images) if joined else (z * p, q * block.images)
-            one = M * V * (segments * -(-length // lanes) + 12 * z) + 15 * segments + 30
-            for parts_k, parts_c in product((1, 2, 4, 8, 16), repeat=2):
-                most_k, most_c = -(-K // parts_k), -(-C // parts_c)
-                parts = groups * parts_k * parts_c
-                if parts > groups and (parts_k > K or parts_c > C or parts > 4 * SPLITS):
-                    continue
-                rows, columns = _up(most_k, M), _up(most_c * taps, V)
-                size = rows * columns
-                splits = max(1, min(blocks, SPLITS // parts, PARTIAL_BYTES // (size * parts * itemsize)))
-                room = (most_c * block.elements + rows * block.places) * itemsize
-                cycles = (
-                    (rows // M) * (columns // V) * one * _slower(room)
-                    + most_c * block.copy_cycles(block.inputs, block.phases)
-                    + most_k * block.copy_cycles(block.outputs, 1)
-                    + 500
-                ) * -(-blocks // splits) + 2 * size
-                # As if for eight threads; small problems for fewer, which need fewer splits.
-                threads = min(8, max(1, int(cycles * parts * splits / 50_000)))
-                total = cycles * -(-parts * splits // threads)
-                if total < best:
-                    best = total
-                    chosen = block, parts_k, parts_c, splits, rows, columns
-                    self._work = cycles * parts * splits
-        block, parts_k, parts_c, splits, rows, columns = chosen
-        self._offsets, self._residues = _tables(block, -(-C // parts_c), windows, V)
-        lines_at = _up((-(-C // parts_c) * block.elements + lanes) * itemsize, 64)
-        self._scratch = lines_at + (rows * block.places + lanes) * itemsize
-        self._task = _weights(T, lanes, M, V)
+        tile = simd.tiles().dot if K > 1 else simd.tiles().dot_thin
+        self._work, choice = _weigh_weights(T, N, groups, C, K, axes, windows, tile)
+        block, parts_k, parts_c, splits, rows, columns = choice
+        most_c = -(-C // parts_c)
+        lines_at = _up((most_c * block.elements + lanes) * itemsize, 64)
+        self._scratch_bytes = lines_at + (rows * block.places + lanes) * itemsize
+        self._task = _weights(T, lanes, *tile)
         self._count = splits * groups * parts_k * parts_c
-        self._tables = self._offsets.ctypes.data, self._residues.ctypes.data
+        self._sums_size = self._count * rows * columns
+        self._tables = _tables(block, most_c, windows, tile[1])
         self._values = (
+            *(table.ctypes.data for table in self._tables),
             N, groups, C, K, taps, block.phases, splits, parts_k, parts_c,
             block.images, *block.outputs, *block.count(N, axes), *block.inputs, lines_at,
             *(axis.out for axis in axes), *(axis.step for axis in axes), *(w.low for w in windows),
             *(axis.size for axis in axes),
         )  # fmt: skip
-        self._sums = torch.Size([self._count * rows * columns])
         self._add = _add_splits(T)
         self._add_count = groups * K
-        self._add_values = (groups, K, C, taps, splits, parts_k, parts_c, rows, columns, rows * columns)
-        self._dtype = torch.float32 if T == "float32" else torch.float64
+        self._add_values = (groups, K, C, taps, splits, parts_k, parts_c, rows, columns)
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
-        sums = torch.empty(self._sums, dtype=self._dtype)
+        sums = torch.empty(self._sums_size, dtype=x.dtype)
         self._task.run(
             self._count, self._work,
-            x.data_ptr(), grad_y.data_ptr(), sums.data_ptr(), *self._tables, *self._values,
+            x.data_ptr(), grad_y.data_ptr(), sums.data_ptr(), *self._values,
             *strides(x), *strides(grad_y),
-            scratch_bytes=self._scratch,
+            scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
         self._add.run(
-            self._add_count, sums.numel(), sums.data_ptr(), grad_w.data_ptr(), *self._add_values
+            self._add_count,
+            self._sums_size,
+            sums.data_ptr(),
+            grad_w.data_ptr(),
+            *self._add_values,
         )
 
 
-_wgrad = lru_cache(512)(_Gradient)
+_wgrad = lru_cache(512)(_WeightGradient)
 
 
 def _is_dense(shape: ConvShape) -> bool:
@@ -653,10 +734,9 @@ def _is_dense(shape: ConvShape) -> bool:
 
 
 def _dense(shape: ConvShape) -> ConvShape:
-    """A dense layer as a 1-place convolution along a row of N: one long row serves vectors better."""
-    return ConvShape(
-        1, shape.C * math.prod(shape.kernel), shape.K, (shape.N,), (1,), (1,), ((0, 0),), (1,)
-    )
+    """A dense layer as a convolution of one place along a row of N: a long row serves vectors better."""
+    C = shape.C * math.prod(shape.kernel)
+    return ConvShape(1, C, shape.K, (shape.N,), (1,), (1,), ((0, 0),), (1,))
 
 
 def _row(t: torch.Tensor) -> torch.Tensor:
@@ -683,7 +763,9 @@ def conv_fprop(
         y.copy_(result)
 
 
-def conv_dgrad(shape: ConvShape, grad_y: torch.Tensor, w: torch.Tensor, grad_x: torch.Tensor) -> None:
+def conv_dgrad(
+    shape: ConvShape, grad_y: torch.Tensor, w: torch.Tensor, grad_x: torch.Tensor
+) -> None:
     """The gradient with respect to x."""
     grad_y, w = native(grad_y), native(w).contiguous()
     dense = _is_dense(shape)
@@ -701,7 +783,9 @@ def conv_dgrad(shape: ConvShape, grad_y: torch.Tensor, w: torch.Tensor, grad_x: 
         grad_x.copy_(result)
 
 
-def conv_wgrad(shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
+def conv_wgrad(
+    shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor
+) -> None:
     """The gradient with respect to w: the same bits for any number of threads."""
     grad_y, x = native(grad_y), native(x)
     result = native_result(grad_w, x.dtype, contiguous=True)

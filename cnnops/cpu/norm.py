@@ -4,11 +4,13 @@ Each channel ``y = act(gamma * (x - mean) * rstd + beta + residual)``. Statistic
 float64, the second about the first's mean, so they survive a mean far larger than the deviation; a mean that
 float32 cannot hold is carried as ``high + low``. The backward computes the activation's input anew from x.
 
-A channel's elements are `runs` of `length`, `step` apart: in row-major memory the planes of the images, in
-channels-last memory stretches of rows, short enough that the cache lines which 16 channels share stay close
-by while each takes its turn. A task does some channels; `side` of them, 1 or 16, take turns.
+The elements of a channel, or of SIDE neighbouring ones in channels-last memory, are `runs` of at most
+`length` steps: planes of the images in row-major memory, stretches of rows otherwise. Each helper does one
+run of `n` channels, n = 1 being the row-major case, with vectors along the run, or along the channels. What a
+channel needs lies in scratch, one array of SIDE behind the other.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import math
@@ -19,11 +21,23 @@ import torch
 from numba import njit
 
 from cnnops.cpu.simd import sum_of
-from cnnops.cpu.task import NAME, Task, ahead, given, layout, native, pointer, unpack
+from cnnops.cpu.task import (
+    NAME,
+    Task,
+    ahead,
+    given,
+    layout,
+    native,
+    pointer,
+    unpack,
+)
+from cnnops.cpu.task import (
+    supports as supports,
+)
 from cnnops.shapes import NormShape
 
 SIDE = 16
-"""Channels that take turns in channels-last memory: one cache line of float32."""
+"""Channels done side by side in channels-last memory: one cache line of float32."""
 
 PIECE = 1024
 """Elements that the backward holds in scratch at a time."""
@@ -32,21 +46,14 @@ ACTIVATIONS = (
     "none", "relu", "relu6", "silu", "gelu", "hardswish", "leaky_relu", "sigmoid", "tanh",
 )  # fmt: skip
 
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def supports(op: str, shape: object, dtype: torch.dtype) -> str | None:
-    """None where `op` takes the problem, or the reason why it does not."""
-    return None if dtype in _DTYPES else f"dtype {dtype} is not a floating-point type of 16 to 64 bits"
-
 
 # ---- kernels ----------------------------------------------------------------------------------------------
-# `kind` is an index into ACTIVATIONS and `real` the type of the elements: both known when a kernel is compiled,
-# so that one branch remains, and constants do not widen float32 arithmetic.
+# `kind` is an index into ACTIVATIONS and `real` the type of the elements: both are known when a kernel is
+# compiled, so that one branch remains, and constants do not widen float32 arithmetic.
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _activate(real, kind, z):  # type: ignore[no-untyped-def]
+def _activate(real, kind, z):
     if kind == 1:
         return real(0) if z <= real(0) else z
     if kind == 2:
@@ -67,7 +74,7 @@ def _activate(real, kind, z):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _slope(real, kind, z):  # type: ignore[no-untyped-def]
+def _slope(real, kind, z):
     """The activation's derivative at z; where there is none, PyTorch's choice."""
     if kind == 1:
         return real(0) if z <= real(0) else real(1)
@@ -94,51 +101,121 @@ def _slope(real, kind, z):  # type: ignore[no-untyped-def]
     return real(1)
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
-def _deviations(x, count, step, mean):  # type: ignore[no-untyped-def]
-    """The sums of ``x - mean`` and of its squares, in float64."""
-    first, second = 0.0, 0.0
-    for i in range(count):
-        d = np.float64(x[i * step]) - mean
-        first += d
-        second += d * d
-    return first, second
+@njit(error_model="numpy", boundscheck=False)
+def _sum(x, count, step, n, total):
+    if n == 1:
+        total[0] += sum_of(x, count, step)
+        return
+    for r in range(count):
+        row = ahead(x, r * step)
+        for i in range(n):
+            total[i] += row[i]
 
 
 @njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
-def _products(a, b, count):  # type: ignore[no-untyped-def]
-    """The sums of a and of ``a * b``, in float64."""
-    first, second = 0.0, 0.0
-    for i in range(count):
-        first += a[i]
-        second += np.float64(a[i]) * np.float64(b[i])
-    return first, second
+def _deviations(x, count, step, n, mean, first, second):
+    """Add up ``x - mean`` and its squares."""
+    if n == 1:
+        about, sum1, sum2 = mean[0], 0.0, 0.0
+        for i in range(count):
+            d = np.float64(x[i * step]) - about
+            sum1 += d
+            sum2 += d * d
+        first[0] += sum1
+        second[0] += sum2
+        return
+    for r in range(count):
+        row = ahead(x, r * step)
+        for i in range(n):
+            d = np.float64(row[i]) - mean[i]
+            first[i] += d
+            second[i] += d * d
+
+
+@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+def _products(a, b, count, n, first, second):
+    """Add up a, and ``a * b``, both ``[count] [n]``."""
+    if n == 1:
+        sum1, sum2 = 0.0, 0.0
+        for i in range(count):
+            sum1 += a[i]
+            sum2 += np.float64(a[i]) * np.float64(b[i])
+        first[0] += sum1
+        second[0] += sum2
+        return
+    for r in range(count):
+        p, q = ahead(a, r * n), ahead(b, r * n)
+        for i in range(n):
+            first[i] += p[i]
+            second[i] += np.float64(p[i]) * np.float64(q[i])
 
 
 @njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
-def _normalise(real, kind, x, residual, y, count, step, high, low, scale, shift):  # type: ignore[no-untyped-def]
+def _normalise(real, kind, x, residual, y, count, step, n, high, low, scale, shift):
+    if n > 1:
+        for r in range(count):
+            row, to = ahead(x, r * step), ahead(y, r * step)
+            if given(residual):
+                beside = ahead(residual, r * step)
+                for i in range(n):
+                    z = (row[i] - high[i] - low[i]) * scale[i] + shift[i] + beside[i]
+                    to[i] = _activate(real, kind, z)
+            else:
+                for i in range(n):
+                    to[i] = _activate(real, kind, (row[i] - high[i] - low[i]) * scale[i] + shift[i])
+        return
+    m, rest, g, b = high[0], low[0], scale[0], shift[0]
     if given(residual):
         for i in range(count):
-            z = (x[i * step] - high - low) * scale + shift + residual[i * step]
+            z = (x[i * step] - m - rest) * g + b + residual[i * step]
             y[i * step] = _activate(real, kind, z)
     else:
         for i in range(count):
-            y[i * step] = _activate(real, kind, (x[i * step] - high - low) * scale + shift)
+            y[i * step] = _activate(real, kind, (x[i * step] - m - rest) * g + b)
 
 
 @njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
-def _back(real, kind, grad_y, x, residual, count, step, high, low, scale, shift, grad_z, apart):  # type: ignore[no-untyped-def]
-    """Into scratch: the gradient of the activation's input z, and ``x - mean``."""
+def _back(real, kind, grad_y, x, residual, count, step, n, high, low, scale, shift, grad_z, apart):
+    """Into scratch, ``[count] [n]``: the gradient of the activation's input z, and ``x - mean``."""
+    if n > 1:
+        for r in range(count):
+            row, grad = ahead(x, r * step), ahead(grad_y, r * step)
+            d, to = ahead(apart, r * n), ahead(grad_z, r * n)
+            for i in range(n):
+                d[i] = row[i] - high[i] - low[i]
+            if given(residual):
+                beside = ahead(residual, r * step)
+                for i in range(n):
+                    to[i] = grad[i] * _slope(real, kind, d[i] * scale[i] + shift[i] + beside[i])
+            else:
+                for i in range(n):
+                    to[i] = grad[i] * _slope(real, kind, d[i] * scale[i] + shift[i])
+        return
+    m, rest, g, b = high[0], low[0], scale[0], shift[0]
     if given(residual):
         for i in range(count):
-            d = x[i * step] - high - low
-            apart[i] = d
-            grad_z[i] = grad_y[i * step] * _slope(real, kind, d * scale + shift + residual[i * step])
+            e = x[i * step] - m - rest
+            apart[i] = e
+            grad_z[i] = grad_y[i * step] * _slope(real, kind, e * g + b + residual[i * step])
     else:
         for i in range(count):
-            d = x[i * step] - high - low
-            apart[i] = d
-            grad_z[i] = grad_y[i * step] * _slope(real, kind, d * scale + shift)
+            e = x[i * step] - m - rest
+            apart[i] = e
+            grad_z[i] = grad_y[i * step] * _slope(real, kind, e * g + b)
+
+
+@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+def _combine(grad_z, apart, to, count, step, n, factor, a, b):
+    """``to = factor * (grad_z - a - apart * b)``."""
+    if n > 1:
+        for r in range(count):
+            g, d, row = ahead(grad_z, r * n), ahead(apart, r * n), ahead(to, r * step)
+            for i in range(n):
+                row[i] = factor[i] * (g[i] - a[i] - d[i] * b[i])
+        return
+    f, first, second = factor[0], a[0], b[0]
+    for i in range(count):
+        to[i * step] = f * (grad_z[i] - first - apart[i] * second)
 
 
 def _real(T: str) -> type:
@@ -151,36 +228,32 @@ def _forward(T: str, kind: int, training: bool) -> Task:
     real = _real(T)
 
     def batch_norm_forward(address: int, index: int, scratch: int) -> None:
-        """Some channels of y; in training from their own statistics, which go to mean, rstd and the averages."""
+        """Some channels of y; in training by their own statistics, which go to mean, rstd and averages."""
         (
             x, weight, bias, residual, running_mean, running_var, y, means, rstds,
             C, each, side, total, length, runs, run_step, step, channel_step, momentum, eps,
         ) = unpack(address, args)  # fmt: skip
         mean = pointer(scratch, "float64")
-        var, first = ahead(mean, side), ahead(mean, 2 * side)
+        var, first = ahead(mean, SIDE), ahead(mean, 2 * SIDE)
+        high = pointer(scratch + 24 * SIDE, T)
+        low, scale, shift = ahead(high, SIDE), ahead(high, 2 * SIDE), ahead(high, 3 * SIDE)
         for c0 in range(index * each, min(index * each + each, C), side):
-            channels = min(side, C - c0)
-            for i in range(channels):
+            n = min(side, C - c0)
+            for i in range(n):
                 if training:
                     mean[i] = var[i] = first[i] = 0
                 else:
                     mean[i], var[i] = running_mean[c0 + i], running_var[c0 + i]
             if training:
                 for run in range(runs):
-                    count = min(length, total - run * length)
-                    for i in range(channels):
-                        place = ahead(x, run * run_step + (c0 + i) * channel_step)
-                        mean[i] += sum_of(place, count, step)
-                for i in range(channels):
+                    place = ahead(x, run * run_step + c0 * channel_step)
+                    _sum(place, min(length, total - run * length), step, n, mean)
+                for i in range(n):
                     mean[i] /= total
                 for run in range(runs):
-                    count = min(length, total - run * length)
-                    for i in range(channels):
-                        place = ahead(x, run * run_step + (c0 + i) * channel_step)
-                        d, square = _deviations(place, count, step, mean[i])
-                        first[i] += d
-                        var[i] += square
-                for i in range(channels):
+                    place = ahead(x, run * run_step + c0 * channel_step)
+                    _deviations(place, min(length, total - run * length), step, n, mean, first, var)
+                for i in range(n):
                     # The first pass's rounding: what is left of the mean about itself.
                     error = first[i] / total
                     mean[i] += error
@@ -193,22 +266,20 @@ def _forward(T: str, kind: int, training: bool) -> Task:
                     if given(running_var):
                         unbiased = var[i] * total / (total - 1)
                         running_var[c] = (1 - momentum) * running_var[c] + momentum * unbiased
+            for i in range(n):
+                factor = 1 / math.sqrt(var[i] + eps)
+                if given(weight):
+                    factor *= weight[c0 + i]
+                scale[i] = factor
+                shift[i] = bias[c0 + i] if given(bias) else real(0)
+                high[i] = mean[i]
+                low[i] = mean[i] - high[i] if math.isfinite(mean[i]) else 0.0
             for run in range(runs):
-                count = min(length, total - run * length)
-                for i in range(channels):
-                    c = c0 + i
-                    scale = 1 / math.sqrt(var[i] + eps)
-                    if given(weight):
-                        scale *= weight[c]
-                    shift = real(bias[c]) if given(bias) else real(0)
-                    high = real(mean[i])
-                    low = real(mean[i] - high) if math.isfinite(high) else real(0)
-                    place = run * run_step + c * channel_step
-                    beside = ahead(residual, place) if given(residual) else residual
-                    _normalise(
-                        real, kind, ahead(x, place), beside, ahead(y, place), count, step,
-                        high, low, real(scale), shift,
-                    )  # fmt: skip
+                place = run * run_step + c0 * channel_step
+                _normalise(
+                    real, kind, ahead(x, place), ahead(residual, place) if given(residual) else residual,
+                    ahead(y, place), min(length, total - run * length), step, n, high, low, scale, shift,
+                )  # fmt: skip
 
     return Task(batch_norm_forward, args)
 
@@ -224,67 +295,64 @@ def _backward(T: str, kind: int, training: bool) -> Task:
             grad_y, x, weight, bias, residual, means, rstds, grad_x, grad_weight, grad_bias, grad_residual,
             C, each, side, total, length, runs, run_step, step, channel_step,
         ) = unpack(address, args)  # fmt: skip
-        lows = pointer(scratch, "float64")
-        sums, products = ahead(lows, side), ahead(lows, 2 * side)
-        grad_z = pointer(scratch + 24 * side, T)
+        mean = pointer(scratch, "float64")
+        sums, products = ahead(mean, SIDE), ahead(mean, 2 * SIDE)
+        high = pointer(scratch + 24 * SIDE, T)
+        low, scale, shift = ahead(high, SIDE), ahead(high, 2 * SIDE), ahead(high, 3 * SIDE)
+        a, b = ahead(high, 4 * SIDE), ahead(high, 5 * SIDE)
+        grad_z = ahead(high, 6 * SIDE)
         apart = ahead(grad_z, PIECE)
         for c0 in range(index * each, min(index * each + each, C), side):
-            channels = min(side, C - c0)
-            hard = False
-            for i in range(channels):
-                lows[i] = sums[i] = products[i] = 0
-                # Far from zero the mean as kept is off by a good part of the deviation.
-                hard = hard or training and abs(means[c0 + i]) * rstds[c0 + i] > 64
-            if hard:
+            n = min(side, C - c0)
+            far = False
+            for i in range(n):
+                mean[i], sums[i], products[i] = means[c0 + i], 0, 0
+                # Far from zero the mean as it was kept is off by a good part of the deviation.
+                far = far or training and abs(means[c0 + i]) * rstds[c0 + i] > 64
+            if far:
                 for run in range(runs):
-                    count = min(length, total - run * length)
-                    for i in range(channels):
-                        place = ahead(x, run * run_step + (c0 + i) * channel_step)
-                        d, square = _deviations(place, count, step, np.float64(means[c0 + i]))
-                        lows[i] += d
-                for i in range(channels):
-                    lows[i] /= total
+                    place = ahead(x, run * run_step + c0 * channel_step)
+                    _deviations(
+                        place, min(length, total - run * length), step, n, mean, sums, products
+                    )
+            for i in range(n):
+                high[i], low[i] = means[c0 + i], sums[i] / total
+                sums[i], products[i] = 0, 0
+                scale[i] = rstds[c0 + i] * weight[c0 + i] if given(weight) else rstds[c0 + i]
+                shift[i] = bias[c0 + i] if given(bias) else real(0)
             # The first round sums, the second writes.
             for last in range(2):
                 if last == 1:
-                    for i in range(channels):
+                    for i in range(n):
                         if given(grad_bias):
                             grad_bias[c0 + i] = sums[i]
                         if given(grad_weight):
                             grad_weight[c0 + i] = products[i] * rstds[c0 + i]
-                for run in range(runs):
-                    count = min(length, total - run * length)
-                    for i in range(channels):
-                        c = c0 + i
-                        factor = rstds[c]
-                        if given(weight):
-                            factor *= weight[c]
-                        shift = real(bias[c]) if given(bias) else real(0)
-                        a, b = real(0), real(0)
+                        a[i], b[i] = 0, 0
                         if training:
-                            a = real(sums[i] / total)
-                            b = real(products[i] / total * rstds[c] * rstds[c])
-                        for piece in range(0, count, PIECE):
-                            size = min(PIECE, count - piece)
-                            place = run * run_step + c * channel_step + piece * step
-                            beside = ahead(residual, place) if given(residual) else residual
-                            _back(
-                                real, kind, ahead(grad_y, place), ahead(x, place), beside, size, step,
-                                means[c], real(lows[i]), factor, shift, grad_z, apart,
-                            )  # fmt: skip
-                            if last == 0:
-                                first, second = _products(grad_z, apart, size)
-                                sums[i] += first
-                                products[i] += second
-                                continue
-                            if given(grad_residual):
-                                to = ahead(grad_residual, place)
-                                for j in range(size):
-                                    to[j * step] = grad_z[j]
-                            if given(grad_x):
-                                to = ahead(grad_x, place)
-                                for j in range(size):
-                                    to[j * step] = factor * (grad_z[j] - a - apart[j] * b)
+                            a[i] = sums[i] / total
+                            b[i] = products[i] / total * rstds[c0 + i] * rstds[c0 + i]
+                for run in range(runs):
+                    steps = min(length, total - run * length)
+                    for start in range(0, steps, PIECE // side):
+                        count = min(PIECE // side, steps - start)
+                        place = run * run_step + c0 * channel_step + start * step
+                        _back(
+                            real, kind, ahead(grad_y, place), ahead(x, place),
+                            ahead(residual, place) if given(residual) else residual, count, step, n,
+                            high, low, scale, shift, grad_z, apart,
+                        )  # fmt: skip
+                        if last == 0:
+                            _products(grad_z, apart, count, n, sums, products)
+                            continue
+                        if given(grad_residual):
+                            to = ahead(grad_residual, place)
+                            for r in range(count):
+                                for i in range(n):
+                                    to[r * step + i] = grad_z[r * n + i]
+                        if given(grad_x):
+                            to = ahead(grad_x, place)
+                            _combine(grad_z, apart, to, count, step, n, scale, a, b)
 
     return Task(batch_norm_backward, args)
 
@@ -299,10 +367,8 @@ def _together(shape: NormShape, result: torch.Tensor | None) -> bool:
     return result is not None and result.movedim(1, -1).is_contiguous()
 
 
-def _dense(t: torch.Tensor | None, together: bool) -> torch.Tensor | None:
+def _dense(t: torch.Tensor, together: bool) -> torch.Tensor:
     """`t` in a type that kernels read and in the order asked for, copied if need be."""
-    if t is None:
-        return None
     t = native(t)
     return t.movedim(1, -1).contiguous().movedim(-1, 1) if together else t.contiguous()
 
@@ -338,9 +404,13 @@ def _sizes(shape: NormShape, together: bool) -> tuple[tuple[int, ...], int, floa
     """Arguments that both kernels have, tasks to run, and an estimate of all their cycles."""
     C, total = shape.C, shape.count
     if together:
-        length = 256
+        length = PIECE // SIDE
         runs = -(-total // length)
-        return (C, SIDE, SIDE, total, length, runs, length * C, C, 1), -(-C // SIDE), 4.0 * C * total
+        return (
+            (C, SIDE, SIDE, total, length, runs, length * C, C, 1),
+            -(-C // SIDE),
+            4.0 * C * total,
+        )
     each = max(1, min(C // 16, 20_000 // (2 * total)))
     L = shape.L
     return (C, each, 1, total, L, shape.N, C * L, 1, L), -(-C // each), 2.0 * C * total
@@ -354,7 +424,8 @@ def batch_norm_train(
     """y by the batch's own statistics, which go to `mean`, `rstd` and, weighted by `momentum`, into the
     running ones (the variance there is the unbiased one)."""
     together = _together(shape, y)
-    x, residual = _dense(x, together), _dense(residual, together)
+    x = _dense(x, together)
+    residual = None if residual is None else _dense(residual, together)
     dtype = x.dtype
     weight, bias = _vector(weight, dtype), _vector(bias, dtype)
     averages = _vector(running_mean, dtype), _vector(running_var, dtype)
@@ -362,7 +433,7 @@ def batch_norm_train(
     sizes, count, work = _sizes(shape, together)
     _forward(NAME[dtype], ACTIVATIONS.index(activation), True).run(
         count, work, *_addresses(x, weight, bias, residual, *averages, *results), *sizes, momentum, eps,
-        scratch_bytes=24 * SIDE,
+        scratch_bytes=(24 + 4 * 8) * SIDE,
     )  # fmt: skip
     _deliver(*zip((*averages, *results), (running_mean, running_var, y, mean, rstd), strict=True))
 
@@ -374,14 +445,15 @@ def batch_norm_infer(
 ) -> None:  # fmt: skip
     """y by the running statistics."""
     together = _together(shape, y)
-    x, residual = _dense(x, together), _dense(residual, together)
+    x = _dense(x, together)
+    residual = None if residual is None else _dense(residual, together)
     dtype = x.dtype
     vectors = [_vector(t, dtype) for t in (weight, bias, running_mean, running_var)]
     result = _result(y, dtype, together)
     sizes, count, work = _sizes(shape, together)
     _forward(NAME[dtype], ACTIVATIONS.index(activation), False).run(
         count, work, *_addresses(x, *vectors[:2], residual, *vectors[2:], result, None, None), *sizes, 0.0,
-        eps, scratch_bytes=24 * SIDE,
+        eps, scratch_bytes=(24 + 4 * 8) * SIDE,
     )  # fmt: skip
     _deliver((result, y))
 
@@ -395,7 +467,8 @@ def batch_norm_bwd(
     """Every gradient that is asked for. With `training`, mean and rstd are x's own, and x's gradient flows
     through them too."""
     together = _together(shape, grad_x if grad_x is not None else grad_residual)
-    grad_y, x, residual = (_dense(t, together) for t in (grad_y, x, residual))
+    grad_y, x = _dense(grad_y, together), _dense(x, together)
+    residual = None if residual is None else _dense(residual, together)
     dtype = x.dtype
     vectors = [_vector(t, dtype) for t in (weight, bias)]
     statistics = [_vector(t, dtype) for t in (mean, rstd)]
@@ -407,6 +480,6 @@ def batch_norm_bwd(
     sizes, count, work = _sizes(shape, together)
     _backward(NAME[dtype], ACTIVATIONS.index(activation), training).run(
         count, 2 * work, *_addresses(grad_y, x, *vectors, residual, *statistics, *results), *sizes,
-        scratch_bytes=24 * SIDE + 16 * PIECE,
+        scratch_bytes=(24 + 6 * 8) * SIDE + 16 * PIECE,
     )  # fmt: skip
     _deliver(*zip(results, asked, strict=True))

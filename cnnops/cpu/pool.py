@@ -11,6 +11,7 @@ innermost axis of everything (`inner` is their number, 1 otherwise). Average win
 (start, stop, extent) along each axis, which serve adaptive windows and padded ones alike.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import math
@@ -22,40 +23,45 @@ from numba import njit
 
 from cnnops.cpu import simd
 from cnnops.cpu.simd import sum_of
-from cnnops.cpu.task import NAME, Task, ahead, layout, native, native_result, pointer, strides, unpack
+from cnnops.cpu.task import (
+    NAME,
+    Task,
+    ahead,
+    inside,
+    layout,
+    native,
+    native_result,
+    pointer,
+    strides,
+    unpack,
+)
+from cnnops.cpu.task import (
+    supports as supports,
+)
 from cnnops.shapes import PoolShape
-
-_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-
-
-def supports(op: str, shape: object, dtype: torch.dtype) -> str | None:
-    """None where `op` takes the problem, or the reason why it does not."""
-    return None if dtype in _DTYPES else f"dtype {dtype} is not a floating-point type of 16 to 64 bits"
-
 
 # ---- kernels ----------------------------------------------------------------------------------------------
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _first(start, step):  # type: ignore[no-untyped-def]
+def _first(start, step):
     """The first place of a window at `start`, with places `step` apart, that is not before the input."""
     return 0 if start >= 0 else (step - 1 - start) // step
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _range(first, step, size, count):  # type: ignore[no-untyped-def]
-    """The i in ``0 … count`` with ``0 <= first + i * step < size``, as start and stop."""
-    start = min(_first(first, step), count)
-    return start, max(min((size - first + step - 1) // step, count), start)
-
-
-@njit(error_model="numpy", boundscheck=False)
-def _keep_larger(L, best, kept, row, step, start, stop, place, inner):  # type: ignore[no-untyped-def]
+def _keep_larger(L, best, kept, row, step, start, stop, place, inner):
     """Let `place` of the windows ``start … stop`` win where its value, `step` apart in `row`, is larger."""
     if inner > 1:
         for q in range(start, stop):
             simd.keep_larger(
-                L, 1, ahead(best, q * inner), ahead(kept, q * inner), ahead(row, q * step), inner, place
+                L,
+                1,
+                ahead(best, q * inner),
+                ahead(kept, q * inner),
+                ahead(row, q * step),
+                inner,
+                place,
             )
     elif step == 1:
         simd.keep_larger(
@@ -74,7 +80,7 @@ def _keep_larger(L, best, kept, row, step, start, stop, place, inner):  # type: 
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _add(to, to_step, row, step, start, stop, inner):  # type: ignore[no-untyped-def]
+def _add(to, to_step, row, step, start, stop, inner):
     """``to[q * to_step] += row[q * step]`` for q in ``start … stop``, and the same for `inner` neighbours."""
     if inner > 1:
         for q in range(start, stop):
@@ -96,7 +102,7 @@ def _add(to, to_step, row, step, start, stop, inner):  # type: ignore[no-untyped
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _put(to, to_step, row, step, count, inner):  # type: ignore[no-untyped-def]
+def _put(to, to_step, row, step, count, inner):
     """``to[q * to_step] = row[q * step]`` for q < count, and the same for `inner` neighbours."""
     if to_step == inner and step == inner:
         for q in range(count * inner):
@@ -108,7 +114,7 @@ def _put(to, to_step, row, step, count, inner):  # type: ignore[no-untyped-def]
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _clear(image, D, H, W, d, h, w, inner):  # type: ignore[no-untyped-def]
+def _clear(image, D, H, W, d, h, w, inner):
     """Zero for `inner` channels of an image with strides d, h and w."""
     if w == inner and (h == W * w or H == 1) and (d == H * W * w or D == 1):
         for i in range(D * H * W * w):
@@ -122,8 +128,8 @@ def _clear(image, D, H, W, d, h, w, inner):  # type: ignore[no-untyped-def]
 
 
 @lru_cache(None)
-def _max_fwd(T: str, O: str, L: int) -> Task:
-    args = layout(f"{T}**2 {O}* int64*36")
+def _max_fwd(T: str, kept_type: str, L: int) -> Task:
+    args = layout(f"{T}**2 {kept_type}* int64*36")
 
     def max_pool_fwd(address: int, index: int, scratch: int) -> None:
         (
@@ -155,19 +161,21 @@ def _max_fwd(T: str, O: str, L: int) -> Task:
                             row = ahead(x, n * xn + c * xc + (d + t * rd) * xd + (h + r * rh) * xh)
                             for s in range(S):
                                 w = s * rw - pw
-                                start, stop = _range(w, sw, W, Q)
+                                start, stop = inside(w, sw, W, Q)
                                 _keep_larger(
                                     L, best, kept, ahead(row, w * xw), sw * xw, start, stop,
                                     (t * R + r) * S + s, inner,
                                 )  # fmt: skip
                     _put(ahead(y, n * yn + c * yc + z * yd + p * yh), yw, best, inner, Q, inner)
-                    _put(ahead(offsets, n * on + c * oc + z * od + p * oh), ow, kept, inner, Q, inner)
+                    _put(
+                        ahead(offsets, n * on + c * oc + z * od + p * oh), ow, kept, inner, Q, inner
+                    )
 
     return Task(max_pool_fwd, args)
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _inside(place, d, h, w, D, H, W, R, S, rd, rh, rw):  # type: ignore[no-untyped-def]
+def _inside(place, d, h, w, D, H, W, R, S, rd, rh, rw):
     """Whether the window at (d, h, w) has its `place` in the input. A window whose dilation passes over the
     whole input has none there; it kept a place all the same."""
     d += place // (R * S) * rd
@@ -177,8 +185,8 @@ def _inside(place, d, h, w, D, H, W, R, S, rd, rh, rw):  # type: ignore[no-untyp
 
 
 @lru_cache(None)
-def _max_kept(T: str, O: str, backward: bool) -> Task:
-    args = layout(f"{T}**2 {O}* int64*37")
+def _max_kept(T: str, kept_type: str, backward: bool) -> Task:
+    args = layout(f"{T}**2 {kept_type}* int64*37")
 
     def max_pool_kept(address: int, index: int, scratch: int) -> None:
         """``b = a[kept places]``, or (backward) ``a[kept places] += b`` from zero."""
@@ -240,7 +248,7 @@ def _avg(T: str, backward: bool) -> Task:
         """y from x, or (backward) the gradient x from the gradient y."""
         (
             x, y, along_d, along_h, along_w, C, each, together, D, H, W, Z, P, Q, uniform, S, sw, pw,
-            divisor, inside, adaptive, xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
+            divisor, clipped, adaptive, xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
         ) = unpack(address, args)  # fmt: skip
         shares = (C + each - 1) // each
         n, first = index // shares, index % shares * each
@@ -252,7 +260,7 @@ def _avg(T: str, backward: bool) -> Task:
         for q in range(Q):
             w0, w1, size_w = along_w[3 * q], along_w[3 * q + 1], along_w[3 * q + 2]
             # A window wholly in the padding sums to zero; it is divided by one, not by zero.
-            widths[q] = 1 if divisor != 0 else max(w1 - w0, 1) if inside else size_w
+            widths[q] = 1 if divisor != 0 else max(w1 - w0, 1) if clipped else size_w
         for c in range(first, behind, inner):
             image = ahead(x, n * xn + c * xc)
             if backward:
@@ -272,12 +280,28 @@ def _avg(T: str, backward: bool) -> Task:
                                 row = ahead(image, d * xd + h * xh)
                                 if uniform:
                                     for s in range(S):
-                                        start, stop = _range(s - pw, sw, W, Q)
-                                        _add(line, inner, ahead(row, (s - pw) * xw), sw * xw, start, stop, inner)
+                                        start, stop = inside(s - pw, sw, W, Q)
+                                        _add(
+                                            line,
+                                            inner,
+                                            ahead(row, (s - pw) * xw),
+                                            sw * xw,
+                                            start,
+                                            stop,
+                                            inner,
+                                        )
                                 elif inner > 1:
                                     for q in range(Q):
                                         for w in range(along_w[3 * q], along_w[3 * q + 1]):
-                                            _add(ahead(line, q * inner), 0, ahead(row, w * xw), 0, 0, 1, inner)
+                                            _add(
+                                                ahead(line, q * inner),
+                                                0,
+                                                ahead(row, w * xw),
+                                                0,
+                                                0,
+                                                1,
+                                                inner,
+                                            )
                                 else:
                                     for q in range(Q):
                                         w0, w1 = along_w[3 * q], along_w[3 * q + 1]
@@ -293,7 +317,7 @@ def _avg(T: str, backward: bool) -> Task:
                     by[2] = 1
                     if divisor != 0:
                         by[2] = divisor
-                    elif inside:
+                    elif clipped:
                         by[2] = max(d1 - d0, 1) * max(h1 - h0, 1)
                     elif not adaptive:
                         by[2] = size_d * size_h
@@ -315,13 +339,29 @@ def _avg(T: str, backward: bool) -> Task:
                             if uniform:
                                 # Places from the last: each x then meets its windows in their order.
                                 for s in range(S - 1, -1, -1):
-                                    start, stop = _range(s - pw, sw, W, Q)
-                                    _add(ahead(row, (s - pw) * xw), sw * xw, line, inner, start, stop, inner)
+                                    start, stop = inside(s - pw, sw, W, Q)
+                                    _add(
+                                        ahead(row, (s - pw) * xw),
+                                        sw * xw,
+                                        line,
+                                        inner,
+                                        start,
+                                        stop,
+                                        inner,
+                                    )
                             else:
                                 for q in range(Q):
                                     w0, w1 = along_w[3 * q], along_w[3 * q + 1]
                                     if inner > 1:
-                                        _add(ahead(row, w0 * xw), xw, ahead(line, q * inner), 0, 0, w1 - w0, inner)
+                                        _add(
+                                            ahead(row, w0 * xw),
+                                            xw,
+                                            ahead(line, q * inner),
+                                            0,
+                                            0,
+                                            w1 - w0,
+                                            inner,
+                                        )
                                     else:
                                         for w in range(w0, w1):
                                             row[w * xw] += line[q]
@@ -458,7 +498,9 @@ def max_pool_bwd(
         grad_x.copy_(result)
 
 
-def max_pool_gather(shape: PoolShape, x: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor) -> None:
+def max_pool_gather(
+    shape: PoolShape, x: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor
+) -> None:
     """x at the kept places."""
     x = native(x)
     result = native_result(y, x.dtype)

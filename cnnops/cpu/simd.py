@@ -7,6 +7,7 @@ for sums of products along rows. Lanes and tile sizes are literal arguments, so 
 splits them), which is how the tests try every width everywhere.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import os
@@ -55,10 +56,10 @@ def lanes(name: str) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Accumulator tiles that leave registers for the operands: 32 vector registers, or 16 on x86 below AVX-512.
+    """Accumulator tiles that leave registers for the operands.
 
-    `gemm` and `dot` are (rows, vectors) and (rows, columns); the thin ones serve a single row, as in depthwise
-    convolution.
+    `gemm` and `dot` are (rows, vectors) and (rows, columns); the thin ones serve a single row, as in
+    depthwise convolution.
     """
 
     gemm: tuple[int, int]
@@ -69,6 +70,7 @@ class Tiles:
 
 @lru_cache(None)
 def tiles() -> Tiles:
+    """For 32 vector registers, or for the 16 that x86 has below AVX-512."""
     if simd_bits() == 512 or platform.machine() in ("aarch64", "arm64"):
         return Tiles((6, 4), (1, 8), (5, 5), (1, 5))
     return Tiles((4, 3), (1, 6), (3, 3), (1, 5))
@@ -101,16 +103,16 @@ class _Emit:
     def load_some(self, place: ir.Value, mask: ir.Value) -> ir.Value:
         """Lanes of `mask` from memory, zero in the others; nothing behind them is touched."""
         address = self.builder.bitcast(place, self.vector.as_pointer())
-        kind = ir.FunctionType(
-            self.vector, [address.type, ir.IntType(32), mask.type, self.vector]
-        )
+        kind = ir.FunctionType(self.vector, [address.type, ir.IntType(32), mask.type, self.vector])
         function = _declared(self.builder.module, f"llvm.masked.load.{self._suffix}.p0", kind)
         align = ir.Constant(ir.IntType(32), self.align)
         return self.builder.call(function, [address, align, mask, self.zero()])
 
     def store_some(self, value: ir.Value, place: ir.Value, mask: ir.Value) -> None:
         address = self.builder.bitcast(place, self.vector.as_pointer())
-        kind = ir.FunctionType(ir.VoidType(), [self.vector, address.type, ir.IntType(32), mask.type])
+        kind = ir.FunctionType(
+            ir.VoidType(), [self.vector, address.type, ir.IntType(32), mask.type]
+        )
         function = _declared(self.builder.module, f"llvm.masked.store.{self._suffix}.p0", kind)
         self.builder.call(function, [value, address, ir.Constant(ir.IntType(32), self.align), mask])
 
@@ -150,7 +152,12 @@ class _Loop:
     """``for index in range(start, stop, step)`` with `carried` values: fill its body, then call `close`."""
 
     def __init__(
-        self, builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, carried: list[ir.Value]
+        self,
+        builder: ir.IRBuilder,
+        start: ir.Value,
+        stop: ir.Value,
+        step: int,
+        carried: list[ir.Value],
     ) -> None:
         self._builder, self._step = builder, step
         before = builder.block
@@ -183,15 +190,15 @@ def _i64(value: int) -> ir.Constant:
 
 
 @intrinsic(prefer_literal=True)
-def gemm(typing_context, lanes, rows, vectors, a, b, offsets, count, c, pitch, accumulate):  # type: ignore[no-untyped-def]
+def gemm(typing_context, lanes, rows, vectors, a, b, offsets, count, c, pitch, accumulate):
     """``C[m, v] (+)= sum_k A[k, m] * B[offsets[k] + v]`` for m < rows, v < vectors * lanes, k < count.
 
-    `a` packed count x rows; `offsets` int32, in elements; `pitch` from row to row of C. C is overwritten where
-    `accumulate` is 0, added to elsewhere. Reads of B and writes of C are whole vectors.
+    `a` packed count x rows; `offsets` int32, in elements; `pitch` from row to row of C. C is overwritten
+    where `accumulate` is 0, added to elsewhere. Reads of B and writes of C are whole vectors.
     """
     L, M, V = lanes.literal_value, rows.literal_value, vectors.literal_value
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         a, b, offsets, count, c, pitch, accumulate = values[3:]
         emit = _Emit(builder, a.type.pointee, L)
         places = [
@@ -217,19 +224,24 @@ def gemm(typing_context, lanes, rows, vectors, a, b, offsets, count, c, pitch, a
         sums = []
         for m in range(M):
             weight = _splat(builder, builder.load(builder.gep(packed, [_i64(m)])), L)
-            sums += [emit.multiply_add(weight, column[v], loop.carried[m * V + v]) for v in range(V)]
+            sums += [
+                emit.multiply_add(weight, column[v], loop.carried[m * V + v]) for v in range(V)
+            ]
         for value, place in zip(loop.close(sums), places, strict=True):
             emit.store(value, place)
         return context.get_dummy_value()
 
+    i64 = types.int64
     signature = types.void(
-        lanes, rows, vectors, a, b, types.CPointer(types.int32), types.int64, c, types.int64, types.int64
-    )
+        lanes, rows, vectors, a, b, types.CPointer(types.int32), i64, c, i64, i64
+    )  # fmt: skip
     return signature, generate
 
 
 @intrinsic(prefer_literal=True)
-def dot(typing_context, lanes, rows, columns, a, row, line, b, offsets, step, lines, length, c, pitch):  # type: ignore[no-untyped-def]
+def dot(
+    typing_context, lanes, rows, columns, a, row, line, b, offsets, step, lines, length, c, pitch
+):
     """``C[m, n] += sum_{s,i} A[m * row + s * line + i] * B[s * step + offsets[n] + i]``.
 
     For m < rows, n < columns, s < lines, i < length; `offsets` int32, in elements; `pitch` from row to row of
@@ -237,7 +249,7 @@ def dot(typing_context, lanes, rows, columns, a, row, line, b, offsets, step, li
     """
     L, M, N = lanes.literal_value, rows.literal_value, columns.literal_value
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         a, row, line, b, offsets, step, lines, length, c, pitch = values[3:]
         emit = _Emit(builder, a.type.pointee, L)
         rest = builder.and_(length, _i64(L - 1))
@@ -245,7 +257,7 @@ def dot(typing_context, lanes, rows, columns, a, row, line, b, offsets, step, li
         inside = emit.first(rest)
         far = [builder.sext(builder.load(builder.gep(offsets, [_i64(n)])), _I64) for n in range(N)]
 
-        def products(i, left, right, sums, part):  # type: ignore[no-untyped-def]
+        def products(i, left, right, sums, part):
             xs = [part(emit.load(builder.gep(place, [i]))) for place in left]
             result = [None] * (M * N)
             for n in range(N):
@@ -263,7 +275,9 @@ def dot(typing_context, lanes, rows, columns, a, row, line, b, offsets, step, li
         sums = inner.close(products(inner.index, left, right, inner.carried, lambda v: v))
         before = builder.block
         with builder.if_then(builder.icmp_signed("!=", rest, _i64(0))):
-            tail = products(whole, left, right, sums, lambda v: builder.select(inside, v, emit.zero()))
+            tail = products(
+                whole, left, right, sums, lambda v: builder.select(inside, v, emit.zero())
+            )
             there = builder.block
         joined = []
         for full, more in zip(sums, tail, strict=True):
@@ -286,11 +300,11 @@ def dot(typing_context, lanes, rows, columns, a, row, line, b, offsets, step, li
 
 
 @intrinsic(prefer_literal=True)
-def copy(typing_context, lanes, to, source, count, shift):  # type: ignore[no-untyped-def]
-    """``to[i] = source[i] + shift`` for i < count; for the short rows where a loop's set-up would dominate."""
+def copy(typing_context, lanes, to, source, count, shift):
+    """``to[i] = source[i] + shift`` for i < count: for short rows, where a loop's set-up would dominate."""
     L = lanes.literal_value
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         to, source, count, shift = values[1:]
         emit = _Emit(builder, source.type.pointee, L)
         addend = _splat(builder, shift, L)
@@ -310,14 +324,15 @@ def copy(typing_context, lanes, to, source, count, shift):  # type: ignore[no-un
 
 
 @intrinsic(prefer_literal=True)
-def keep_larger(typing_context, lanes, step, best, kept, row, count, place):  # type: ignore[no-untyped-def]
+def keep_larger(typing_context, lanes, step, best, kept, row, count, place):
     """Where ``row[i * step]`` is larger than ``best[i]``, or NaN, it and `place` replace what was kept.
 
-    For i < count; `step` 1 or 2; `kept` int32. Best and kept are read and written in whole vectors, row is not.
+    For i < count; `step` 1 or 2; `kept` int32. Best and kept are read and written in whole vectors, row is
+    not.
     """
     L, S = lanes.literal_value, step.literal_value
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         best, kept, row, count, place = values[2:]
         emit = _Emit(builder, best.type.pointee, L)
         numbers = ir.VectorType(ir.IntType(32), L)
@@ -325,7 +340,7 @@ def keep_larger(typing_context, lanes, step, best, kept, row, count, place):  # 
         rest = builder.and_(count, _i64(L - 1))
         whole = builder.sub(count, rest)
 
-        def update(i, load, part):  # type: ignore[no-untyped-def]
+        def update(i, load, part):
             start = builder.gep(row, [builder.mul(i, _i64(S))])
             value = load(start, _i64(0))
             if S == 2:
@@ -353,7 +368,9 @@ def keep_larger(typing_context, lanes, step, best, kept, row, count, place):  # 
             reach = builder.sub(builder.mul(rest, _i64(S)), _i64(S - 1))
             update(
                 whole,
-                lambda place, skipped: emit.load_some(place, emit.first(builder.sub(reach, skipped))),
+                lambda place, skipped: emit.load_some(
+                    place, emit.first(builder.sub(reach, skipped))
+                ),
                 emit.first(rest),
             )
         return context.get_dummy_value()
@@ -364,7 +381,7 @@ def keep_larger(typing_context, lanes, step, best, kept, row, count, place):  # 
 
 
 @njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
-def sum_of(values, count, stride):  # type: ignore[no-untyped-def]
+def sum_of(values, count, stride):
     """The sum of `count` values, `stride` apart, in float64 whatever their type."""
     total = 0.0
     if stride == 1:

@@ -1,15 +1,16 @@
 """How a kernel of this engine is compiled and run.
 
-A `Task` is one serial numba function ``void(address, index, scratch)``: `address` leads to its arguments (read
-with `unpack`), `index` says which part of the work to do, `scratch` is memory of its own. One driver, compiled
-once, runs the indices of any task on all threads. So each kernel is compiled once, without numba's parallel
-passes (they cost seconds), small problems run serially at no price, and the part a thread happens to take
-never decides a result.
+A `Task` is one serial numba function ``void(address, index, scratch)``: `address` leads to its arguments
+(read with `unpack`), `index` says which part of the work to do, `scratch` is memory of its own. One driver,
+compiled once, runs the indices of any task on all threads. So each kernel is compiled once, without numba's
+parallel passes (they cost seconds), small problems run serially at no price, and the part a thread happens
+to take never decides a result.
 
 Compiled code is kept on disk by numba. Its key there is the function's own text and free variables; the
 digest of this package's sources rides along in `layout`, so that an edit anywhere here reaches every kernel.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import ctypes
@@ -18,9 +19,9 @@ import os
 import struct
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numba
 import numpy as np
@@ -43,8 +44,25 @@ _NUMBA = {
     "float64*": types.CPointer(types.float64),
 }
 
-NAME = {torch.float32: "float32", torch.float64: "float64", torch.uint8: "uint8", torch.int32: "int32"}
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""Types that the engine takes; kernels read the first two, the others go through float32."""
+
+NAME = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.uint8: "uint8",
+    torch.int32: "int32",
+}
 """Names of element types, as the kernels' factories and `unpack` take them."""
+
+
+def supports(op: str, shape: object, dtype: torch.dtype) -> str | None:
+    """None where `op` takes the problem, or the reason why it does not. Every shape is taken."""
+    return (
+        None
+        if dtype in FLOATS
+        else f"expected a floating-point dtype of 16 to 64 bits, got {dtype}"
+    )
 
 
 def native(t: torch.Tensor) -> torch.Tensor:
@@ -105,11 +123,11 @@ def _fields(text: str) -> list[str]:
 
 
 @intrinsic(prefer_literal=True)
-def unpack(typing_context, address, layout):  # type: ignore[no-untyped-def]
+def unpack(typing_context, address, layout):
     """The arguments behind `address`, one a field of `layout`, as a tuple."""
     members = types.Tuple([_NUMBA[name] for name in _fields(layout.literal_value)])
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         fields = []
         for index, member in enumerate(members):
             kind = context.get_value_type(member)
@@ -121,44 +139,51 @@ def unpack(typing_context, address, layout):  # type: ignore[no-untyped-def]
 
 
 @intrinsic(prefer_literal=True)
-def pointer(typing_context, address, name):  # type: ignore[no-untyped-def]
+def pointer(typing_context, address, name):
     """`address` as a pointer to elements of the type called `name`."""
     result = _NUMBA[name.literal_value + "*"]
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         return builder.inttoptr(values[0], context.get_value_type(result))
 
     return result(types.int64, name), generate
 
 
 @intrinsic
-def ahead(typing_context, base, count):  # type: ignore[no-untyped-def]
+def ahead(typing_context, base, count):
     """The pointer `count` elements behind `base`."""
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         return builder.gep(values[0], [values[1]])
 
     return base(base, types.int64), generate
 
 
 @intrinsic
-def given(typing_context, base):  # type: ignore[no-untyped-def]
+def given(typing_context, base):
     """Whether the pointer is one: an argument passed as None is null."""
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         return builder.icmp_unsigned("!=", values[0], ir.Constant(values[0].type, None))
 
     return types.boolean(base), generate
+
+
+@njit(error_model="numpy", boundscheck=False)
+def inside(first, step, size, count):
+    """The i in ``0 … count`` with ``0 <= first + i * step < size``, as start and stop."""
+    start = min(max((step - 1 - first) // step, 0), count)
+    return start, max(min((size - first + step - 1) // step, count), start)
 
 
 # ---- running ----------------------------------------------------------------------------------------------
 
 
 @intrinsic
-def _call(typing_context, function, address, index, scratch):  # type: ignore[no-untyped-def]
+def _call(typing_context, function, address, index, scratch):
     i64 = ir.IntType(64)
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         kind = ir.FunctionType(ir.VoidType(), [i64, i64, i64])
         builder.call(builder.inttoptr(values[0], kind.as_pointer()), values[1:])
         return context.get_dummy_value()
@@ -167,10 +192,10 @@ def _call(typing_context, function, address, index, scratch):  # type: ignore[no
 
 
 @intrinsic
-def _take(typing_context, counter):  # type: ignore[no-untyped-def]
+def _take(typing_context, counter):
     """The counter's value before it is raised by one, as one atomic step."""
 
-    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+    def generate(context, builder, signature, values):
         i64 = ir.IntType(64)
         place = builder.inttoptr(values[0], i64.as_pointer())
         return builder.atomic_rmw("add", place, ir.Constant(i64, 1), "monotonic")
@@ -179,7 +204,7 @@ def _take(typing_context, counter):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _serial(function, block, count, scratch_bytes):  # type: ignore[no-untyped-def]
+def _serial(function, block, count, scratch_bytes):
     scratch = np.empty(scratch_bytes + 64, np.uint8)
     start = (scratch.ctypes.data + 63) // 64 * 64
     for index in range(count):
@@ -188,7 +213,7 @@ def _serial(function, block, count, scratch_bytes):  # type: ignore[no-untyped-d
 
 
 @njit(nogil=True, cache=True, parallel=True)
-def _parallel(function, block, count, scratch_bytes, workers):  # type: ignore[no-untyped-def]
+def _parallel(function, block, count, scratch_bytes, workers):
     # Workers take indices from a counter: a core that is busy elsewhere takes fewer.
     room = (scratch_bytes + 127) // 64 * 64
     scratch = np.empty(room * workers + 64, np.uint8)
@@ -213,8 +238,6 @@ def _after_fork() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
-_one_at_a_time = threading.Lock()
-
 
 class Task:
     """A kernel, compiled when made: its function and the layout of its arguments.
@@ -238,7 +261,9 @@ class Task:
         self._kernel = compile(function)
         self._address: int = self._kernel.address
         # The driver's counter comes first, then one 8-byte slot an argument.
-        self._struct = struct.Struct("q" + "".join("d" if word == "float64" else "q" for word in words))
+        self._struct = struct.Struct(
+            "q" + "".join("d" if word == "float64" else "q" for word in words)
+        )
         self._block = ctypes.c_char * self._struct.size
         Task.made.append(self)
 
@@ -262,14 +287,14 @@ class Task:
         if former > workers:
             numba.set_num_threads(workers)
         try:
-            if numba.config.THREADING_LAYER == "workqueue" or _layer() == "workqueue":
-                with _one_at_a_time:  # that layer aborts the process when two threads enter it
-                    _parallel(self._address, address, count, scratch_bytes, workers)
-            else:
+            with _entry():
                 _parallel(self._address, address, count, scratch_bytes, workers)
         finally:
             if former > workers:
                 numba.set_num_threads(former)
+
+
+_one_at_a_time = threading.Lock()
 
 
 @lru_cache(None)
@@ -278,6 +303,11 @@ def _layer() -> str:
     with _one_at_a_time:
         _parallel(0, 0, 0, 0, 0)
         return str(numba.threading_layer())
+
+
+def _entry() -> AbstractContextManager[object]:
+    """What to hold while threads run: numba's own layer aborts the process when two callers enter it."""
+    return _one_at_a_time if _layer() == "workqueue" else nullcontext()
 
 
 def stats() -> dict[str, int]:
@@ -291,5 +321,5 @@ def stats() -> dict[str, int]:
 
 
 def cache_path() -> Path:
-    """Where numba keeps what it compiled for this engine."""
+    """The folder of compiled functions: beside this file, or numba's own if that cannot be written."""
     return Path(_serial.stats.cache_path)

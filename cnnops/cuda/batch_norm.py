@@ -35,7 +35,7 @@ SECTOR_BYTES = 32
 LANES = (32, 16, 8, 4, 2, 1)
 """Slots that a block reads side by side in channels-last, widest first."""
 LANE_WASTE = 1.25
-"""A block may have this many times the lanes that have a slot; narrower blocks are taken before that."""
+"""Several blocks together may have this many times the lanes that have a slot, else they are narrower."""
 UNROLL = {True: 4, False: 8}
 """Packs that a thread has in flight: of 16 bytes, of fewer."""
 FUSED_SITES = 16
@@ -46,6 +46,10 @@ MAX_BLOCKS = 4096
 """Enough for the last wave of blocks to be a small part of all, on any GPU; more would only merge longer."""
 MAX_SITES = INT32_MAX - 2**21
 """Site numbers are 32-bit, with room for the last split's end."""
+
+
+Layout = tuple[tuple[int, ...], int]
+"""Strides in elements, and the alignment of the address."""
 
 
 class View(NamedTuple):
@@ -64,14 +68,14 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     parameter: torch.dtype
     activation: str
-    x: View
-    residual: View | None
-    y: View
-    grad_x: View | None = None
-    grad_residual: View | None = None
+    x: Layout | None
+    residual: Layout | None
+    y: Layout | None
+    grad_x: Layout | None = None
+    grad_residual: Layout | None = None
 
     @property
-    def views(self) -> tuple[View | None, ...]:
+    def layouts(self) -> tuple[Layout | None, ...]:
         return self[4:]
 
 
@@ -145,39 +149,36 @@ def _placed(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return copy.copy_(tensor)
 
 
-def _view(tensor: torch.Tensor | None) -> View | None:
-    if tensor is None:
-        return None
-    strides = _strides(tensor.size(), tensor.stride())
+def _layout(tensor: torch.Tensor | None) -> Layout | None:
+    return None if tensor is None else (tensor.stride(), alignment(tensor))
+
+
+def _view(size: tuple[int, ...], layout: Layout) -> View:
+    strides = _strides(size, layout[0])
     assert strides is not None, "results are dense and inputs went through _placed"
-    return View(*strides, alignment(tensor))
+    return View(*strides, layout[1])
 
 
 def _parameter_type(dtype: torch.dtype, parameters: Sequence[torch.Tensor | None]) -> torch.dtype:
     return next((t.dtype for t in parameters if t is not None), dtype)
 
 
-def _pack(problem: Problem, channels_inner: bool) -> int:
+def _pack(shape: NormShape, itemsize: int, views: Sequence[View], channels_inner: bool) -> int:
     """V: the widest pack that is contiguous and aligned in every tensor."""
-    size = problem.dtype.itemsize
-    width = PACK_BYTES // size
-    while width > 1:
-        extent = problem.shape.C if channels_inner else problem.shape.L
-        fits = extent % width == 0
-        for view in problem.views:
-            if view is not None:
-                inner, outer = (view.c, view.l) if channels_inner else (view.l, view.c)
-                fits = fits and inner == 1 and outer % width == 0 and view.n % width == 0
-                fits = fits and view.alignment >= width * size
-        if fits:
-            break
+    extent = shape.C if channels_inner else shape.L
+    steps = [(v.c, v.l) if channels_inner else (v.l, v.c) for v in views]
+    if any(inner != 1 for inner, _ in steps):
+        return 1
+    width = PACK_BYTES // itemsize
+    outer = [extent, *(step for _, step in steps), *(v.n for v in views)]
+    while any(step % width for step in outer) or any(v.alignment < width * itemsize for v in views):
         width //= 2
     return width
 
 
 def _lanes(slots: int, slot_bytes: int, sites: int) -> tuple[int, bool]:
     """Lanes of a channels-last block, and whether one block can hold its slots whole."""
-    fitting = [n for n in LANES if -(-slots // n) * n <= LANE_WASTE * slots]
+    fitting = [n for n in LANES if n >= slots > n // 2 or -(-slots // n) * n <= LANE_WASTE * slots]
     for lanes in fitting:
         if lanes * slot_bytes < SECTOR_BYTES and lanes < slots:
             break  # every sector would be fetched for several blocks
@@ -188,8 +189,9 @@ def _lanes(slots: int, slot_bytes: int, sites: int) -> tuple[int, bool]:
 
 def _grid(problem: Problem) -> Grid:
     shape, dtype = problem.shape, problem.dtype
-    views = [view for view in problem.views if view is not None]
-    like = problem.grad_x or problem.grad_residual or problem.y
+    all_views = [layout and _view(shape.x_size, layout) for layout in problem.layouts]
+    views = [view for view in all_views if view is not None]
+    like = all_views[3] or all_views[4] or views[-1]  # a gradient that is written, or y
     channels_inner = like.c == 1 and like.l != 1
     images, places = shape.N, shape.L
     if places == 1 or all(view.n == view.l * places or images == 1 for view in views):
@@ -198,7 +200,7 @@ def _grid(problem: Problem) -> Grid:
         images, places = 1, images * places
     else:
         joined = views
-    vector = _pack(problem, channels_inner)
+    vector = _pack(shape, dtype.itemsize, views, channels_inner)
     per_image = places if channels_inner else places // vector
     sites = images * per_image
     slots = shape.C // vector if channels_inner else shape.C
@@ -237,7 +239,7 @@ def _grid(problem: Problem) -> Grid:
         "ACTIVATION": problem.activation,
     }
     params = Params(
-        *(strides(view) for view in problem.views),
+        *(strides(view) for view in all_views),
         FastDiv(per_image), sites, split_sites, splits, shape.C, 0,
         shape.count, shape.count / max(shape.count - 1, 1), 0.0, 0.0,
     )  # fmt: skip
@@ -339,13 +341,11 @@ def batch_norm_train(
     """y = act(γ·x̂ + β + residual) with the batch's statistics; fills mean and rstd, moves running ones."""
     x = _placed(x, y)
     residual = None if residual is None else _placed(residual, y)
-    weight, bias = _dense(weight), _dense(bias)
-    running = _dense(running_mean), _dense(running_var)
-    x_view, y_view = _view(x), _view(y)
-    assert x_view is not None and y_view is not None
-    parameter = _parameter_type(x.dtype, (weight, bias, *running))
-    problem = Problem(shape, x.dtype, parameter, activation, x_view, _view(residual), y_view)
-    plan = _train_plan(problem, momentum, eps)
+    parameter = _parameter_type(x.dtype, (weight, bias, running_mean, running_var))
+    weight, bias = _dense(weight, parameter), _dense(bias, parameter)
+    running = _dense(running_mean, parameter), _dense(running_var, parameter)
+    layouts = _layout(x), _layout(residual), _layout(y)
+    plan = _train_plan(Problem(shape, x.dtype, parameter, activation, *layouts), momentum, eps)
     if len(plan) == 1:
         launch(plan[0], (x, weight, bias, residual), (y, mean, rstd), running)
     else:
@@ -375,12 +375,9 @@ def batch_norm_infer(
     """y = act(γ·(x - running_mean) / sqrt(running_var + eps) + β + residual)."""
     x = _placed(x, y)
     residual = None if residual is None else _placed(residual, y)
-    parameters = [_dense(t) for t in (weight, bias, running_mean, running_var)]
-    x_view, y_view = _view(x), _view(y)
-    assert x_view is not None and y_view is not None
-    problem = Problem(
-        shape, x.dtype, running_mean.dtype, activation, x_view, _view(residual), y_view
-    )
+    parameters = [_dense(t, running_mean.dtype) for t in (weight, bias, running_mean, running_var)]
+    layouts = _layout(x), _layout(residual), _layout(y)
+    problem = Problem(shape, x.dtype, running_mean.dtype, activation, *layouts)
     launch(_infer_plan(problem, eps), (x, *parameters[:2], residual, *parameters[2:]), (y,))
 
 
@@ -411,14 +408,11 @@ def batch_norm_bwd(
         like = x = x if _strides(x.size(), x.stride()) is not None else x.contiguous()
     x, grad_y = _placed(x, like), _placed(grad_y, like)
     residual = None if residual is None else _placed(residual, like)
-    weight, bias = _dense(weight), _dense(bias)
-    x_view, y_view = _view(x), _view(grad_y)
-    assert x_view is not None and y_view is not None
-    problem = Problem(
-        shape, x.dtype, _parameter_type(x.dtype, (weight, bias, grad_weight, grad_bias)), activation,
-        x_view, _view(residual), y_view, _view(grad_x), _view(grad_residual),
-    )  # fmt: skip
-    plan = _bwd_plan(problem, training)
+    parameter = _parameter_type(x.dtype, (weight, bias, grad_weight, grad_bias))
+    weight, bias = _dense(weight, parameter), _dense(bias, parameter)
+    tensors = x, residual, grad_y, grad_x, grad_residual
+    layouts = [_layout(tensor) for tensor in tensors]
+    plan = _bwd_plan(Problem(shape, x.dtype, parameter, activation, *layouts), training)
     inputs = (grad_y, x, weight, bias, residual, mean, rstd)
     wants_sums = (
         grad_weight is not None or grad_bias is not None or (training and grad_x is not None)
@@ -438,5 +432,8 @@ def batch_norm_bwd(
         launch(apply, (*inputs, coefficients), (grad_x, grad_residual))
 
 
-def _dense(vector: torch.Tensor | None) -> torch.Tensor | None:
-    return None if vector is None else vector.contiguous()
+def _dense(vector: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    """A per-channel vector as the kernels read it: itself, or a copy."""
+    if vector is None or (vector.dtype == dtype and vector.is_contiguous()):
+        return vector
+    return vector.to(dtype).contiguous()

@@ -44,12 +44,18 @@ class Tile:
         shared = self.block_k * (self.thread_m + self.thread_n) / 4
         gathered = self.block_m * self.block_k / self.threads
         plain = self.block_n * self.block_k / self.threads
-        return products + shared + gathered * (2 + 10 / gather_vector) + plain * (2 + 5 / plain_vector) + 16
+        return (
+            products
+            + shared
+            + gathered * (2 + 10 / gather_vector)
+            + plain * (2 + 5 / plain_vector)
+            + 16
+        )
 
 
 TILES = {
     "float": (
-        Tile(128, 128, 8, 8, 8, resident=2),
+        Tile(128, 128, 8, 16, 8, resident=2),
         Tile(128, 64, 8, 8, 8, resident=3),
         Tile(64, 64, 16, 8, 4, resident=4),
         Tile(128, 32, 16, 8, 4, resident=4),
@@ -73,7 +79,7 @@ SMS = 132
 THIN_CHANNELS = 4
 """Groups of at most this many channels on either side take the form without shared memory."""
 THIN_THREADS = 128
-THIN_SUMS = {"float": 64, "double": 32}
+THIN_SUMS = {"float": 56, "double": 30}
 """Most partial sums that a thread of conv_wgrad_thin keeps."""
 THIN_TAPS = 5
 """Most taps of the last axis that stand unrolled in conv_fprop_thin and conv_dgrad_thin."""
@@ -275,8 +281,16 @@ class _Problem:
 
         p = self.params = _Params()
         p.channels, p.groups = FastDiv(self.channels), FastDiv(shape.groups)
-        p.source.batch, p.source.channel, p.source.group = source[0], source[1], self.channels * source[1]
-        p.result.batch, p.result.channel, p.result.group = result[0], result[1], self.outputs * result[1]
+        p.source.batch, p.source.channel, p.source.group = (
+            source[0],
+            source[1],
+            self.channels * source[1],
+        )
+        p.result.batch, p.result.channel, p.result.group = (
+            result[0],
+            result[1],
+            self.outputs * result[1],
+        )
         p.filter.group, p.filter.row, p.filter.channel = k * w[0], row, channel
         p.bias, p.outputs = key.bias, self.outputs
         self.source_places: Digits = []
@@ -289,7 +303,9 @@ class _Problem:
         self.most_taps: list[int] = []
         for i, a in reversed(list(enumerate(axes))):
             common = math.gcd(a.stride, a.dilation)
-            tap_step, reach = (a.stride // common, -(a.dilation // common)) if dgrad else (1, a.dilation)
+            tap_step, reach = (
+                (a.stride // common, -(a.dilation // common)) if dgrad else (1, a.dilation)
+            )
             count = -(-a.size // a.stride) if dgrad else a.out
             from_, to = (a.y, a.x) if dgrad else (a.x, a.y)
             size, limit = (a.out, a.size) if dgrad else (a.size, a.out)
@@ -337,9 +353,13 @@ class _Problem:
         return any(
             sum((extent - 1) * abs(stride) for extent, stride in digits) >= 2**31
             for digits in (
-                self.source_places + self.source_channel + self.source_axes + pads,
-                self.result_places + self.result_row + self.corners + pads,
-                self.filter_taps + self.filter_row + self.filter_channel,
+                self.source_places
+                + self.source_channel
+                + self.source_group
+                + self.source_axes
+                + pads,
+                self.result_places + self.result_row + self.result_group + self.corners + pads,
+                self.filter_taps + self.filter_row + self.filter_channel + self.filter_group,
             )
         )
 
@@ -376,10 +396,17 @@ def _plan_of(
         return _Plan(first)
     params = _Params.from_buffer_copy(p.params)
     shape, y = p.key.shape, p.key.strides[2]
-    params.channels = FastDiv(shape.K)  # the bias belongs to channel (element / inner) mod K of a dense y
+    params.channels = FastDiv(
+        shape.K
+    )  # the bias belongs to channel (element / inner) mod K of a dense y
     params.count[0] = FastDiv(1 if y[1] == 1 else math.prod(shape.output))
     lanes = next(lanes for most, lanes in REDUCE_LANES if splits <= most)
-    constants = {**p.constants("REDUCE", ELEMENT[dtype]), "DIMS": 1, "WIDE": 0, "REDUCE_LANES": lanes}
+    constants = {
+        **p.constants("REDUCE", ELEMENT[dtype]),
+        "DIMS": 1,
+        "WIDE": 0,
+        "REDUCE_LANES": lanes,
+    }
     second = launch_of(
         "conv_direct.cu", "conv_reduce_direct", constants, params,
         grid=(-(-numel // lanes),), block=(256,), inputs=("partial", "bias"), outputs=(output,),
@@ -388,12 +415,18 @@ def _plan_of(
 
 
 def _choose(
-    tiles: Sequence[Tile], m: int, n: int, k: int, batches: int, vectors: tuple[int, int], most_splits: int
+    tiles: Sequence[Tile],
+    m: int,
+    n: int,
+    k: int,
+    batches: int,
+    vectors: tuple[int, int],
+    most_splits: int,
 ) -> tuple[Tile, int]:
     """The tile, and into how many parts to split the sum, that free the busiest multiprocessor first.
 
-    A multiprocessor issues four instructions a cycle if some twelve warps take turns; fewer hide less of
-    each other's waiting. A second pass costs its launch and its traffic.
+    A multiprocessor issues four instructions a cycle if some twelve warps take turns (eight, where each has
+    64 independent sums); fewer hide less of each other's waiting. A second pass costs launch and traffic.
     """
 
     def cycles(choice: tuple[Tile, int]) -> float:
@@ -401,7 +434,8 @@ def _choose(
         blocks = -(-m // tile.block_m) * -(-n // tile.block_n) * batches * splits
         steps = -(-k // (tile.block_k * splits))
         here, warps = -(-blocks // SMS), tile.threads // 32
-        hidden = min(1.0, min(here, tile.resident) * warps / 12)
+        enough = 8 if tile.thread_m * tile.thread_n >= 64 else 12
+        hidden = min(1.0, min(here, tile.resident) * warps / enough)
         setup = 150 + 4 * tile.thread_m * tile.thread_n
         busy = here * warps * (steps * tile.issue_slots(*vectors) + setup) / 4 / hidden
         return busy + (4000 + 8 * splits * m * n * batches / (16 * SMS) if splits > 1 else 0)
@@ -425,15 +459,24 @@ def _tiled(p: _Problem) -> _Plan:
     if channels_fast:
         elsewhere = p.source_places + p.source_axes + p.source_group
         gather = _packs(width, p.source_channel, elsewhere, p.source_aligned)
-    elif all(a.pointwise for a in p.axes):  # only then do neighbouring places read neighbours at every tap
+    elif all(
+        a.pointwise for a in p.axes
+    ):  # only then do neighbouring places read neighbours at every tap
         gather = _packs(width, p.source_places, p.source_channel + p.source_group, p.source_aligned)
-    entries = p.filter_channel + p.filter_taps if channels_fast else p.filter_taps + p.filter_channel
+    entries = (
+        p.filter_channel + p.filter_taps if channels_fast else p.filter_taps + p.filter_channel
+    )
 
     # Which index of the other operand does: the step of the sum, or the column.
     runs: Digits = []
     others: Digits = []
     if wgrad:
-        steps, columns, group, aligned = p.result_places, p.result_row, p.result_group, p.result_aligned
+        steps, columns, group, aligned = (
+            p.result_places,
+            p.result_row,
+            p.result_group,
+            p.result_aligned,
+        )
         runs = steps
     else:
         steps, columns, group, aligned = entries, p.filter_row, p.filter_group, p.filter_aligned
@@ -459,7 +502,12 @@ def _tiled(p: _Problem) -> _Plan:
     if wgrad:
         rows, columns, group, aligned = entries, p.filter_row, p.filter_group, p.filter_aligned
     else:
-        rows, columns, group, aligned = p.result_places, p.result_row, p.result_group, p.result_aligned
+        rows, columns, group, aligned = (
+            p.result_places,
+            p.result_row,
+            p.result_group,
+            p.result_aligned,
+        )
         group = group + p.corners
     along_rows = _leading(rows) <= _leading(columns)
     side = min(tile.thread_m if along_rows else tile.thread_n, 16 // size)
@@ -509,7 +557,7 @@ def _thin(p: _Problem) -> _Plan:
     """Few channels a group: a thread owns places of a group (wgrad: taps of a group), nothing is shared."""
     wgrad, shape = p.key.op == "wgrad", p.key.shape
     accumulator = ACCUMULATOR[p.key.dtype]
-    most_taps = THIN_SUMS[accumulator] // p.outputs if wgrad else THIN_TAPS
+    most_taps = THIN_SUMS[accumulator] // (p.outputs * (1 + p.wide())) if wgrad else THIN_TAPS
     taps = math.prod(p.most_taps)
     vector = result_vector = 1
     if p.channels == p.outputs == 1 and not (wgrad and taps * p.width > most_taps):
@@ -520,8 +568,14 @@ def _thin(p: _Problem) -> _Plan:
     # Taps that stand unrolled: a stretch of the last axis; in wgrad rows of it too, each tap having a sum.
     chunk: list[int] = []
     for n in reversed(p.most_taps):
-        room = max(1, most_taps // (vector if wgrad else 1) // math.prod(chunk)) if wgrad or not chunk else 1
-        chunk.insert(0, max(i for i in range(1, room + 1) if n % i == 0) if chunk else -(-n // -(-n // room)))
+        room = (
+            max(1, most_taps // (vector if wgrad else 1) // math.prod(chunk))
+            if wgrad or not chunk
+            else 1
+        )
+        chunk.insert(
+            0, max(i for i in range(1, room + 1) if n % i == 0) if chunk else -(-n // -(-n // room))
+        )
     each_axis = list(zip(p.most_taps, chunk, strict=True))
     chunks = math.prod(-(-n // t) for n, t in each_axis)
     full = p.phases == 1 and all(n % t == 0 for n, t in each_axis)
@@ -535,9 +589,9 @@ def _thin(p: _Problem) -> _Plan:
         "FORM": "THIN", "LANES_G": group_lanes, "LANES_P": lanes, "PLACES_FAST": int(places_fast),
         "VECTOR": vector, "RESULT_VECTOR": result_vector, "OUTPUTS": p.outputs,
         "FULL_CHUNKS": int(full),
-        **{f"TAPS_{a}": t for a, t in enumerate([*chunk, 1, 1][:3])},
     }  # fmt: skip
     if wgrad:
+        constants |= {f"TAPS_{a}": t for a, t in enumerate([*chunk, 1, 1][:3])}
         numel, size = math.prod(shape.w_size), 8 if accumulator == "double" else 4
         blocks = tiles * p.channels * chunks
         splits = _splits(blocks, p.places, lanes, PARTIAL_BYTES // (numel * size))
@@ -547,7 +601,7 @@ def _thin(p: _Problem) -> _Plan:
     each = max(1, min(4, 8 // registers))
     if tiles * p.phases * (p.places // (each * lanes)) < 8 * SMS:
         each = 1
-    constants["PLACES"] = each
+    constants |= {"TAPS": chunk[-1], "PLACES": each}
     blocks = tiles * p.phases * -(-p.places // (each * lanes))
     return _plan_of(p, "thin", constants, blocks, THIN_THREADS, 1, 0)
 
@@ -556,12 +610,12 @@ def _bgrad(key: _Key) -> _Plan:
     """Sums of grad_y over places: lanes and packs along its contiguous axis."""
     shape, dims = key.shape, key.shape.dims
     ones, none = (1,) * dims, ((0, 0),) * dims
-    shape = ConvShape(shape.N, shape.K, shape.K, shape.output, ones, ones, none, ones)
+    shape = ConvShape(shape.N, shape.K, shape.K, shape.output, ones, ones, none, ones, shape.K)
     y = key.strides[2]
     p = _Problem(replace(key, shape=shape, strides=(y, (0,) * len(y), y)))
-    rows = p.result_row
-    places_fast = shape.K == 1 or _leading(p.result_places) <= rows[0][1]
-    along, across = (p.result_places, rows) if places_fast else (rows, p.result_places)
+    channels = p.result_group
+    places_fast = shape.K == 1 or _leading(p.result_places) <= channels[0][1]
+    along, across = (p.result_places, channels) if places_fast else (channels, p.result_places)
     vector = _packs(p.width, along, across, p.result_aligned)
     places, groups = (p.places // vector, shape.K) if places_fast else (p.places, shape.K // vector)
     group_lanes, lanes = _lanes(places_fast, places, groups, vector * key.dtype.itemsize)
@@ -625,12 +679,16 @@ def conv_fprop(
     _run("fprop", shape, x, w, y, (x, w, bias), y, bias)
 
 
-def conv_dgrad(shape: ConvShape, grad_y: torch.Tensor, w: torch.Tensor, grad_x: torch.Tensor) -> None:
+def conv_dgrad(
+    shape: ConvShape, grad_y: torch.Tensor, w: torch.Tensor, grad_x: torch.Tensor
+) -> None:
     """Fill grad_x ``N C *spatial``: every filter's weight on every input that it touched."""
     _run("dgrad", shape, grad_x, w, grad_y, (grad_y, w), grad_x)
 
 
-def conv_wgrad(shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
+def conv_wgrad(
+    shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor
+) -> None:
     """Fill grad_w ``K C/groups *kernel``: the sum over all places that a weight was used at."""
     _run("wgrad", shape, x, grad_w, grad_y, (grad_y, x), grad_w)
 

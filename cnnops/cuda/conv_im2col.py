@@ -1,8 +1,12 @@
-"""Convolution as a matrix product: `kernels/conv_im2col.cu` lays the columns out, torch.matmul multiplies.
+"""Convolution through stored columns and `torch.matmul`: `kernels/conv_im2col.cu` explains the columns.
 
-The product runs in the tensors' dtype (half types accumulate in float32 inside it, float32 uses TF32 only
-where ``torch.backends.cuda.matmul.allow_tf32`` says so). Batches are cut into runs of images so that the
-columns take at most `COLUMN_BYTES`; the weight gradient adds those runs up in float32, in their order.
+Images go a few at a time, so that their columns take at most `CHUNK_BYTES` and stay in a GPU's L2 cache
+between the kernel that writes and the product that reads them; an image whose own columns are larger goes
+alone, up to `COLUMN_BYTES`, which no column buffer ever exceeds.
+
+The product runs in the tensors' type, accumulating in float32 for the half types; float32 products use TF32
+only where ``torch.backends.cuda.matmul`` allows it. grad_w adds up the products of images (NCHW) or chunks
+(channels-last) in float32, in order; each of them was rounded once to the half type.
 """
 
 from __future__ import annotations
@@ -10,179 +14,217 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from cnnops.cuda.kernel import ACCUMULATOR, ELEMENT, INT32_MAX, FastDiv, Launch, launch_of
+from cnnops.cuda.kernel import ACCUMULATOR, ELEMENT, FastDiv, Launch, launch_of
 from cnnops.cuda.launch import launch
 from cnnops.shapes import Axes, ConvShape, NormShape, PoolShape
 
-COLUMN_BYTES = 256 << 20
-"""Most memory for columns, unless a single image needs more."""
+COLUMN_BYTES = 256 * 2**20
+CHUNK_BYTES = 32 * 2**20
 THREADS = 256
 
 
+def _image_columns(shape: ConvShape) -> int:
+    """Elements of one image's columns: C · T·R·S · Z·P·Q."""
+    return shape.C * math.prod(shape.kernel) * math.prod(shape.output)
+
+
 def supports(op: str, shape: ConvShape | PoolShape | NormShape, dtype: torch.dtype) -> str | None:
-    """None, or why the problem is refused: a type without kernels, or a number that leaves 31 bits."""
+    """None, or why the problem is refused: its type, or an image too large for the column buffer."""
     if not isinstance(shape, ConvShape):
         return "not a convolution"
     if dtype not in ELEMENT:
         return f"dtype {dtype}: expected one of {', '.join(str(d) for d in ELEMENT)}"
-    elements = max(_column_elements(shape), math.prod(shape.x_size[1:]))
-    if elements > INT32_MAX - THREADS:
-        return f"{elements} column elements an image: expected fewer than 2^31"
+    needed = _image_columns(shape) * dtype.itemsize
+    if needed > COLUMN_BYTES:
+        return f"columns of one image: expected at most {COLUMN_BYTES >> 20} MiB, got {-(-needed >> 20)} MiB"
+    if shape.C * math.prod(shape.spatial) >= 2**31:
+        return f"one image: expected fewer than 2^31 elements, got {shape.C * math.prod(shape.spatial)}"
     span = max(
         h + a + b + r * k
         for h, (a, b), r, k in zip(
             shape.spatial, shape.padding, shape.dilation, shape.kernel, strict=True
         )
     )
-    return f"padded size {span}: expected less than 2^30" if span >= 2**30 else None
+    return f"padded size {span}: expected less than 2^31" if span >= 2**31 else None
 
 
-def _column_elements(shape: ConvShape) -> int:
-    """Of one image."""
-    return shape.C * math.prod(shape.kernel) * math.prod(shape.output)
+# ---- the kernels -----------------------------------------------------------------------------------------
 
 
 class _Params(ctypes.Structure):
-    """``struct ColumnParams`` of conv_im2col.cu."""
+    """``struct Params`` of conv_im2col.cu."""
 
     _fields_ = [
         ("batch", ctypes.c_int64),
         ("channel", ctypes.c_int64),
         ("axis", ctypes.c_int64 * 3),
-        ("out", FastDiv * 3),
-        ("taps", FastDiv * 3),
-        ("size", FastDiv * 3),
-        ("packs", FastDiv),
-        ("channels", FastDiv),
-        ("groups", FastDiv),
-        ("all_taps", FastDiv),
-        ("strides", FastDiv * 3),
-        ("stride", ctypes.c_int32 * 3),
-        ("dilation", ctypes.c_int32 * 3),
+        ("fast", FastDiv),
+        ("slow", FastDiv),
+        ("extent", FastDiv * 3),
+        ("group", FastDiv),
+        ("stride", FastDiv * 3),
+        ("size", ctypes.c_int32 * 3),
+        ("out", ctypes.c_int32 * 3),
+        ("taps", ctypes.c_int32 * 3),
         ("pad", ctypes.c_int32 * 3),
+        ("dilation", ctypes.c_int32 * 3),
+        ("threads", ctypes.c_int32),
+        ("channels", ctypes.c_int32),
         ("places", ctypes.c_int32),
-        ("group_channels", ctypes.c_int32),
-        ("items", ctypes.c_int32),
+        ("tap_count", ctypes.c_int32),
     ]
 
 
+@dataclass(frozen=True)
+class _Key:
+    """All that decides a launch, for `images` images of `shape`; strides and alignment are x's."""
+
+    entry: str
+    shape: ConvShape
+    images: int
+    dtype: torch.dtype
+    last: bool
+    strides: Axes
+    aligned: bool
+
+
 @lru_cache(4096)
-def _plan(
-    entry: str,
-    shape: ConvShape,
-    images: int,
-    dtype: torch.dtype,
-    strides: Axes,
-    aligned: bool,
-    channels_inner: bool,
-) -> Launch:
-    """im2col or col2im for `images` images of x, or grad_x, with these strides; columns are dense."""
-    width = 16 // dtype.itemsize
-    group_channels, places = shape.C // shape.groups, math.prod(shape.output)
-    vector = 1
-    if channels_inner:
-        outer = (strides[0] if images > 1 else 0, *strides[2:])
-        unit = strides[1] == 1 and all(s % width == 0 for s in outer)
-        if aligned and unit and group_channels % width == 0:
-            vector = width
-    elif entry == "im2col" and places % width == 0:
+def _launch(key: _Key) -> Launch:
+    shape, strides, last, gather = key.shape, key.strides, key.last, key.entry == "conv_im2col"
+    points = shape.output if gather else shape.spatial
+    places, group = math.prod(shape.output), shape.C // shape.groups
+    width = 16 // key.dtype.itemsize
+    vector = x_vector = 1
+    if last and group % width == 0:
+        vector = width
+        moving = [s for n, s in zip((key.images, 1, *shape.spatial), strides, strict=True) if n > 1]
+        if strides[1] == 1 and key.aligned and all(s % width == 0 for s in moving):
+            x_vector = width
+    elif not last and gather and places % width == 0:
         vector = width
 
+    fast, slow = (shape.C, math.prod(points)) if last else (math.prod(points), shape.C)
     p = _Params()
-    p.batch, p.channel = strides[0], strides[1]
-    missing = 3 - shape.dims
-    spatial_strides = (0,) * missing + tuple(strides[2:])
-    for a in range(3):
-        given = a - missing
-        p.out[a], p.taps[a] = FastDiv(shape.ZPQ[a]), FastDiv(shape.TRS[a])
-        p.size[a], p.axis[a] = FastDiv(shape.DHW[a]), spatial_strides[a]
-        p.stride[a] = shape.stride[given] if given >= 0 else 1
-        p.strides[a] = FastDiv(p.stride[a])
-        p.dilation[a] = shape.dilation[given] if given >= 0 else 1
-        p.pad[a] = shape.padding[given][0] if given >= 0 else 0
-    p.all_taps, p.groups = FastDiv(math.prod(shape.kernel)), FastDiv(shape.groups)
-    p.places, p.group_channels = places, group_channels
-    if channels_inner:
-        p.packs, p.channels = FastDiv(group_channels // vector), FastDiv(shape.C // vector)
-    else:
-        p.packs, p.channels = FastDiv(places // vector), FastDiv(shape.C)
-    if entry == "col2im":
-        p.items = images * math.prod(shape.x_size[1:]) // vector
-    elif channels_inner:
-        p.items = images * _column_elements(shape) // vector
-    else:
-        p.items = images * shape.C * places // vector
+    p.batch, p.channel = strides[:2]
+    p.fast, p.slow, p.group = FastDiv(fast // vector), FastDiv(slow), FastDiv(group)
+    for a in range(shape.dims):
+        p.axis[a], p.extent[a], p.stride[a] = (
+            strides[2 + a],
+            FastDiv(points[a]),
+            FastDiv(shape.stride[a]),
+        )
+        p.size[a], p.out[a], p.taps[a] = shape.spatial[a], shape.output[a], shape.kernel[a]
+        p.pad[a], p.dilation[a] = shape.padding[a][0], shape.dilation[a]
+    p.threads, p.channels = key.images * fast // vector * slow, shape.C
+    p.places, p.tap_count = places, math.prod(shape.kernel)
+    padded = [
+        (h + a + b + r * k) * abs(s)
+        for h, (a, b), r, k, s in zip(
+            shape.spatial, shape.padding, shape.dilation, shape.kernel, strides[2:], strict=True
+        )
+    ]
+    wide = group * abs(strides[1]) + sum(padded) >= 2**31
     constants: dict[str, str | int] = {
-        "ELEMENT": ELEMENT[dtype], "ACCUMULATOR": ACCUMULATOR[dtype],
-        "CHANNELS_INNER": int(channels_inner), "VECTOR": vector, "THREADS": THREADS,
+        "PASS": "IM2COL" if gather else "COL2IM", "DIMS": shape.dims, "WIDE": int(wide),
+        "ELEMENT": ELEMENT[key.dtype], "ACCUMULATOR": ACCUMULATOR[key.dtype],
+        "CHANNELS_FAST": int(last), "VECTOR": vector, "X_VECTOR": x_vector,
     }  # fmt: skip
-    names = ("x", "columns") if entry == "im2col" else ("columns", "grad_x")
+    names = ("x", "col") if gather else ("col", "grad_x")
     return launch_of(
-        "conv_im2col.cu", entry, constants, p, grid=(-(-p.items // THREADS),), block=(THREADS,),
+        "conv_im2col.cu", key.entry, constants, p, grid=(-(-p.threads // THREADS),), block=(THREADS,),
         inputs=names[:1], outputs=names[1:],
     )  # fmt: skip
 
 
-# ---- layouts ---------------------------------------------------------------------------------------------
-
-
-def _in_layout(t: Tensor) -> tuple[Tensor, bool]:
-    """`t` as ``N C *spatial`` or channels-last, dense, and whether it is channels-last; copied if neither."""
-    if t.is_contiguous():
-        return t, False
-    if t.movedim(1, -1).is_contiguous():
-        return t, True
-    return t.contiguous(), False
-
-
-def _as_matrix(t: Tensor, shape: ConvShape, channels_inner: bool) -> Tensor:
-    """Images of y or x as the product's operand: ``N G C/g M``, or ``G N·M C/g`` when channels-last."""
-    n, c = t.shape[:2]
-    if channels_inner:
-        return t.movedim(1, -1).view(-1, shape.groups, c // shape.groups).transpose(0, 1)
-    return t.view(n, shape.groups, c // shape.groups, -1)
-
-
-def _filters(w: Tensor, shape: ConvShape, channels_inner: bool) -> Tensor:
-    """The filters as ``G K/g (C/g·T·R·S)``, with channels fastest when channels-last."""
-    rows = w.movedim(1, -1) if channels_inner else w
-    return rows.reshape(shape.groups, shape.K // shape.groups, -1)
-
-
-def _runs(shape: ConvShape, dtype: torch.dtype) -> Iterator[slice]:
-    """Runs of images whose columns fit `COLUMN_BYTES` and 31 bits."""
-    elements = max(_column_elements(shape), math.prod(shape.x_size[1:]))
-    most = max(1, min(COLUMN_BYTES // dtype.itemsize, INT32_MAX - THREADS) // elements)
-    return (slice(i, min(i + most, shape.N)) for i in range(0, shape.N, most))
-
-
-def _new_columns(shape: ConvShape, images: int, like: Tensor, channels_inner: bool) -> Tensor:
-    """Uninitialised columns as the product's operand: ``N G (C/g·taps) M``, or ``G N·M (taps·C/g)``."""
-    rows, places = shape.gemm_mnk("fprop").K, math.prod(shape.output)
-    if channels_inner:
-        return like.new_empty(images * places, shape.groups, rows).transpose(0, 1)
-    return like.new_empty(images, shape.groups, rows, places)
-
-
-def _pointwise(shape: ConvShape) -> bool:
-    """Whether the columns are x itself."""
-    ones = (1,) * shape.dims
-    return shape.kernel == shape.stride == ones and not any(map(any, shape.padding))
-
-
-def _columns_of(shape: ConvShape, x: Tensor, channels_inner: bool) -> Tensor:
-    if _pointwise(shape) and (x.movedim(1, -1) if channels_inner else x).is_contiguous():
-        return _as_matrix(x, shape, channels_inner)
-    columns = _new_columns(shape, x.shape[0], x, channels_inner)
+def _move(entry: str, shape: ConvShape, last: bool, x: Tensor, col: Tensor) -> None:
+    """Run conv_im2col (x to col) or conv_col2im (col to x) on all images of x."""
     aligned = x.data_ptr() % 16 == 0
-    plan = _plan("im2col", shape, x.shape[0], x.dtype, x.stride(), aligned, channels_inner)
-    launch(plan, (x,), (columns,))
-    return columns
+    plan = _launch(_Key(entry, shape, x.shape[0], x.dtype, last, x.stride(), aligned))
+    if entry == "conv_im2col":
+        launch(plan, (x,), (col,))
+    else:
+        launch(plan, (col,), (x,))
+
+
+# ---- views in which the product is a matmul --------------------------------------------------------------
+
+
+def _last(t: Tensor) -> bool:
+    """Whether channels are the fastest axis of `t`."""
+    return t.shape[1] > 1 and t.stride(1) == 1 and not t.is_contiguous()
+
+
+def _matrix(t: Tensor, groups: int, last: bool) -> Tensor:
+    """An activation as ``N g C/g L``, or, channels last, ``g N·L C/g``: a view where its strides allow it."""
+    if last:
+        return t.movedim(1, -1).reshape(-1, groups, t.shape[1] // groups).transpose(0, 1)
+    return t.reshape(t.shape[0], groups, t.shape[1] // groups, -1)
+
+
+def _filters(w: Tensor, groups: int, last: bool) -> Tensor:
+    """The filters as ``g K/g J``; J runs over (c, taps), or, channels last, (taps, c)."""
+    w = w.movedim(1, -1) if last else w
+    return w.reshape(groups, w.shape[0] // groups, -1)
+
+
+def _is_column(shape: ConvShape, x: Tensor, last: bool) -> bool:
+    """Whether x, a 1x1 convolution's input, already lies as its columns would."""
+    moves = any(n != 1 for n in (*shape.kernel, *shape.stride)) or any(
+        any(p) for p in shape.padding
+    )
+    return not moves and (x.movedim(1, -1) if last else x).is_contiguous()
+
+
+def _chunks(shape: ConvShape, dtype: torch.dtype) -> Iterator[slice]:
+    """Slices of the batch whose columns take at most CHUNK_BYTES, or hold one image."""
+    per_image = max(_image_columns(shape), shape.C * math.prod(shape.spatial)) * dtype.itemsize
+    step = max(1, CHUNK_BYTES // per_image)
+    for first in range(0, shape.N, step):
+        yield slice(first, min(first + step, shape.N))
+
+
+def _room(shape: ConvShape, x: Tensor, last: bool) -> Tensor:
+    """Memory for the columns of x's images: ``N g J L``, or, channels last, ``g N·L J``."""
+    images, places, g = x.shape[0], math.prod(shape.output), shape.groups
+    entries = shape.C // g * math.prod(shape.kernel)
+    if last:
+        return x.new_empty(images * places, g, entries).transpose(0, 1)
+    return x.new_empty(images, g, entries, places)
+
+
+def _columns(shape: ConvShape, x: Tensor, last: bool) -> Tensor:
+    """The columns of x's images; x itself where those are the same."""
+    if _is_column(shape, x, last):
+        return _matrix(x, shape.groups, last)
+    col = _room(shape, x, last)
+    _move("conv_im2col", shape, last, x, col)
+    return col
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> None:
+    """``out = a @ b (+ bias)`` of three-dimensional tensors."""
+    if bias is None:
+        torch.bmm(a, b, out=out)
+    else:
+        torch.baddbmm(bias.expand(out.shape), a, b, out=out)
+
+
+def _by_image(groups: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Batches for `_product` from ``N g …`` tensors (N = 1 repeats): all images at once where a single group
+    leaves the batch axis free, else image by image.
+    """
+    images = max(t.shape[0] for t in tensors)
+    if groups == 1:
+        yield tuple(t[:, 0].expand(images, -1, -1) for t in tensors)
+    else:
+        for n in range(images):
+            yield tuple(t[n if t.shape[0] > 1 else 0] for t in tensors)
 
 
 # ---- what the registry calls -----------------------------------------------------------------------------
@@ -190,58 +232,52 @@ def _columns_of(shape: ConvShape, x: Tensor, channels_inner: bool) -> Tensor:
 
 def conv_fprop(shape: ConvShape, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Fill y ``N K *output`` with the convolution of x ``N C *spatial`` and w ``K C/groups *kernel``."""
-    _, channels_inner = _in_layout(y)
-    filters = _filters(w, shape, channels_inner)
-    for run in _runs(shape, x.dtype):
-        columns = _columns_of(shape, x[run], channels_inner)
-        result = _as_matrix(y[run], shape, channels_inner)
-        if not channels_inner:
-            torch.matmul(filters, columns, out=result)
-        elif shape.groups == 1:
-            torch.mm(columns[0], filters[0].t(), out=result[0])
-        else:
-            result.copy_(torch.bmm(columns, filters.mT))
-    if bias is not None:
-        y.add_(bias.view(-1, *(1,) * shape.dims))
+    g, last = shape.groups, _last(y)
+    filters = _filters(w, g, last)
+    added = None if bias is None else bias.view(g, 1, -1) if last else bias.view(1, g, -1, 1)
+    for chunk in _chunks(shape, x.dtype):
+        col = _columns(shape, x[chunk], last)
+        out = _matrix(y[chunk], g, last)
+        if last:
+            _product(col, filters.transpose(1, 2), out, added)
+            continue
+        for parts in _by_image(g, filters[None], col, out, *([] if added is None else [added])):
+            _product(*parts)
 
 
 def conv_dgrad(shape: ConvShape, grad_y: Tensor, w: Tensor, grad_x: Tensor) -> None:
     """Fill grad_x ``N C *spatial``: every filter's weight on every input that it touched."""
-    grad_y, channels_inner = _in_layout(grad_y)
-    filters = _filters(w, shape, channels_inner)
-    for run in _runs(shape, w.dtype):
-        rows, result = _as_matrix(grad_y[run], shape, channels_inner), grad_x[run]
-        if not channels_inner:
-            columns = torch.matmul(filters.mT, rows)
+    g, last = shape.groups, _last(grad_x)
+    filters = _filters(w, g, last)
+    for chunk in _chunks(shape, grad_x.dtype):
+        images = grad_x[chunk]
+        direct = _is_column(shape, images, last)
+        col = _matrix(images, g, last) if direct else _room(shape, images, last)
+        grad = _matrix(grad_y[chunk], g, last)
+        if last:
+            _product(grad, filters, col)
         else:
-            columns = _new_columns(shape, result.shape[0], w, channels_inner)
-            if shape.groups == 1:
-                torch.mm(rows[0], filters[0], out=columns[0])
-            else:
-                columns.copy_(torch.bmm(rows, filters))
-        aligned = grad_x.data_ptr() % 16 == 0
-        plan = _plan(
-            "col2im", shape, result.shape[0], w.dtype, result.stride(), aligned, channels_inner
-        )
-        launch(plan, (columns,), (result,))
+            for parts in _by_image(g, filters.transpose(1, 2)[None], grad, col):
+                _product(*parts)
+        if not direct:
+            _move("conv_col2im", shape, last, images, col)
 
 
 def conv_wgrad(shape: ConvShape, grad_y: Tensor, x: Tensor, grad_w: Tensor) -> None:
     """Fill grad_w ``K C/groups *kernel``: the sum over all places that a weight was used at."""
-    grad_y, channels_inner = _in_layout(grad_y)
+    g, last = shape.groups, _last(x)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    total: Tensor | None = None
-    for run in _runs(shape, x.dtype):
-        columns = _columns_of(shape, x[run], channels_inner)
-        rows = _as_matrix(grad_y[run], shape, channels_inner)
-        if channels_inner:
-            part = torch.bmm(rows.mT, columns).to(wide)
+    total = torch.zeros(_filters(grad_w, g, last).shape, dtype=wide, device=x.device)
+    for chunk in _chunks(shape, x.dtype):
+        col = _columns(shape, x[chunk], last)
+        grad = _matrix(grad_y[chunk], g, last)
+        if last:
+            total += torch.bmm(grad.transpose(1, 2), col)
         else:
-            part = torch.matmul(rows, columns.mT).sum(0, dtype=wide)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    if channels_inner:
-        sums = total.view(shape.K, *shape.kernel, -1).movedim(-1, 1)
+            for one_grad, one_col in zip(grad, col, strict=True):
+                total += torch.bmm(one_grad, one_col.transpose(1, 2))
+    size = [total.shape[0] * total.shape[1], *shape.kernel]
+    if last:
+        grad_w.copy_(total.view(*size, -1).movedim(-1, 1))
     else:
-        sums = total.view(shape.w_size)
-    grad_w.copy_(sums)
+        grad_w.copy_(total.view(grad_w.shape))

@@ -80,7 +80,9 @@ def nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
-def compile_cubin(source: str, constants: Sequence[tuple[str, str | int]], arch: str) -> tuple[bytes, str]:
+def compile_cubin(
+    source: str, constants: Sequence[tuple[str, str | int]], arch: str
+) -> tuple[bytes, str]:
     """Compile ``kernels/<source>`` for ``sm_<arch>``: the cubin and NVRTC's log with ptxas's resource lines.
 
     Needs no GPU and no driver. Raises CompileError with file, constants and log when NVRTC refuses.
@@ -145,7 +147,9 @@ def unavailable() -> str | None:
     """None where the `cuda` engine works, else the reason with the command that would mend it."""
     if not torch.cuda.is_available():
         if torch.version.cuda is None:
-            return f"this torch is built without CUDA: install one that is, then {install_command()}"
+            return (
+                f"this torch is built without CUDA: install one that is, then {install_command()}"
+            )
         return "torch sees no NVIDIA GPU"
     try:
         import cupy

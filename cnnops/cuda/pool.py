@@ -38,7 +38,7 @@ TILE_VALUES = 8
 """Values of a channels-last tile, forward; backward a tile has up to four times as many."""
 COLUMN_BYTES = 256
 """Columns of one row that a thread can hold in registers, forward."""
-COLUMN_BYTES_BACKWARD = 160
+COLUMN_BYTES_BACKWARD = 128
 """The same backward, with their offsets, beside the tile's sums."""
 UNROLLED = 4096
 """The most pairs of a value and a window in a tile's code."""
@@ -54,6 +54,10 @@ MAX_TILES = INT32_MAX - 2**16
 """Tile numbers are 32-bit, with room for a block's last threads."""
 
 OFFSET = {torch.uint8: "unsigned char", torch.int32: "int"}
+
+
+Layout = tuple[tuple[int, ...], int]
+"""Strides in elements, and the alignment of the address."""
 
 
 class View(NamedTuple):
@@ -96,7 +100,7 @@ class Axis(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """All that decides a launch."""
+    """One call's tensors: those of the input's and of the output's size, and the offsets if there are any."""
 
     shape: PoolShape
     dtype: torch.dtype
@@ -107,9 +111,10 @@ class Problem(NamedTuple):
 
 
 class Form(NamedTuple):
-    """The constants by which forms differ, but for the fixed geometry."""
+    """The constants by which forms differ, but for the fixed geometry. The reduce form has per_output > 1."""
 
     fixed: bool
+    inner: bool
     c_vec: int = 1
     x_vec: int = 1
     y_vec: int = 1
@@ -159,11 +164,16 @@ def supports(op: str, shape: Shape, dtype: torch.dtype) -> str | None:
 # ---- the problem in the kernel's terms -------------------------------------------------------------------
 
 
-def _view(tensor: torch.Tensor) -> View:
-    size, stride = tensor.size(), tensor.stride()
-    steps = [step if length > 1 else 0 for length, step in zip(size, stride, strict=True)]
-    spatial = [0] * (5 - len(steps)) + steps[2:]
-    return View(steps[0], steps[1], *spatial, alignment(tensor), tensor.element_size())  # type: ignore[call-arg]
+def _layout(tensor: torch.Tensor) -> Layout:
+    return tensor.stride(), alignment(tensor)
+
+
+def _view(size: tuple[int, ...], layout: Layout, itemsize: int) -> View:
+    n, c, *spatial = (
+        step if length > 1 else 0 for length, step in zip(size, layout[0], strict=True)
+    )
+    d, h, w = (0,) * (3 - len(spatial)) + tuple(spatial)
+    return View(n, c, d, h, w, layout[1], itemsize)
 
 
 def _axes(shape: PoolShape) -> tuple[list[Axis], bool]:
@@ -233,7 +243,7 @@ def _pack(views: Sequence[View | None], axis: str, extent: int, most: int) -> in
 
 
 def _lanes(slots: int) -> int:
-    return next(n for n in LANES if -(-slots // n) * n <= WASTE * slots)
+    return next(n for n in LANES if n >= slots > n // 2 or -(-slots // n) * n <= WASTE * slots)
 
 
 def _forward_tile(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> Form | None:
@@ -256,7 +266,7 @@ def _forward_tile(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -
         fits = used * c_vec * max(problem.dtype.itemsize, 4) <= COLUMN_BYTES
         fits = fits and size * c_vec * w.window * d.window * h.window <= UNROLLED
         if fits and (size == 1 or -(-w.out // size) * size <= WASTE * w.out):
-            return Form(True, c_vec, x_vec, y_vec, size)
+            return Form(True, inner, c_vec, x_vec, y_vec, size)
     return None
 
 
@@ -283,7 +293,7 @@ def _backward_tile(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) 
     fits = fits and tile * tile_h * c_vec <= 4 * TILE_VALUES
     fits = fits and columns * c_vec * (problem.dtype.itemsize + 1) <= COLUMN_BYTES_BACKWARD
     fits = fits and rows * columns * tile_h * tile * c_vec <= UNROLLED
-    return Form(True, c_vec, x_vec, y_vec, tile, tile_h) if fits else None
+    return Form(True, inner, c_vec, x_vec, y_vec, tile, tile_h) if fits else None
 
 
 def _reduced(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> Form:
@@ -296,7 +306,7 @@ def _reduced(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> For
         x_vec = _pack((problem.x,), "w", w.size, PACK_BYTES // problem.dtype.itemsize)
     shares = max(lanes * places // (x_vec * REDUCE_PACKS), 1)
     per_output = max(8, lanes, min(THREADS, 1 << (shares.bit_length() - 1)))
-    return Form(False, c_vec, x_vec, per_output=per_output, lanes=lanes)
+    return Form(False, inner, c_vec, x_vec, per_output=per_output, lanes=lanes)
 
 
 def _wants_reduce(
@@ -322,29 +332,50 @@ _TENSORS = {
 _REDUCED = {"max_pool_fwd": "max_pool_reduce", "avg_pool_fwd": "avg_pool_reduce"}
 
 
-@lru_cache(4096)
-def _plan(op: str, problem: Problem) -> Launch:
-    """The launch of `op`, chosen by arithmetic."""
-    shape, dtype = problem.shape, problem.dtype
+def _chosen(op: str, problem: Problem) -> tuple[Form, list[Axis], bool, View]:
+    """The form, and the axes, whether windows are adaptive, and x as that form sees them."""
+    shape = problem.shape
     axes, adaptive = _axes(shape)
-    backward = op.endswith("_bwd")
     views = (problem.x, problem.y, problem.offsets)
     inner = shape.C > 1 and all(view is None or view.c == 1 for view in views)
-    c_vec = _pack(views, "c", shape.C, PACK_BYTES // dtype.itemsize) if inner else 1
-    form, entry = Form(False, c_vec), op
-    if backward and not adaptive:
-        form = _backward_tile(problem, axes, inner, c_vec) or form
+    c_vec = _pack(views, "c", shape.C, PACK_BYTES // problem.dtype.itemsize) if inner else 1
+    loop = Form(False, inner, c_vec)
+    if op.endswith("_bwd"):
+        tile = None if adaptive else _backward_tile(problem, axes, inner, c_vec)
     elif op in _REDUCED:
         tile = None if adaptive else _forward_tile(problem, axes, inner, c_vec)
         joined, x = _joined(axes, problem.x)
         if _wants_reduce(problem, joined, inner, c_vec, tile):
-            axes, problem, entry = joined, problem._replace(x=x), _REDUCED[op]
-            form = _reduced(problem, axes, inner, c_vec)
-        else:
-            form = tile or form
+            return _reduced(problem._replace(x=x), joined, inner, c_vec), joined, adaptive, x
+    else:
+        tile = None
+    return tile or loop, axes, adaptive, problem.x
+
+
+@lru_cache(4096)
+def _plan(
+    op: str,
+    shape: PoolShape,
+    dtype: torch.dtype,
+    offset: torch.dtype,
+    x: Layout,
+    y: Layout,
+    offsets: Layout | None,
+) -> Launch:
+    """The launch of `op`; x is of the input's size (x, grad_x), y of the output's (y, grad_y)."""
+    problem = Problem(
+        shape,
+        dtype,
+        offset,
+        _view(shape.x_size, x, dtype.itemsize),
+        _view(shape.y_size, y, dtype.itemsize),
+        None if offsets is None else _view(shape.y_size, offsets, offset.itemsize),
+    )
+    form, axes, adaptive, x_read = _chosen(op, problem)
+    entry = _REDUCED[op] if form.per_output > 1 else op
 
     # The tensor that is written, in tiles.
-    extents = [a.size if backward else a.out for a in axes]
+    extents = [a.size if op.endswith("_bwd") else a.out for a in axes]
     slots = -(-shape.C // (form.c_vec * form.lanes))
     grid_axes = (slots, -(-extents[2] // form.tile), -(-extents[1] // form.tile_h), extents[0])
     per_image = math.prod(grid_axes)
@@ -352,18 +383,17 @@ def _plan(op: str, problem: Problem) -> Launch:
     tiles = images * per_image
     blocks = -(-tiles * form.per_output // THREADS)
 
-    spans = [views[0].span(shape, shape.DHW)]
-    spans += [
-        view.span(shape, shape.ZPQ) for view in (problem.y, problem.offsets) if view is not None
-    ]
-    divisor = 0 if adaptive else _divisor(shape, axes)
+    spans = [problem.x.span(shape, shape.DHW), problem.y.span(shape, shape.ZPQ)]
+    if problem.offsets is not None:
+        spans.append(problem.offsets.span(shape, shape.ZPQ))
+    divisor = 0 if adaptive or op.startswith("max") else _divisor(shape, axes)
     products = [(a.size + 1) * (a.out + 1) for a in axes] if adaptive else [0]
     constants: dict[str, str | int] = {
         "ELEMENT": ELEMENT[dtype],
         "ACCUMULATOR": ACCUMULATOR[dtype],
-        "OFFSET": OFFSET[problem.offset],
+        "OFFSET": OFFSET[offset],
         "INDEX": "long long" if max(*spans, *products) > INT32_MAX else "int",
-        "CHANNELS_INNER": int(inner),
+        "CHANNELS_INNER": int(form.inner),
         "C_VEC": form.c_vec,
         "X_VEC": form.x_vec,
         "Y_VEC": form.y_vec,
@@ -383,11 +413,11 @@ def _plan(op: str, problem: Problem) -> Launch:
         constants[f"STRIDE_{name}"] = axis.stride if form.fixed else 1
         constants[f"DILATION_{name}"] = axis.dilation if form.fixed else 1
     params = Params(
-        *(CStrides() if view is None else CStrides(*view[:5]) for view in problem[3:]),
+        *(CStrides(*(view or ())[:5]) for view in (x_read, problem.y, problem.offsets)),
         1 / divisor if divisor else 0.0,
         *(CAxis(*axis, FastDiv(axis.stride)) for axis in axes),
         *(FastDiv(extent) for extent in grid_axes),
-        FastDiv(axes[2].window // form.x_vec if entry != op else axes[2].window), FastDiv(axes[1].window),
+        FastDiv(max(axes[2].window // form.x_vec, 1)), FastDiv(axes[1].window),
         shape.N, shape.C, images, tiles, adaptive, shape.count_include_pad and not adaptive, divisor,
     )  # fmt: skip
     inputs, outputs = _TENSORS[op]
@@ -397,48 +427,44 @@ def _plan(op: str, problem: Problem) -> Launch:
     )  # fmt: skip
 
 
-def _problem(
-    shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor | None
-) -> Problem:
-    """From the tensor of the input's size, that of the output's, and the offsets if there are any."""
-    if offsets is None:
-        return Problem(shape, x.dtype, torch.uint8, _view(x), _view(y), None)
-    return Problem(shape, x.dtype, offsets.dtype, _view(x), _view(y), _view(offsets))
-
-
 # ---- operations ------------------------------------------------------------------------------------------
 
 
 def max_pool_fwd(
     shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor | None
 ) -> None:
-    """y = the maximum of each window, offsets = its place there; offsets may be None where nobody asks."""
-    launch(_plan("max_pool_fwd", _problem(shape, x, y, offsets)), (x,), (y, offsets))
+    """y = the maximum of each window, offsets = its place there; None where nobody asks for offsets."""
+    kept = (torch.uint8, None) if offsets is None else (offsets.dtype, _layout(offsets))
+    plan = _plan("max_pool_fwd", shape, x.dtype, kept[0], _layout(x), _layout(y), kept[1])
+    launch(plan, (x,), (y, offsets))
 
 
 def max_pool_bwd(
     shape: PoolShape, grad_y: torch.Tensor, offsets: torch.Tensor, grad_x: torch.Tensor
 ) -> None:
     """grad_x = the sum of grad_y over the windows whose maximum a place was."""
-    launch(
-        _plan("max_pool_bwd", _problem(shape, grad_x, grad_y, offsets)),
-        (grad_y, offsets),
-        (grad_x,),
-    )
+    layouts = _layout(grad_x), _layout(grad_y), _layout(offsets)
+    plan = _plan("max_pool_bwd", shape, grad_y.dtype, offsets.dtype, *layouts)
+    launch(plan, (grad_y, offsets), (grad_x,))
 
 
 def max_pool_gather(
     shape: PoolShape, x: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor
 ) -> None:
-    """y = x at the places that offsets name."""
-    launch(_plan("max_pool_gather", _problem(shape, x, y, offsets)), (x, offsets), (y,))
+    """y = x at the places that offsets name; 0 where a window holds nothing but padding."""
+    layouts = _layout(x), _layout(y), _layout(offsets)
+    plan = _plan("max_pool_gather", shape, x.dtype, offsets.dtype, *layouts)
+    launch(plan, (x, offsets), (y,))
 
 
 def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
     """y = the sum of each window over its divisor."""
-    launch(_plan("avg_pool_fwd", _problem(shape, x, y, None)), (x,), (y,))
+    plan = _plan("avg_pool_fwd", shape, x.dtype, torch.uint8, _layout(x), _layout(y), None)
+    launch(plan, (x,), (y,))
 
 
 def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -> None:
     """grad_x = the sum of grad_y over its divisor, over the windows that cover a place."""
-    launch(_plan("avg_pool_bwd", _problem(shape, grad_x, grad_y, None)), (grad_y,), (grad_x,))
+    layouts = _layout(grad_x), _layout(grad_y)
+    plan = _plan("avg_pool_bwd", shape, grad_y.dtype, torch.uint8, *layouts, None)
+    launch(plan, (grad_y,), (grad_x,))

@@ -39,12 +39,14 @@ def train(
 ) -> tuple[LeNet, History]:
     """A new model of that name, trained; weights, order of images and shifts all come from `seed`.
 
-    Prints a line an epoch, below it a progress bar where `console` is a terminal.
+    Prints a line an epoch, below it a progress bar where `console` is a terminal. On the CPU one thread
+    does it all: a batch is too little work to share, and threads on a busy machine would mostly wait for
+    one another. It also makes the result the same for any number of cores.
     """
     images, labels = digits.train_images.to(device), digits.train_labels.to(device)
     steps = -(-len(labels) // BATCH)
     history = History()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         model = MODELS[name]().to(device)
         optimizer = torch.optim.Adam(model.parameters())
@@ -86,6 +88,16 @@ def fit(images: Tensor, model: LeNet) -> Tensor:
     """28 x 28 images with the border of zeros that a 32 x 32 network was fed in 1998; else as they are."""
     border = (model.input_size[0] - SIDE) // 2
     return F.pad(images, (border,) * 4) if border else images
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(former)
 
 
 @contextmanager

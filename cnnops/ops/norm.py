@@ -174,11 +174,13 @@ class _Backward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        grad_y, x, weight, bias, residual, mean, rstd = ctx.saved_tensors
-        inputs = (x, weight, bias, residual)
         again = torch.is_grad_enabled()
         with torch.enable_grad():
-            y = _composed(*inputs, mean, rstd, *ctx.arguments)
+            # Views, because grad_y may itself have been computed from x: partial derivatives are wanted.
+            views: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
+            grad_y, x, weight, bias, residual, mean, rstd = views
+            y = _composed(x, weight, bias, residual, mean, rstd, *ctx.arguments)
+            inputs = (x, weight, bias, residual)
             into = [t for t, want in zip(inputs, ctx.wanted, strict=True) if want]
             outputs = torch.autograd.grad(y, into, grad_y.to(y.dtype), create_graph=True)
         needs = ctx.needs_input_grad[:5]

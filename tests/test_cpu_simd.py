@@ -1,0 +1,449 @@
+"""The CPU engine's micro-kernels against plain numpy, at every vector width, and how its tasks are run."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import cnnops
+from cnnops.cpu import conv, pool, simd, task
+from cnnops.cpu.task import Task, ahead, layout, unpack
+from cnnops.functional import conv2d, max_pool2d
+from cnnops.shapes import ConvShape, PoolShape
+
+TYPES = ["float32", "float64"]
+CLOSE = {"float32": 1e-6, "float64": 1e-14}
+width = pytest.mark.parametrize("bits", simd.WIDTHS)
+element = pytest.mark.parametrize("T", TYPES)
+
+
+def lanes(T: str, bits: int) -> int:
+    return bits // (8 * np.dtype(T).itemsize)
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+def assert_close(result: np.ndarray, expected: np.ndarray) -> None:
+    """Norm-relative, by the result's own type."""
+    error = np.linalg.norm(result.astype(np.float64) - expected)
+    assert error <= CLOSE[result.dtype.name] * np.linalg.norm(expected)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+# ---- micro-kernels ---------------------------------------------------------------------------------------
+
+
+@lru_cache(None)
+def gemm(T: str, L: int, M: int, V: int) -> Task:
+    args = layout(f"{T}**3 int32* int64*3")
+
+    def test_gemm(address: int, index: int, scratch: int) -> None:
+        a, b, c, offsets, count, pitch, accumulate = unpack(address, args)
+        simd.gemm(L, M, V, a, b, offsets, count, c, pitch, accumulate)
+
+    return Task(test_gemm, args)
+
+
+@width
+@element
+@pytest.mark.parametrize("tile", [(6, 4), (6, 2), (4, 3), (1, 8)])
+def test_gemm(T: str, bits: int, tile: tuple[int, int], rng: np.random.Generator) -> None:
+    (M, V), L = tile, lanes(T, bits)
+    for count in (0, 1, 7, 40):
+        a = rng.standard_normal((count, M)).astype(T)
+        b = rng.standard_normal(1000).astype(T)
+        offsets = rng.integers(0, 1000 - V * L, count).astype(np.int32)
+        products = sum(
+            (np.outer(a[k], b[offsets[k] : offsets[k] + V * L]) for k in range(count)),
+            np.zeros((M, V * L)),
+        )
+        before = rng.standard_normal((M, V * L + 3)).astype(T)
+        for accumulate in (0, 1):
+            c = before.copy()
+            gemm(T, L, M, V).run(
+                1, 0, *map(address, (a, b, c, offsets)), count, c.shape[1], accumulate
+            )
+            assert_close(c[:, : V * L], products + accumulate * before[:, : V * L])
+            assert np.array_equal(c[:, V * L :], before[:, V * L :])
+
+
+@lru_cache(None)
+def dot(T: str, L: int, M: int, N: int) -> Task:
+    args = layout(f"{T}**3 int32* int64*6")
+
+    def test_dot(address: int, index: int, scratch: int) -> None:
+        a, b, c, offsets, row, line, step, lines, length, pitch = unpack(address, args)
+        simd.dot(L, M, N, a, row, line, b, offsets, step, lines, length, c, pitch)
+
+    return Task(test_dot, args)
+
+
+@width
+@element
+@pytest.mark.parametrize("tile", [(5, 5), (3, 3), (1, 5)])
+def test_dot(T: str, bits: int, tile: tuple[int, int], rng: np.random.Generator) -> None:
+    (M, N), L = tile, lanes(T, bits)
+    for length in (1, L - 1, L, 2 * L + 3):
+        lines, line, step = 3, length + L, length + 7
+        a = rng.standard_normal((M, lines * line)).astype(T)
+        # What lies between the lines takes no part, be it NaN.
+        for s in range(lines):
+            a[:, s * line + length : (s + 1) * line] = np.nan
+        b = rng.standard_normal(1000).astype(T)
+        offsets = rng.integers(0, 500, N).astype(np.int32)
+        c = rng.standard_normal((M, N + 2)).astype(T)
+        expected = c.astype(np.float64)
+        for m in range(M):
+            for n in range(N):
+                for s in range(lines):
+                    there = offsets[n] + s * step
+                    left = a[m, s * line : s * line + length].astype(np.float64)
+                    expected[m, n] += left @ b[there : there + length]
+        sizes = (a.shape[1], line, step, lines, length, c.shape[1])
+        dot(T, L, M, N).run(1, 0, *map(address, (a, b, c, offsets)), *sizes)
+        assert_close(c, expected)
+
+
+@width
+@element
+def test_dot_ignores_nan_behind_the_length(T: str, bits: int) -> None:
+    """On both sides: zero times NaN would be NaN."""
+    L = lanes(T, bits)
+    a, b = np.ones((1, 2 * L), T), np.ones(2 * L, T)
+    a[:, 3:], b[3:] = np.nan, np.nan
+    c, offsets = np.zeros((1, 5), T), np.zeros(5, np.int32)
+    dot(T, L, 1, 5).run(1, 0, *map(address, (a, b, c, offsets)), 0, 0, 0, 1, 3, 5)
+    assert (c == 3).all()
+
+
+@lru_cache(None)
+def copy(T: str, L: int) -> Task:
+    args = layout(f"{T}**3 int64")
+
+    def test_copy(address: int, index: int, scratch: int) -> None:
+        to, source, shift, count = unpack(address, args)
+        simd.copy(L, to, source, count, shift[0])
+
+    return Task(test_copy, args)
+
+
+@pytest.fixture
+def edge() -> Iterator[np.ndarray]:
+    """A page of memory, and behind it one that must not be touched."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("needs Linux's mprotect")
+    memory = np.frombuffer(mmap.mmap(-1, 2 * mmap.PAGESIZE), np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    behind = ctypes.c_void_p(memory.ctypes.data + mmap.PAGESIZE)
+    assert libc.mprotect(behind, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    yield memory[: mmap.PAGESIZE]
+    readable_and_writable = mmap.PROT_READ | mmap.PROT_WRITE
+    assert libc.mprotect(behind, ctypes.c_size_t(mmap.PAGESIZE), readable_and_writable) == 0
+
+
+@width
+@element
+def test_copy(T: str, bits: int, edge: np.ndarray, rng: np.random.Generator) -> None:
+    """Exactly the elements asked for are read (the page behind them is forbidden) and written."""
+    L = lanes(T, bits)
+    for count in range(2 * L + 2):
+        source = edge.view(T)[edge.view(T).size - count :]
+        source[:] = rng.standard_normal(count)
+        to = np.full(count + L, 7, T)
+        shift = np.array([0.5], T)
+        copy(T, L).run(1, 0, *map(address, (to, source, shift)), count)
+        assert np.array_equal(to[:count], source + shift[0])
+        assert (to[count:] == 7).all()
+
+
+@element
+def test_copy_by_minus_zero_changes_nothing(T: str) -> None:
+    source = np.array([0.0, -0.0, np.inf, -np.inf, 1.0], T)
+    to, shift = np.ones_like(source), np.array([-0.0], T)
+    copy(T, lanes(T, 128)).run(1, 0, *map(address, (to, source, shift)), 5)
+    assert np.array_equal(np.signbit(to), np.signbit(source)) and np.array_equal(to, source)
+
+
+@lru_cache(None)
+def keep_larger(T: str, L: int, S: int) -> Task:
+    args = layout(f"{T}**2 int32* int64*2")
+
+    def test_keep_larger(address: int, index: int, scratch: int) -> None:
+        best, row, kept, count, place = unpack(address, args)
+        simd.keep_larger(L, S, best, kept, row, count, place)
+
+    return Task(test_keep_larger, args)
+
+
+@width
+@element
+@pytest.mark.parametrize("step", [1, 2])
+def test_keep_larger(
+    T: str, bits: int, step: int, edge: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Ties keep what was there, NaN always wins, and lanes behind the count are left alone."""
+    L = lanes(T, bits)
+    for count in range(1, 2 * L + 2):
+        size = (count - 1) * step + 1
+        row = edge.view(T)[edge.view(T).size - size :]
+        row[:] = rng.integers(-2, 3, size)
+        row[rng.random(size) < 0.2] = np.nan
+        best = rng.integers(-2, 3, 3 * L).astype(T)
+        best[rng.random(3 * L) < 0.2] = np.nan
+        kept = np.arange(3 * L, dtype=np.int32)
+        expected, places = best.copy(), kept.copy()
+        for i in range(count):
+            if row[i * step] > best[i] or np.isnan(row[i * step]):
+                expected[i], places[i] = row[i * step], 99
+        keep_larger(T, L, step).run(1, 0, *map(address, (best, row, kept)), count, 99)
+        assert np.array_equal(best, expected, equal_nan=True)
+        assert np.array_equal(kept, places)
+
+
+@lru_cache(None)
+def sum_of(T: str) -> Task:
+    args = layout(f"{T}* float64* int64*2")
+
+    def test_sum_of(address: int, index: int, scratch: int) -> None:
+        values, total, count, stride = unpack(address, args)
+        total[0] = simd.sum_of(ahead(values, 1), count, stride)
+
+    return Task(test_sum_of, args)
+
+
+@element
+def test_sum_of(T: str, rng: np.random.Generator) -> None:
+    """In float64: the mean of numbers far from zero keeps its digits."""
+    values, total = (1e6 + rng.standard_normal(3001)).astype(T), np.empty(1)
+    for count, stride in ((0, 1), (1, 1), (3000, 1), (1000, 3)):
+        sum_of(T).run(1, 0, address(values), address(total), count, stride)
+        expected = values[1 : 1 + count * stride : stride].astype(np.float64).sum()
+        assert abs(total[0] - expected) <= 1e-12 * abs(expected)
+
+
+# ---- the width in force ----------------------------------------------------------------------------------
+
+
+def test_width_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = simd.simd_bits.__wrapped__
+    monkeypatch.delenv("CNNOPS_SIMD_BITS", raising=False)
+    assert chosen() in simd.WIDTHS
+    for bits in simd.WIDTHS:
+        monkeypatch.setenv("CNNOPS_SIMD_BITS", str(bits))
+        assert chosen() == bits
+    monkeypatch.setenv("CNNOPS_SIMD_BITS", "100")
+    with pytest.raises(ValueError, match=r"CNNOPS_SIMD_BITS: expected one of .*, got '100'"):
+        chosen()
+
+
+@pytest.fixture
+def forced(bits: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The engine as it is on a CPU with vectors of so many bits."""
+    plans = (simd.tiles, conv._fprop, conv._dgrad, conv._wgrad)
+    monkeypatch.setattr(simd, "simd_bits", lambda: bits)
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()
+
+
+@width
+@pytest.mark.parametrize("groups", [1, 6])
+@pytest.mark.usefixtures("forced")
+def test_convolution_at_every_width(groups: int) -> None:
+    x = torch.randn(3, 6, 9, 11, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(12, 6 // groups, 3, 2, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    results = []
+    for engine in ("cpu", "aten"):
+        with cnnops.engine(engine):
+            y = conv2d(x, w, b, stride=(2, 1), padding=(1, 2), groups=groups)
+            grads = torch.autograd.grad(y, (x, w, b), torch.cos(y.detach()))
+        results.append([y.detach(), *grads])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).norm() <= 1e-13 * theirs.norm()
+
+
+@width
+@pytest.mark.usefixtures("forced")
+def test_pooling_at_every_width() -> None:
+    x = torch.randn(2, 3, 13, 17)
+    x[torch.rand_like(x) < 0.05] = float("nan")
+    for kernel, stride, padding in ((2, 2, 0), (3, 1, 1), (3, 2, 1), (4, 3, 2)):
+        with cnnops.engine("cpu"):
+            ours = max_pool2d(x, kernel, stride, padding)
+        theirs = torch.nn.functional.max_pool2d(x, kernel, stride, padding)
+        assert torch.equal(ours.nan_to_num(nan=99.0), theirs.nan_to_num(nan=99.0))
+
+
+# ---- numbers that are not finite, and bits that must not change ------------------------------------------
+
+
+def test_infinity_stays_where_it_belongs() -> None:
+    """Rows are computed with what lies between them: an infinity there must not reach other results."""
+    x = torch.randn(1, 2, 6, 7)
+    x[0, 0, 2, 0] = float("inf")
+    shape = ConvShape.of(x.shape, (3, 2, 3, 3), padding=1)
+    w, grad_y = torch.rand(3, 2, 3, 3) + 1, torch.rand(shape.y_size) + 1
+    y, grad_w = torch.empty(shape.y_size), torch.empty(shape.w_size)
+    conv.conv_fprop(shape, x, w, None, y)
+    conv.conv_wgrad(shape, grad_y, x, grad_w)
+    touched = torch.zeros(1, 3, 6, 7, dtype=torch.bool)
+    touched[:, :, 1:4, :2] = True
+    assert torch.equal(torch.isinf(y), touched) and not torch.isnan(y).any()
+    # The last column of filters never sees column 0 of the image.
+    assert torch.isinf(grad_w[:, 0, :, :2]).all() and torch.isfinite(grad_w[:, 0, :, 2]).all()
+    assert torch.isfinite(grad_w[:, 1]).all()
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    former = torch.get_num_threads()
+    yield
+    torch.set_num_threads(former)
+
+
+@pytest.mark.usefixtures("threads")
+def test_same_bits_for_any_number_of_threads() -> None:
+    x, w = torch.randn(8, 20, 14, 14), torch.randn(50, 20, 5, 5)
+    shape = ConvShape.of(x.shape, w.shape, padding=2)
+    grad_y = torch.randn(shape.y_size)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        y, grad_x = torch.empty(shape.y_size), torch.empty(shape.x_size)
+        grad_w, grad_b = torch.empty(shape.w_size), torch.empty(50)
+        conv.conv_fprop(shape, x, w, None, y)
+        conv.conv_dgrad(shape, grad_y, w, grad_x)
+        conv.conv_wgrad(shape, grad_y, x, grad_w)
+        conv.conv_bgrad(shape, grad_y, grad_b)
+        results.append((y, grad_x, grad_w, grad_b))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+def test_a_window_that_dilation_takes_past_the_input() -> None:
+    """PyTorch's value for it is -inf, too; no gradient comes back from there, and none is read."""
+    x = torch.tensor([[[5.0]]])
+    shape = PoolShape.of(x.shape, 2, stride=1, padding=1, dilation=2)
+    y, offsets = torch.empty(shape.y_size), torch.empty(shape.y_size, dtype=torch.uint8)
+    pool.max_pool_fwd(shape, x, y, offsets)
+    assert torch.equal(y, torch.nn.functional.max_pool1d(x, 2, 1, 1, 2))
+    grad_x, again = torch.empty_like(x), torch.empty_like(y)
+    pool.max_pool_bwd(shape, torch.ones_like(y), offsets, grad_x)
+    pool.max_pool_gather(shape, x, offsets, again)
+    assert grad_x.item() == 0 and again.item() == 0
+
+
+# ---- running ---------------------------------------------------------------------------------------------
+
+
+def problem() -> tuple[ConvShape, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One that is worth several threads."""
+    x, w = torch.randn(4, 16, 28, 28), torch.randn(16, 16, 3, 3)
+    shape = ConvShape.of(x.shape, w.shape, padding=1)
+    return shape, x, w, torch.empty(shape.y_size)
+
+
+def test_two_callers_at_once() -> None:
+    shape, x, w, y = problem()
+    conv.conv_fprop(shape, x, w, None, y)
+    results = [torch.empty_like(y) for _ in range(4)]
+
+    def call(result: torch.Tensor) -> None:
+        for _ in range(20):
+            conv.conv_fprop(shape, x, w, None, result)
+
+    callers = [threading.Thread(target=call, args=(result,)) for result in results]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert all(torch.equal(result, y) for result in results)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forked_child_computes() -> None:
+    """numba's threads end a child that uses them, so it must not."""
+    shape, x, w, y = problem()
+    conv.conv_fprop(shape, x, w, None, y)
+    again = torch.empty_like(y)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            conv.conv_fprop(shape, x, w, None, again)
+            status = 0 if bytes(again.numpy()) == bytes(y.numpy()) else 2
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_second_run_compiles_nothing(tmp_path: Path) -> None:
+    code = """
+import sys
+import cnnops.cpu
+assert "numba" not in sys.modules and cnnops.cpu.stats() == {"compiled": 0, "loaded_from_cache": 0}
+import torch
+from cnnops.cpu import pool
+from cnnops.shapes import PoolShape
+x = torch.randn(2, 64, 64, 64)
+shape = PoolShape.of(x.shape, 2)
+y, offsets = torch.empty(shape.y_size), torch.empty(shape.y_size, dtype=torch.uint8)
+pool.max_pool_fwd(shape, x, y, offsets)
+print(*cnnops.cpu.stats().values())
+"""
+    counts = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            check=True,
+            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    (compiled, found), (again, loaded) = [[int(n) for n in pair] for pair in counts]
+    assert compiled > 0 and found == 0
+    assert again == 0 and loaded == compiled
+
+
+def test_layout_names_each_argument() -> None:
+    words = layout("float32**2 int64*3 float64").split()
+    assert words[:-1] == ["float32*"] * 2 + ["int64"] * 3 + ["float64"]
+    assert words[-1] == f"#{task._digest()}"
+
+
+@pytest.mark.parametrize(
+    "sizes, strides, expected",
+    [
+        ((2, 3, 4), (12, 4, 1), ([1, 1, 24], [0, 0, 1])),
+        ((2, 3, 4), (24, 4, 1), ([1, 2, 12], [0, 24, 1])),
+        ((2, 3, 4), (0, 0, 0), ([1, 1, 24], [0, 0, 0])),
+        ((2, 1, 4), (4, 99, 1), ([1, 1, 8], [0, 0, 1])),
+        ((3, 2, 4), (1, 13, 3), ([3, 2, 4], [1, 13, 3])),
+    ],
+)
+def test_collapse(
+    sizes: tuple[int, ...], strides: tuple[int, ...], expected: tuple[list[int], list[int]]
+) -> None:
+    assert task.collapse(sizes, strides) == expected
