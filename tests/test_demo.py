@@ -359,7 +359,11 @@ def test_damaged_mnist_is_refused(
         data.mnist(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"not gzip", gzip.compress(idx(np.zeros(40, np.uint8)))[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(idx(np.zeros(40, np.uint8)))[:-9]],
+    ids=["not_gzip", "cut_short"],
+)
 def test_damaged_gzip_is_refused(
     tmp_path: Path, mnist_files: dict[str, np.ndarray], content: bytes
 ) -> None:
