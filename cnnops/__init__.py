@@ -11,8 +11,8 @@ Importing compiles nothing and loads no engine: the first call does.
 """
 
 from cnnops import functional, nn
-from cnnops.config import algorithm, engine, fallback
-from cnnops.registry import UnsupportedError, explain
+from cnnops.config import engine, fallback
+from cnnops.registry import UnsupportedError, algorithm, explain
 
 __version__ = "0.1.0"
 

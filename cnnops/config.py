@@ -3,8 +3,8 @@
     cnnops.engine("aten")                 # from here on
     with cnnops.engine("emulate"): ...    # for this block
 
-What an operation was recorded with is what its backward runs with, wherever and in whichever thread
-``backward()`` is called.
+The engine that an operation was recorded with is the one that its backward runs in, wherever and in whichever
+thread ``backward()`` is called. `fallback` and `algorithm` are looked up anew by the backward.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class _Settings:
         self.algorithm = ""
 
 
-class _Setting:
+class Setting:
     """Sets one value at once; as a context manager it puts the former value back at the end."""
 
     def __init__(self, name: str, value: str) -> None:
@@ -50,34 +50,22 @@ def _checked_engine(name: str | None) -> str:
     return name or ""
 
 
-def engine(name: str | None) -> _Setting:
+def engine(name: str | None) -> Setting:
     """Choose who computes: "cuda", "emulate" (the CUDA kernels on the CPU, checked), "cpu" (numba), "aten"
     (PyTorch itself), or None for the tensors' own device. ``CNNOPS_ENGINE`` sets the start value.
 
     Raises ValueError for any other name.
     """
-    return _Setting("engine", _checked_engine(name))
+    return Setting("engine", _checked_engine(name))
 
 
-def fallback(mode: str) -> _Setting:
+def fallback(mode: str) -> Setting:
     """What happens to a problem that no kernel takes: PyTorch's op with one warning a reason ("warn"),
     without a word ("silent"), or `UnsupportedError` ("error"). Raises ValueError for any other mode.
     """
     if mode not in FALLBACKS:
         raise ValueError(f"fallback: expected one of {', '.join(FALLBACKS)}, got {mode!r}")
-    return _Setting("fallback", mode)
-
-
-def algorithm(name: str | None) -> _Setting:
-    """Prefer kernels of one name, such as "conv_im2col", wherever they support the problem; None: no wish.
-
-    Raises ValueError for a name that is not in the registry.
-    """
-    from cnnops.registry import algorithms
-
-    if name is not None and name not in algorithms():
-        raise ValueError(f"algorithm: expected one of {', '.join(algorithms())}, got {name!r}")
-    return _Setting("algorithm", name or "")
+    return Setting("fallback", mode)
 
 
 settings = _Settings()

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 
-from cnnops.config import settings
+from cnnops.config import Setting, settings
 from cnnops.shapes import ConvShape, NormShape, PoolShape
 
 Shape = ConvShape | PoolShape | NormShape
@@ -87,6 +87,16 @@ ROWS: tuple[Row, ...] = (
 def algorithms() -> tuple[str, ...]:
     """Names for `cnnops.algorithm`, in the table's order."""
     return tuple(dict.fromkeys(row.algorithm for row in ROWS))
+
+
+def algorithm(name: str | None) -> Setting:
+    """Prefer kernels of one name, such as "conv_im2col", wherever they support the problem; None: no wish.
+
+    Raises ValueError for a name that is not in the table.
+    """
+    if name is not None and name not in algorithms():
+        raise ValueError(f"algorithm: expected one of {', '.join(algorithms())}, got {name!r}")
+    return Setting("algorithm", name or "")
 
 
 def engine_for(device: torch.device) -> str:
