@@ -65,8 +65,8 @@
 //   3x3, 64 channels @ 56x56   7.4 GFLOP and 51 MB: the floor is 0.11 ms of arithmetic (0.015 ms of traffic). 784
 //           blocks of 128 x 64 are 5.94 rounds of 132; a step issues 512 FFMA among some 670 instructions in NCHW,
 //           600 in channels-last: 0.15 and 0.13 ms, if nothing else ever waits.
-//   depthwise 3x3, 144 channels @ 56x56   116 MB: the floor is 0.035 ms. Some 130 instructions an output in NCHW, 65
-//           in packs of channels: 0.06 and 0.04 ms. Keeping rows in registers from one place to the next would
+//   depthwise 3x3, 144 channels @ 56x56   116 MB: the floor is 0.035 ms. Some 130 instructions an output in NCHW,
+//           65 in packs of channels: 0.06 and 0.04 ms. Keeping rows in registers from one place to the next would
 //           reach the floor; that takes the stride as a constant and is a kernel of its own.
 //
 // Why FFMA, not tensor cores: float32 and float64 keep all their bits, every shape and alignment is served, and

@@ -89,7 +89,7 @@ DEVICE void coordinates(const Params& p, int point, int (&at)[DIMS]) {
 }
 
 #if PASS == IM2COL
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
 conv_im2col(const T* __restrict__ x, T* __restrict__ col, const Params p) {
   constexpr int POINTS = CHANNELS_FAST ? 1 : V, LOADS = CHANNELS_FAST ? V / XV : 1;
   const int i = (int)blockIdx.x * THREADS + (int)threadIdx.x;
@@ -129,7 +129,8 @@ conv_im2col(const T* __restrict__ x, T* __restrict__ col, const Params p) {
           }
 #pragma unroll
           for (int j = 0; j < LOADS; j++) {
-            const Pack<T, XV> loaded = inside ? load_pack<XV>(from + (offset + j * XV * (Offset)p.channel)) : Pack<T, XV>{};
+            const Pack<T, XV> loaded =
+                inside ? load_pack<XV>(from + (offset + j * XV * (Offset)p.channel)) : Pack<T, XV>{};
 #pragma unroll
             for (int u = 0; u < XV; u++) pack.v[v + j * XV + u] = loaded.v[u];
           }
@@ -140,7 +141,7 @@ conv_im2col(const T* __restrict__ x, T* __restrict__ col, const Params p) {
 }
 
 #else
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
 conv_col2im(const T* __restrict__ col, T* __restrict__ grad_x, const Params p) {
   static_assert(CHANNELS_FAST || V == 1, "neighbouring elements lie in different places");
   const int i = (int)blockIdx.x * THREADS + (int)threadIdx.x;

@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from cnnops.cuda.kernel import ACCUMULATOR, ELEMENT, INT32_MAX, FastDiv, Launch, launch_of
 from cnnops.cuda.launch import launch
@@ -73,6 +74,8 @@ TILES = {
 }
 """By accumulator: a double takes two registers, so its tiles are smaller."""
 
+ACCUMULATOR_BYTES = {"float": 4, "double": 8}
+
 SMS = 132
 """Multiprocessors a choice is made for (an H100's). Fixed, so that results do not depend on the GPU."""
 
@@ -88,7 +91,7 @@ REDUCE_LANES = ((8, 256), (64, 32), (INT32_MAX, 8))
 """Of the second pass's 256 threads, how many stand side by side, by the most parts they add up."""
 
 PARTIAL_BYTES = 64 * 2**20
-"""Most memory for the partial results of a split sum."""
+"""Most memory for the partial results of a sum in parts."""
 
 FAR = 2**30
 """Coordinates stay below this (the kernel marks places that do not exist with it)."""
@@ -174,24 +177,6 @@ Digits = list[tuple[int, int]]
 """An index as (extent, stride) digits, fastest first: how far each of them moves in a tensor."""
 
 
-class _Axis(NamedTuple):
-    """One spatial axis: sizes, the filter's movement along it, and its strides in x, y and w."""
-
-    size: int
-    out: int
-    taps: int
-    stride: int
-    pad: tuple[int, int]
-    dilation: int
-    x: int
-    y: int
-    w: int
-
-    @property
-    def pointwise(self) -> bool:
-        return self.taps == 1 and self.stride == 1 and self.pad == (0, 0)
-
-
 @dataclass(frozen=True)
 class _Key:
     """All that decides a plan: sizes, type, strides, and whether each tensor begins on 16 bytes."""
@@ -213,11 +198,29 @@ class _Plan:
     partial: int = 0
 
 
+class _Axis(NamedTuple):
+    """One spatial axis: sizes, the filter's movement along it, and its strides in x, y and w."""
+
+    size: int
+    out: int
+    taps: int
+    stride: int
+    pad: tuple[int, int]
+    dilation: int
+    x: int
+    y: int
+    w: int
+
+    @property
+    def pointwise(self) -> bool:
+        return self.taps == 1 and self.stride == 1 and self.pad == (0, 0)
+
+
 def _canonical(shape: ConvShape, x: Axes, w: Axes, y: Axes) -> tuple[_Axis, ...]:
     """The spatial axes, slowest first, without those that can be left out (one stays).
 
-    An axis of size one goes; neighbours that a filter of one tap visits place by place become one axis
-    where they are one in memory, so that a 1x1 convolution of a dense tensor has a single axis.
+    An axis of size one goes; neighbours that a filter of one tap visits place by place become one
+    axis where they are one in memory, so that a 1x1 convolution of a dense tensor has a single axis.
     """
     axes: list[_Axis] = []
     for row in zip(
@@ -227,16 +230,13 @@ def _canonical(shape: ConvShape, x: Axes, w: Axes, y: Axes) -> tuple[_Axis, ...]
         axis = _Axis(*row)
         if axis.size == axis.out == axis.taps == 1 and axis.pad == (0, 0):
             continue
-        slower = axes[-1] if axes else axis
-        if (
-            axes
-            and slower.pointwise
-            and axis.pointwise
-            and (slower.x, slower.y) == (axis.size * axis.x, axis.out * axis.y)
-        ):
-            axes[-1] = axis._replace(size=slower.size * axis.size, out=slower.out * axis.out)
-        else:
-            axes.append(axis)
+        if axes and axes[-1].pointwise and axis.pointwise:
+            slower = axes[-1]
+            if (slower.x, slower.y) == (axis.size * axis.x, axis.out * axis.y):
+                size, out = slower.size * axis.size, slower.out * axis.out
+                axes[-1] = axis._replace(size=size, out=out)
+                continue
+        axes.append(axis)
     return tuple(axes) or (_Axis(1, 1, 1, 1, (0, 0), 1, 1, 1, 1),)
 
 
@@ -249,7 +249,8 @@ def _packs(width: int, along: Digits, others: Digits, aligned: bool) -> int:
     while moving and moving[0][1] == run:
         run *= moving.pop(0)[0]
     offsets = moving + [(extent, stride) for extent, stride in others if extent > 1]
-    return width if aligned and run % width == 0 and all(s % width == 0 for _, s in offsets) else 1
+    fits = aligned and run % width == 0 and all(stride % width == 0 for _, stride in offsets)
+    return width if fits else 1
 
 
 def _leading(digits: Digits) -> float:
@@ -257,111 +258,115 @@ def _leading(digits: Digits) -> float:
     return next((stride for extent, stride in digits if extent > 1), math.inf)
 
 
-class _Problem:
-    """A key's tensors in the kernel's roles, as digits of the kernel's indices.
+class _Tensor(NamedTuple):
+    """A tensor in the kernel's eyes: where it begins on 16 bytes, and digits of the kernel's indices."""
 
-    Roles: `source` is gathered (x; dgrad: grad_y), `result` holds the places (y; dgrad: grad_x), `filter`.
-    Indices: a place of the result; an entry (channel, taps) of the filter; a row, which is a channel of
-    the result.
+    aligned: bool
+    places: Digits  # of the filter: taps
+    channel: Digits  # the one that is summed over, or the result's
+    group: Digits
+    axes: Digits  # single coordinates, which padding and phases shift by less than a place
+
+
+class _Problem:
+    """A key in the kernel's roles: `source` is gathered (x; dgrad: grad_y), `result` has the places
+    (y; dgrad: grad_x), the filter's entries are its taps and summed channels, its rows the others.
     """
 
     def __init__(self, key: _Key) -> None:
-        shape, dgrad = key.shape, key.op == "dgrad"
+        shape, dgrad, g = key.shape, key.op == "dgrad", key.shape.groups
         x, w, y = key.strides
-        source, result = (y, x) if dgrad else (x, y)
-        c, k = shape.C // shape.groups, shape.K // shape.groups
-        self.key, self.dgrad, self.groups = key, dgrad, shape.groups
-        self.width = 16 // key.dtype.itemsize
-        self.source_aligned, self.filter_aligned, self.result_aligned = (
-            key.aligned[2 if dgrad else 0], key.aligned[1], key.aligned[0 if dgrad else 2],
-        )  # fmt: skip
-        self.axes = axes = _canonical(shape, x, w, y)
+        c, k = shape.C // g, shape.K // g
+        self.key, self.groups, self.width = key, g, 16 // key.dtype.itemsize
+        self.axes = _canonical(shape, x, w, y)
         self.channels, self.outputs = (k, c) if dgrad else (c, k)
-        row, channel = (w[1], w[0]) if dgrad else (w[0], w[1])
 
         p = self.params = _Params()
-        p.channels, p.groups = FastDiv(self.channels), FastDiv(shape.groups)
-        p.source.batch, p.source.channel, p.source.group = (
-            source[0],
-            source[1],
-            self.channels * source[1],
-        )
-        p.result.batch, p.result.channel, p.result.group = (
-            result[0],
-            result[1],
-            self.outputs * result[1],
-        )
-        p.filter.group, p.filter.row, p.filter.channel = k * w[0], row, channel
-        p.bias, p.outputs = key.bias, self.outputs
-        self.source_places: Digits = []
-        self.result_places: Digits = []
-        self.source_taps: Digits = []
-        self.filter_taps: Digits = []
-        self.source_axes: Digits = []
-        self.corners: Digits = []  # of phases
-        self.phases = 1
-        self.most_taps: list[int] = []
-        for i, a in reversed(list(enumerate(axes))):
+        source_places: Digits = []
+        result_places: Digits = []
+        source_axes: Digits = []
+        corners: Digits = []
+        taps: Digits = []
+        self.phases, self.most_taps = 1, [1] * len(self.axes)
+        for i, a in reversed(list(enumerate(self.axes))):
             common = math.gcd(a.stride, a.dilation)
-            tap_step, reach = (
-                (a.stride // common, -(a.dilation // common)) if dgrad else (1, a.dilation)
-            )
-            count = -(-a.size // a.stride) if dgrad else a.out
-            from_, to = (a.y, a.x) if dgrad else (a.x, a.y)
-            size, limit = (a.out, a.size) if dgrad else (a.size, a.out)
-            p.count[i], p.size[i], p.limit[i] = FastDiv(count), size, limit
-            p.taps[i], p.stride[i], p.dilation[i], p.pad[i] = a.taps, a.stride, a.dilation, a.pad[0]
+            if dgrad:
+                count, size, limit, source, result = -(-a.size // a.stride), a.out, a.size, a.y, a.x
+                step, moves, reach, tap_step = (
+                    1,
+                    a.stride,
+                    -(a.dilation // common),
+                    a.stride // common,
+                )
+            else:
+                count, size, limit, source, result = a.out, a.size, a.out, a.x, a.y
+                step, moves, reach, tap_step = a.stride, 1, a.dilation, 1
+            p.count[i], p.size[i], p.limit[i], p.taps[i] = FastDiv(count), size, limit, a.taps
+            p.stride[i], p.dilation[i], p.pad[i] = a.stride, a.dilation, a.pad[0]
             p.reach[i], p.tap_step[i] = reach, tap_step
-            p.source.axis[i], p.result.axis[i], p.filter.tap[i] = from_, to, a.w
-            self.source_places.append((count, from_ * (1 if dgrad else a.stride)))
-            self.result_places.append((count, to * (a.stride if dgrad else 1)))
-            self.source_taps.append((a.taps, reach * from_))
-            self.filter_taps.append((a.taps, a.w))
-            self.source_axes.append((size, from_))
-            self.corners.append((a.stride if dgrad else 1, to))
-            self.phases *= self.corners[-1][0]
-            self.most_taps.insert(0, -(-a.taps // tap_step))
-        self.places = shape.N * math.prod(extent for extent, _ in self.source_places)
-        self.entries = self.channels * math.prod(a.taps for a in axes)
-        self.source_places.append((shape.N, source[0]))
-        self.result_places.append((shape.N, result[0]))
-        p.places, p.phases = self.places, FastDiv(self.phases)
-        p.tiles, p.splits = FastDiv(1), FastDiv(1)
+            p.source.axis[i], p.result.axis[i], p.filter.tap[i] = source, result, a.w
+            source_places.append((count, step * source))
+            result_places.append((count, moves * result))
+            source_axes.append((size, source))
+            corners.append((moves, result))
+            taps.append((a.taps, a.w))
+            self.phases *= moves
+            self.most_taps[i] = -(-a.taps // tap_step)
+        self.places = shape.N * math.prod(count for count, _ in source_places)
+        self.entries = self.channels * math.prod(a.taps for a in self.axes)
 
-        self.source_channel: Digits = [(self.channels, source[1])]
-        self.result_row: Digits = [(self.outputs, result[1])]
-        self.filter_channel: Digits = [(self.channels, channel)]
-        self.filter_row: Digits = [(self.outputs, row)]
-        self.source_group: Digits = [(shape.groups, self.channels * source[1])]
-        self.result_group: Digits = [(shape.groups, self.outputs * result[1])]
-        self.filter_group: Digits = [(shape.groups, k * w[0])]
+        (from_, at), (to, to_at) = ((y, 2), (x, 0)) if dgrad else ((x, 0), (y, 2))
+        row, channel = (w[1], w[0]) if dgrad else (w[0], w[1])
+        p.source.batch, p.source.channel, p.source.group = (
+            from_[0],
+            from_[1],
+            self.channels * from_[1],
+        )
+        p.result.batch, p.result.channel, p.result.group = to[0], to[1], self.outputs * to[1]
+        p.filter.group, p.filter.row, p.filter.channel = k * w[0], row, channel
+        p.bias, p.places, p.outputs = key.bias, self.places, self.outputs
+        p.channels, p.groups, p.phases = FastDiv(self.channels), FastDiv(g), FastDiv(self.phases)
+        p.tiles = p.splits = FastDiv(1)
+        self.source = _Tensor(
+            key.aligned[at],
+            [*source_places, (shape.N, from_[0])],
+            [(self.channels, from_[1])],
+            [(g, self.channels * from_[1])],
+            source_axes,
+        )
+        self.result = _Tensor(
+            key.aligned[to_at],
+            [*result_places, (shape.N, to[0])],
+            [(self.outputs, to[1])],
+            [(g, self.outputs * to[1])],
+            corners,
+        )
+        self.filter = _Tensor(key.aligned[1], taps, [(self.channels, channel)], [(g, k * w[0])], [])
+        self.rows: Digits = [(self.outputs, row)]
+
+    @property
+    def wide(self) -> bool:
+        """Whether an offset may leave 31 bits, with taps in the padding and padded phases counted in."""
+        outside = [
+            (a.pad[0] + a.pad[1] + a.dilation * a.taps + 2 * a.stride, max(a.x, a.y))
+            for a in self.axes
+        ]
+        return any(
+            sum((extent - 1) * stride for extent, stride in digits) >= 2**31
+            for digits in (
+                [d for part in self.source[1:] for d in part] + outside,
+                [d for part in self.result[1:] for d in part] + outside,
+                [d for part in self.filter[1:] for d in part] + self.rows,
+            )
+        )
 
     def constants(self, pass_: str, result: str) -> dict[str, str | int]:
         """Those that every form has; `result` is the element type of what the entry writes."""
         dtype = self.key.dtype
         return {
-            "PASS": pass_, "DIMS": len(self.axes), "WIDE": int(self.wide()),
+            "PASS": pass_, "DIMS": len(self.axes), "WIDE": int(self.wide),
             "ELEMENT": ELEMENT[dtype], "ACCUMULATOR": ACCUMULATOR[dtype], "RESULT": result,
         }  # fmt: skip
-
-    def wide(self) -> bool:
-        """Whether an offset may leave 31 bits: taps in the padding and padded phases counted in."""
-        pads = [
-            (a.pad[0] + a.pad[1] + a.dilation * a.taps + 2 * a.stride, max(abs(a.x), abs(a.y)))
-            for a in self.axes
-        ]
-        return any(
-            sum((extent - 1) * abs(stride) for extent, stride in digits) >= 2**31
-            for digits in (
-                self.source_places
-                + self.source_channel
-                + self.source_group
-                + self.source_axes
-                + pads,
-                self.result_places + self.result_row + self.result_group + self.corners + pads,
-                self.filter_taps + self.filter_row + self.filter_channel + self.filter_group,
-            )
-        )
 
 
 # ---- plans -----------------------------------------------------------------------------------------------
@@ -375,31 +380,24 @@ _TENSORS = {
 
 
 def _plan_of(
-    p: _Problem,
-    form: str,
-    constants: dict[str, str | int],
-    blocks: int,
-    threads: int,
-    splits: int,
-    numel: int,
+    p: _Problem, form: str, constants: dict[str, str | int], blocks: int, threads: int, splits: int
 ) -> _Plan:
     """The launch of ``conv_<op>_<form>``, and the second pass where the sum comes in `splits` parts."""
-    op, dtype = p.key.op, p.key.dtype
+    op, dtype, shape = p.key.op, p.key.dtype, p.key.shape
+    numel = shape.K if op == "bgrad" else math.prod(_result(p.key)[0])
     inputs, output = _TENSORS[op]
     p.params.splits, p.params.numel = FastDiv(splits), numel
     result = ACCUMULATOR[dtype] if splits > 1 else ELEMENT[dtype]
     first = launch_of(
-        "conv_direct.cu", f"conv_{op}_{form}", {**p.constants(op.upper(), result), **constants}, p.params,
-        grid=(blocks,), block=(threads,), inputs=inputs, outputs=("partial" if splits > 1 else output,),
+        "conv_direct.cu", f"conv_{op}_{form}", {**p.constants(op.upper(), result), **constants},
+        p.params, grid=(blocks,), block=(threads,), inputs=inputs,
+        outputs=("partial" if splits > 1 else output,),
     )  # fmt: skip
     if splits == 1:
         return _Plan(first)
     params = _Params.from_buffer_copy(p.params)
-    shape, y = p.key.shape, p.key.strides[2]
-    params.channels = FastDiv(
-        shape.K
-    )  # the bias belongs to channel (element / inner) mod K of a dense y
-    params.count[0] = FastDiv(1 if y[1] == 1 else math.prod(shape.output))
+    # Element e of a dense y belongs to channel (e / stride of the channels) mod K.
+    params.count[0], params.channels = FastDiv(max(1, p.key.strides[2][1])), FastDiv(shape.K)
     lanes = next(lanes for most, lanes in REDUCE_LANES if splits <= most)
     constants = {
         **p.constants("REDUCE", ELEMENT[dtype]),
@@ -408,25 +406,34 @@ def _plan_of(
         "REDUCE_LANES": lanes,
     }
     second = launch_of(
-        "conv_direct.cu", "conv_reduce_direct", constants, params,
-        grid=(-(-numel // lanes),), block=(256,), inputs=("partial", "bias"), outputs=(output,),
+        "conv_direct.cu", "conv_reduce_direct", constants, params, grid=(-(-numel // lanes),),
+        block=(256,), inputs=("partial", "bias"), outputs=(output,),
     )  # fmt: skip
     return _Plan(first, second, splits * numel)
 
 
+def _result(key: _Key) -> tuple[Axes, Axes]:
+    """Size and strides of what the pass fills."""
+    at = {"dgrad": 0, "wgrad": 1, "fprop": 2}[key.op]
+    return (key.shape.x_size, key.shape.w_size, key.shape.y_size)[at], key.strides[at]
+
+
+def _most_partials(key: _Key) -> int:
+    """How many partial results there may be: one where the result has gaps, which they would not."""
+    size, strides = _result(key)
+    numel = math.prod(size)
+    dense = sum((n - 1) * s for n, s in zip(size, strides, strict=True)) == numel - 1
+    return PARTIAL_BYTES // (numel * ACCUMULATOR_BYTES[ACCUMULATOR[key.dtype]]) if dense else 1
+
+
 def _choose(
-    tiles: Sequence[Tile],
-    m: int,
-    n: int,
-    k: int,
-    batches: int,
-    vectors: tuple[int, int],
-    most_splits: int,
+    tiles: Sequence[Tile], m: int, n: int, k: int, batches: int, vectors: tuple[int, int], most: int
 ) -> tuple[Tile, int]:
     """The tile, and into how many parts to split the sum, that free the busiest multiprocessor first.
 
-    A multiprocessor issues four instructions a cycle if some twelve warps take turns (eight, where each has
-    64 independent sums); fewer hide less of each other's waiting. A second pass costs launch and traffic.
+    A multiprocessor issues four instructions a cycle if some twelve warps take turns (eight, where
+    each has 64 independent sums); fewer hide less of each other's waiting. A second pass costs launch
+    and traffic. Splits are tried that just fill the multiprocessors one to eight times.
     """
 
     def cycles(choice: tuple[Tile, int]) -> float:
@@ -440,97 +447,76 @@ def _choose(
         busy = here * warps * (steps * tile.issue_slots(*vectors) + setup) / 4 / hidden
         return busy + (4000 + 8 * splits * m * n * batches / (16 * SMS) if splits > 1 else 0)
 
-    def counts(tile: Tile) -> set[int]:
+    def splits(tile: Tile) -> list[int]:
         blocks = -(-m // tile.block_m) * -(-n // tile.block_n) * batches
         filling = {SMS * rounds // blocks for rounds in range(1, 9)}
-        return {1} | {s for s in filling if 1 < s <= most_splits}
+        return [1, *sorted(s for s in filling if 1 < s <= most)]
 
-    return min(((t, s) for t in tiles for s in sorted(counts(t))), key=cycles)
+    return min(((tile, s) for tile in tiles for s in splits(tile)), key=cycles)
 
 
 def _tiled(p: _Problem) -> _Plan:
     """The product through shared memory: rows x columns, summed over steps (see conv_direct.cu)."""
-    wgrad, shape, width = p.key.op == "wgrad", p.key.shape, p.width
-    accumulator = ACCUMULATOR[p.key.dtype]
+    source, result, filter_, width = p.source, p.result, p.filter, p.width
+    wgrad, accumulator = p.key.op == "wgrad", ACCUMULATOR[p.key.dtype]
 
-    # Which index of the source follows memory: the channel, or the place.
-    channels_fast = p.channels > 1 and p.source_channel[0][1] < _leading(p.source_places)
+    # What follows memory in the source: its channels, or its places. Neighbouring places read
+    # neighbours at every tap only where there is one tap, and no padding between rows.
+    channels_fast = p.channels > 1 and source.channel[0][1] < _leading(source.places)
     gather = 1
     if channels_fast:
-        elsewhere = p.source_places + p.source_axes + p.source_group
-        gather = _packs(width, p.source_channel, elsewhere, p.source_aligned)
-    elif all(
-        a.pointwise for a in p.axes
-    ):  # only then do neighbouring places read neighbours at every tap
-        gather = _packs(width, p.source_places, p.source_channel + p.source_group, p.source_aligned)
-    entries = (
-        p.filter_channel + p.filter_taps if channels_fast else p.filter_taps + p.filter_channel
-    )
+        others = source.places + source.axes + source.group
+        gather = _packs(width, source.channel, others, source.aligned)
+    elif all(a.pointwise for a in p.axes):
+        gather = _packs(width, source.places, source.channel + source.group, source.aligned)
+    taps, channel = filter_.places, filter_.channel
+    entries = channel + taps if channels_fast else taps + channel
 
-    # Which index of the other operand does: the step of the sum, or the column.
-    runs: Digits = []
-    others: Digits = []
+    # In the plain operand: the steps of the sum, or the columns. A phase has only some of the taps.
     if wgrad:
-        steps, columns, group, aligned = (
-            p.result_places,
-            p.result_row,
-            p.result_group,
-            p.result_aligned,
-        )
-        runs = steps
+        plain_of, steps, columns = result, result.places, result.channel
+        by_step = _packs(width, steps, columns + result.group, result.aligned)
     else:
-        steps, columns, group, aligned = entries, p.filter_row, p.filter_group, p.filter_aligned
-        if channels_fast:
-            runs, others = p.filter_channel, p.filter_taps
-        elif p.phases == 1:  # else each phase has only some of the taps
-            runs = entries
-    by_step = _packs(width, runs, others + columns + group, aligned)
-    by_column = _packs(width, columns, steps + group, aligned)
+        plain_of, steps, columns = filter_, entries, p.rows
+        runs = channel if channels_fast else entries if p.phases == 1 else []
+        others = (taps if channels_fast else []) + columns + filter_.group
+        by_step = _packs(width, runs, others, filter_.aligned)
+    by_column = _packs(width, columns, steps + plain_of.group, plain_of.aligned)
     along_steps = by_step > 1 or (by_column == 1 and _leading(steps) <= _leading(columns))
     plain = by_step if along_steps else by_column
 
     m, k = (p.entries, p.places) if wgrad else (p.places, -(-p.entries // p.phases))
-    batches = p.groups * p.phases
-    written = {"fprop": shape.y_size, "dgrad": shape.x_size, "wgrad": shape.w_size}[p.key.op]
-    numel = math.prod(written)
-    size = 8 if accumulator == "double" else 4
-    most_splits = max(1, min(k // 64, PARTIAL_BYTES // (numel * size)))
-    tiles = [t for t in TILES[accumulator] if along_steps or t.block_n % plain == 0]
-    tile, splits = _choose(tiles, m, p.outputs, k, batches, (gather, plain), most_splits)
+    batches, most = p.groups * p.phases, min(k // 64, _most_partials(p.key))
+    tile, splits = _choose(TILES[accumulator], m, p.outputs, k, batches, (gather, plain), most)
+    if not along_steps and tile.block_n % plain:
+        plain = 1
 
-    # Threads follow memory in the result too, and store what they own side by side in one go.
-    if wgrad:
-        rows, columns, group, aligned = entries, p.filter_row, p.filter_group, p.filter_aligned
-    else:
-        rows, columns, group, aligned = (
-            p.result_places,
-            p.result_row,
-            p.result_group,
-            p.result_aligned,
-        )
-        group = group + p.corners
+    # In what is written: the rows, or the columns. A thread stores what it owns side by side.
+    written = filter_ if wgrad else result
+    rows, columns = (entries, p.rows) if wgrad else (result.places, result.channel)
     along_rows = _leading(rows) <= _leading(columns)
-    side = min(tile.thread_m if along_rows else tile.thread_n, 16 // size)
-    here, there = (rows, columns) if along_rows else (columns, rows)
-    store = _packs(side, here, there + group + [(splits, numel)], aligned or splits > 1)
+    side = min(tile.thread_m if along_rows else tile.thread_n, 16 // ACCUMULATOR_BYTES[accumulator])
+    along, others = (rows, columns) if along_rows else (columns, rows)
+    others = others + written.group + written.axes + [(splits, math.prod(_result(p.key)[0]))]
+    store = _packs(side, along, others, written.aligned or splits > 1)
 
     constants: dict[str, str | int] = {
         "FORM": "TILED", "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "THREAD_M": tile.thread_m, "THREAD_N": tile.thread_n, "RESIDENT": tile.resident,
-        "CHANNELS_FAST": int(channels_fast), "GATHER_VECTOR": gather,
-        "GATHER_ALONG_STEPS": int(channels_fast != wgrad),
-        "PLAIN_VECTOR": plain, "PLAIN_ALONG_STEPS": int(along_steps),
-        "STORE_VECTOR": store, "STORE_ALONG_ROWS": int(along_rows),
+        "CHANNELS_FAST": int(channels_fast),
+        "GATHER_ALONG_STEPS": int(channels_fast != wgrad), "GATHER_VECTOR": gather,
+        "PLAIN_ALONG_STEPS": int(along_steps), "PLAIN_VECTOR": plain,
+        "STORE_ALONG_ROWS": int(along_rows), "STORE_VECTOR": store,
     }  # fmt: skip
-    columns_of_tiles = -(-p.outputs // tile.block_n)
-    p.params.tiles = FastDiv(columns_of_tiles)
-    blocks = columns_of_tiles * batches * splits * -(-m // tile.block_m)
-    return _plan_of(p, "direct", constants, blocks, tile.threads, splits, numel)
+    column_tiles = -(-p.outputs // tile.block_n)
+    p.params.tiles = FastDiv(column_tiles)
+    blocks = column_tiles * batches * splits * -(-m // tile.block_m)
+    return _plan_of(p, "direct", constants, blocks, tile.threads, splits)
 
 
 def _fit(extent: int, least: int, most: int) -> int:
-    """Lanes for an index: the largest power of two that leaves at most an eighth of its lanes idle, or the
-    one that leaves the fewest.
+    """Lanes for an index: the largest power of two that leaves at most an eighth of its lanes idle, or
+    else the one that leaves the fewest.
     """
     powers = [1 << i for i in range(most.bit_length()) if least <= 1 << i <= most]
     covered = {n: -(-extent // n) * n for n in powers}
@@ -539,50 +525,52 @@ def _fit(extent: int, least: int, most: int) -> int:
 
 
 def _lanes(places_fast: bool, places: int, groups: int, pack_bytes: int) -> tuple[int, int]:
-    """How THIN_THREADS threads cover (groups, places): neighbours along memory, 32 bytes or more of it."""
+    """How THIN_THREADS threads cover (groups, places): along memory, in runs of 32 bytes or more."""
     if places_fast:
         lanes = _fit(places, 32, THIN_THREADS)
         return THIN_THREADS // lanes, lanes
-    lanes = _fit(groups, max(1, min(32 // pack_bytes, groups)), 32)
+    least = min(32 // pack_bytes, 1 << (groups.bit_length() - 1))
+    lanes = _fit(groups, least, 32)
     return lanes, THIN_THREADS // lanes
 
 
 def _splits(blocks: int, places: int, lanes: int, most: int) -> int:
-    """Parts of a sum over places: enough blocks for every multiprocessor, enough places for every lane."""
-    wanted = max(1, 8 * SMS // blocks)
-    return max(1, min(wanted, places // (16 * lanes), most))
+    """Parts of a sum over places: enough blocks for all multiprocessors, enough places for all lanes."""
+    return max(1, min(8 * SMS // blocks, places // (16 * lanes), most))
+
+
+def _stretches(taps: Sequence[int], most: int) -> list[int]:
+    """Taps of each axis that conv_wgrad_thin unrolls, at most `most` in all: the last axis in equal
+    parts, of the others as many as divide them.
+    """
+    last = -(-taps[-1] // -(-taps[-1] // most))
+    stretches = [last]
+    for n in reversed(taps[:-1]):
+        room = most // math.prod(stretches)
+        stretches.insert(0, max(i for i in range(1, room + 1) if n % i == 0))
+    return stretches
 
 
 def _thin(p: _Problem) -> _Plan:
-    """Few channels a group: a thread owns places of a group (wgrad: taps of a group), nothing is shared."""
-    wgrad, shape = p.key.op == "wgrad", p.key.shape
-    accumulator = ACCUMULATOR[p.key.dtype]
-    most_taps = THIN_SUMS[accumulator] // (p.outputs * (1 + p.wide())) if wgrad else THIN_TAPS
-    taps = math.prod(p.most_taps)
+    """Few channels a group: a thread owns places of a group (wgrad: taps of it); nothing is shared."""
+    source, result, taps = p.source, p.result, p.most_taps
+    wgrad, accumulator = p.key.op == "wgrad", ACCUMULATOR[p.key.dtype]
+    most_sums = THIN_SUMS[accumulator] // (2 if p.wide else 1)
     vector = result_vector = 1
-    if p.channels == p.outputs == 1 and not (wgrad and taps * p.width > most_taps):
-        elsewhere = p.source_places + p.source_axes
-        vector = _packs(p.width, p.source_group, elsewhere, p.source_aligned)
-        elsewhere = p.result_places + p.corners
-        result_vector = min(vector, _packs(p.width, p.result_group, elsewhere, p.result_aligned))
-    # Taps that stand unrolled: a stretch of the last axis; in wgrad rows of it too, each tap having a sum.
-    chunk: list[int] = []
-    for n in reversed(p.most_taps):
-        room = (
-            max(1, most_taps // (vector if wgrad else 1) // math.prod(chunk))
-            if wgrad or not chunk
-            else 1
-        )
-        chunk.insert(
-            0, max(i for i in range(1, room + 1) if n % i == 0) if chunk else -(-n // -(-n // room))
-        )
-    each_axis = list(zip(p.most_taps, chunk, strict=True))
-    chunks = math.prod(-(-n // t) for n, t in each_axis)
-    full = p.phases == 1 and all(n % t == 0 for n, t in each_axis)
+    if p.channels == p.outputs == 1 and not (wgrad and math.prod(taps) * p.width > most_sums):
+        vector = _packs(p.width, source.group, source.places + source.axes, source.aligned)
+        others = result.places + result.axes
+        result_vector = min(vector, _packs(p.width, result.group, others, result.aligned))
+    if wgrad:
+        chunk = _stretches(taps, max(1, most_sums // (p.outputs * vector)))
+        full = all(n % t == 0 for n, t in zip(taps, chunk, strict=True))
+    else:
+        chunk = [-(-taps[-1] // -(-taps[-1] // THIN_TAPS))]
+        full = p.phases == 1 and taps[-1] % chunk[0] == 0
 
-    places_fast = p.groups == 1 or _leading(p.source_places) <= p.source_group[0][1]
-    itemsize = p.key.dtype.itemsize
-    group_lanes, lanes = _lanes(places_fast, p.places, p.groups // vector, vector * itemsize)
+    places_fast = p.groups == 1 or _leading(source.places) <= source.group[0][1]
+    pack_bytes = vector * p.key.dtype.itemsize
+    group_lanes, lanes = _lanes(places_fast, p.places, p.groups // vector, pack_bytes)
     tiles = -(-p.groups // (group_lanes * vector))
     p.params.tiles = FastDiv(tiles)
     constants: dict[str, str | int] = {
@@ -591,32 +579,31 @@ def _thin(p: _Problem) -> _Plan:
         "FULL_CHUNKS": int(full),
     }  # fmt: skip
     if wgrad:
-        constants |= {f"TAPS_{a}": t for a, t in enumerate([*chunk, 1, 1][:3])}
-        numel, size = math.prod(shape.w_size), 8 if accumulator == "double" else 4
-        blocks = tiles * p.channels * chunks
-        splits = _splits(blocks, p.places, lanes, PARTIAL_BYTES // (numel * size))
+        chunks = math.prod(-(-n // t) for n, t in zip(taps, chunk, strict=True))
         p.params.phases = FastDiv(chunks)
-        return _plan_of(p, "thin", constants, blocks * splits, THIN_THREADS, splits, numel)
-    registers = vector * p.outputs * (2 if accumulator == "double" else 1)
+        constants |= {f"TAPS_{a}": t for a, t in enumerate([*chunk, 1, 1][:3])}
+        blocks = tiles * p.channels * chunks
+        splits = _splits(blocks, p.places, lanes, _most_partials(p.key))
+        return _plan_of(p, "thin", constants, blocks * splits, THIN_THREADS, splits)
+    registers = vector * p.outputs * ACCUMULATOR_BYTES[accumulator] // 4
     each = max(1, min(4, 8 // registers))
     if tiles * p.phases * (p.places // (each * lanes)) < 8 * SMS:
         each = 1
-    constants |= {"TAPS": chunk[-1], "PLACES": each}
+    constants |= {"TAPS": chunk[0], "PLACES": each}
     blocks = tiles * p.phases * -(-p.places // (each * lanes))
-    return _plan_of(p, "thin", constants, blocks, THIN_THREADS, 1, 0)
+    return _plan_of(p, "thin", constants, blocks, THIN_THREADS, 1)
 
 
 def _bgrad(key: _Key) -> _Plan:
-    """Sums of grad_y over places: lanes and packs along its contiguous axis."""
-    shape, dims = key.shape, key.shape.dims
-    ones, none = (1,) * dims, ((0, 0),) * dims
-    shape = ConvShape(shape.N, shape.K, shape.K, shape.output, ones, ones, none, ones, shape.K)
-    y = key.strides[2]
+    """Sums of grad_y over places, every channel a group: lanes and packs along its contiguous axis."""
+    shape, y, ones = key.shape, key.strides[2], (1,) * key.shape.dims
+    pads = ((0, 0),) * shape.dims
+    shape = ConvShape(shape.N, shape.K, shape.K, shape.output, ones, ones, pads, ones, shape.K)
     p = _Problem(replace(key, shape=shape, strides=(y, (0,) * len(y), y)))
-    channels = p.result_group
-    places_fast = shape.K == 1 or _leading(p.result_places) <= channels[0][1]
-    along, across = (p.result_places, channels) if places_fast else (channels, p.result_places)
-    vector = _packs(p.width, along, across, p.result_aligned)
+    places_fast = shape.K == 1 or _leading(p.result.places) <= p.result.group[0][1]
+    indices = (p.result.places, p.result.group)
+    along, others = indices if places_fast else indices[::-1]
+    vector = _packs(p.width, along, others, p.result.aligned)
     places, groups = (p.places // vector, shape.K) if places_fast else (p.places, shape.K // vector)
     group_lanes, lanes = _lanes(places_fast, places, groups, vector * key.dtype.itemsize)
     tiles = -(-groups // group_lanes)
@@ -625,7 +612,7 @@ def _bgrad(key: _Key) -> _Plan:
     constants: dict[str, str | int] = {
         "LANES_G": group_lanes, "LANES_P": lanes, "PLACES_FAST": int(places_fast), "VECTOR": vector,
     }  # fmt: skip
-    return _plan_of(p, "direct", constants, tiles * splits, THIN_THREADS, splits, shape.K)
+    return _plan_of(p, "direct", constants, tiles * splits, THIN_THREADS, splits)
 
 
 @lru_cache(4096)
@@ -633,9 +620,7 @@ def _plan(key: _Key) -> _Plan:
     if key.op == "bgrad":
         return _bgrad(key)
     p = _Problem(key)
-    if max(p.channels, p.outputs) <= THIN_CHANNELS:
-        return _thin(p)
-    return _tiled(p)
+    return _thin(p) if max(p.channels, p.outputs) <= THIN_CHANNELS else _tiled(p)
 
 
 # ---- what the registry calls -----------------------------------------------------------------------------
@@ -644,55 +629,53 @@ def _plan(key: _Key) -> _Plan:
 def _run(
     op: str,
     shape: ConvShape,
-    x: torch.Tensor | None,
-    w: torch.Tensor | None,
-    y: torch.Tensor | None,
-    inputs: tuple[torch.Tensor | None, ...],
-    output: torch.Tensor,
-    bias: torch.Tensor | None = None,
+    tensors: tuple[Tensor | None, Tensor | None, Tensor],
+    inputs: tuple[Tensor | None, ...],
+    output: Tensor,
+    bias: Tensor | None = None,
 ) -> None:
-    tensors = (x, w, y)
-    nothing = (0,) * (len(shape.spatial) + 2)
-    key = _Key(
-        op,
-        shape,
-        output.dtype,
-        tuple(nothing if t is None else t.stride() for t in tensors),  # type: ignore[arg-type]
-        tuple(t is not None and t.data_ptr() % 16 == 0 for t in tensors),  # type: ignore[arg-type]
-        0 if bias is None else bias.stride(0),
+    """Run a pass whose x, w and y (or their gradients) are `tensors`."""
+    x, w, y = tensors
+    none: Axes = (0,) * y.dim()
+    plan = _plan(
+        _Key(
+            op,
+            shape,
+            y.dtype,
+            (none if x is None else x.stride(), none if w is None else w.stride(), y.stride()),
+            (
+                x is None or x.data_ptr() % 16 == 0,
+                w is None or w.data_ptr() % 16 == 0,
+                y.data_ptr() % 16 == 0,
+            ),
+            0 if bias is None else bias.stride(0),
+        )
     )
-    plan = _plan(key)
     if plan.second is None:
         launch(plan.first, inputs, (output,))
         return
-    dtype = torch.float64 if output.dtype == torch.float64 else torch.float32
-    partial = torch.empty(plan.partial, dtype=dtype, device=output.device)
-    first = (*inputs[:2], None) if op == "fprop" else inputs  # the bias is added once, to the sum
-    launch(plan.first, first, (partial,))
+    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
+    partial = torch.empty(plan.partial, dtype=dtype, device=y.device)
+    # The bias is added once, to the whole sum.
+    launch(plan.first, (*inputs[:2], None) if op == "fprop" else inputs, (partial,))
     launch(plan.second, (partial, bias), (output,))
 
 
-def conv_fprop(
-    shape: ConvShape, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
-) -> None:
+def conv_fprop(shape: ConvShape, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Fill y ``N K *output`` with the convolution of x ``N C *spatial`` and w ``K C/groups *kernel``."""
-    _run("fprop", shape, x, w, y, (x, w, bias), y, bias)
+    _run("fprop", shape, (x, w, y), (x, w, bias), y, bias)
 
 
-def conv_dgrad(
-    shape: ConvShape, grad_y: torch.Tensor, w: torch.Tensor, grad_x: torch.Tensor
-) -> None:
+def conv_dgrad(shape: ConvShape, grad_y: Tensor, w: Tensor, grad_x: Tensor) -> None:
     """Fill grad_x ``N C *spatial``: every filter's weight on every input that it touched."""
-    _run("dgrad", shape, grad_x, w, grad_y, (grad_y, w), grad_x)
+    _run("dgrad", shape, (grad_x, w, grad_y), (grad_y, w), grad_x)
 
 
-def conv_wgrad(
-    shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor
-) -> None:
+def conv_wgrad(shape: ConvShape, grad_y: Tensor, x: Tensor, grad_w: Tensor) -> None:
     """Fill grad_w ``K C/groups *kernel``: the sum over all places that a weight was used at."""
-    _run("wgrad", shape, x, grad_w, grad_y, (grad_y, x), grad_w)
+    _run("wgrad", shape, (x, grad_w, grad_y), (grad_y, x), grad_w)
 
 
-def conv_bgrad(shape: ConvShape, grad_y: torch.Tensor, grad_bias: torch.Tensor) -> None:
+def conv_bgrad(shape: ConvShape, grad_y: Tensor, grad_bias: Tensor) -> None:
     """Fill grad_bias ``K``: the sum of grad_y over images and places."""
-    _run("bgrad", shape, None, None, grad_y, (grad_y,), grad_bias)
+    _run("bgrad", shape, (None, None, grad_y), (grad_y,), grad_bias)
