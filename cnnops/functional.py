@@ -175,13 +175,13 @@ def batch_norm_act(
     missing statistics in evaluation; TypeError for arguments of a wrong type.
     """
     expect_tensor("input", input)
-    optional = {
-        "running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias,
-        "residual": residual,
-    }  # fmt: skip
-    for name, tensor in optional.items():
-        if tensor is not None:
-            expect_tensor(name, tensor)
+    for tensor in (running_mean, running_var, weight, bias, residual):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            optional = {
+                "running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias,
+                "residual": residual,
+            }  # fmt: skip
+            expect_tensor(next(name for name, t in optional.items() if t is tensor), tensor)
     statistics = (running_mean, running_var)
     return _batch_norm(
         input, *statistics, weight, bias, training, momentum, eps, residual, activation

@@ -29,7 +29,7 @@ import importlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ class Row:
         reason: str | None = importlib.import_module(self.module).supports(self.op, shape, dtype)
         return reason
 
-    @property
+    @cached_property
     def function(self) -> Callable[..., None]:
         function: Callable[..., None] = getattr(importlib.import_module(self.module), self.op)
         return function
@@ -104,9 +104,10 @@ def engine_for(device: torch.device) -> str:
 
     Raises RuntimeError when the engine chosen by name cannot take tensors of that device.
     """
-    chosen = settings.engine or {"cuda": "cuda", "cpu": "cpu"}.get(device.type, "aten")
-    needs = {"cuda": "cuda", "emulate": "cpu", "cpu": "cpu"}.get(chosen, device.type)
-    if device.type != needs:
+    chosen, kind = settings.engine, device.type
+    if not chosen:
+        return kind if kind in ("cuda", "cpu") else "aten"
+    if chosen != "aten" and kind != (needs := "cuda" if chosen == "cuda" else "cpu"):
         raise RuntimeError(f"engine {chosen!r}: expected tensors on {needs}, got {device}")
     return chosen
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Literal, NamedTuple
 
@@ -124,7 +124,18 @@ def adaptive_output(output: int | Sequence[int | None], spatial: Axes) -> Axes:
     return tuple(h if o is None else whole(o, "output_size") for o, h in pairs)
 
 
-class _Spatial:
+class _Hashed:
+    """A shape is looked up in several tables a call: its hash is computed once."""
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))  # type: ignore[arg-type]
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
+class _Spatial(_Hashed):
     """Letters for the spatial axes; an axis that a 1-D or 2-D problem lacks has size 1."""
 
     spatial: Axes
@@ -173,6 +184,8 @@ class ConvShape(_Spatial):
     padding: Padding
     dilation: Axes
     groups: int = 1
+
+    __hash__ = _Hashed.__hash__  # a dataclass would write its own
 
     @classmethod
     def of(
@@ -309,6 +322,8 @@ class PoolShape(_Spatial):
     divisor_override: int | None = None
     adaptive_output: Axes | None = None
 
+    __hash__ = _Hashed.__hash__  # a dataclass would write its own
+
     @classmethod
     def of(
         cls,
@@ -416,12 +431,14 @@ def _pool_dims(x: Sequence[int], filled_from: int) -> int:
 
 
 @dataclass(frozen=True)
-class NormShape:
+class NormShape(_Hashed):
     """Normalisation of ``N C *spatial`` (spatial may be empty); statistics over N and every spatial axis."""
 
     N: int
     C: int
     spatial: Axes
+
+    __hash__ = _Hashed.__hash__  # a dataclass would write its own
 
     @classmethod
     def of(

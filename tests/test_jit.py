@@ -184,16 +184,14 @@ def test_execute_hands_cupy_pointers_then_the_struct(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(jit, "_function", lambda kernel, shared, index: lambda *a: calls.append(a))
     monkeypatch.setattr(jit, "_stream", lambda pointer, index: ("stream", pointer, index))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda i: type("S", (), {"cuda_stream": 77})()
-    )
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: 77, raising=False)
     params = Params(FastDiv(7), 12)
     plan = launch_of(
         "scale.cu", "scale", {"FACTOR": "2.0f"}, params, grid=(3,), block=(32, 2),
         inputs=("x", "b"), outputs=("y",), shared_bytes=64,
     )  # fmt: skip
     x, y = torch.zeros(12), torch.zeros(12)
-    jit.execute(plan, (x, None, y), torch.device("cuda"))
+    jit.execute(plan, (x, None, y), 0)
     ((grid, block, args, shared, stream),) = calls
     assert (grid, block, shared, stream) == ((3, 1, 1), (32, 2, 1), 64, ("stream", 77, 0))
     assert args[:3] == (x.data_ptr(), 0, y.data_ptr())

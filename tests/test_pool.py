@@ -153,7 +153,7 @@ def test_kept_bytes(places: tuple[int, int], dtype: torch.dtype) -> None:
 )
 def test_engines_mix_between_forward_and_backward(case: PoolCase, first: str, second: str) -> None:
     (x,) = case.tensors(torch.float32)
-    shape = ops._shape(x.shape, *ops._window(x, case.kernel, case.stride, case.padding))
+    shape = ops._shape(x.shape, *ops._window(x.dim(), case.kernel, case.stride, case.padding))
     arguments = (shape.kernel, shape.stride, [p for p, _ in shape.padding], shape.dilation, False)
     y, offsets = ops.max_pool_fwd(x, *arguments, first)
     grad_x = ops.max_pool_bwd(torch.ones_like(y), offsets, x.shape, False, *arguments, second)

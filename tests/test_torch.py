@@ -22,10 +22,11 @@ from cases import (
     assert_close,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cnnops
 import cnnops.functional as C
-from cnnops.ops import conv, is_channels_last, norm, pool
+from cnnops.ops import is_channels_last, pool
 
 # ---- signatures -----------------------------------------------------------------------------------------
 
@@ -304,24 +305,69 @@ def test_operations_pass_opcheck() -> None:
     weight, residual = torch.randn(4), torch.randn_like(x)
     mean, var = torch.zeros(4), torch.ones(4)
     y, offsets = pool.max_pool_fwd(x, *window)
-    calls: list[tuple[Any, tuple[Any, ...]]] = [
-        (conv.conv_fprop, (x, w, torch.randn(6), *arguments)),
-        (conv.conv_dgrad, (grad, w, x.shape, False, *arguments)),
-        (conv.conv_wgrad, (grad, x, w.shape, False, *arguments)),
-        (conv.conv_bgrad, (grad, x.shape, w.shape, *arguments)),
-        (pool.max_pool_fwd, (x, *window)),
-        (pool.max_pool_bwd, (y, offsets, x.shape, False, *window)),
-        (pool.max_pool_gather, (x, offsets, *window)),
-        (pool.max_pool_indices, (offsets, x.shape, *window[:-1])),
-        (pool.avg_pool_fwd, (x, *average)),
-        (pool.avg_pool_bwd, (y, x.shape, False, *average)),
-        (norm.batch_norm_train, (x, weight, weight, residual, mean, var, 0.1, 1e-5, "relu", "aten")),
-        (norm.batch_norm_infer, (x, weight, None, residual, mean, var, 1e-5, "relu", "aten")),
-        (norm.batch_norm_bwd,
+    calls: list[tuple[str, tuple[Any, ...]]] = [
+        ("conv_fprop", (x, w, torch.randn(6), *arguments)),
+        ("conv_dgrad", (grad, w, x.shape, False, *arguments)),
+        ("conv_wgrad", (grad, x, w.shape, False, *arguments)),
+        ("conv_bgrad", (grad, x.shape, w.shape, *arguments)),
+        ("max_pool_fwd", (x, *window)),
+        ("max_pool_bwd", (y, offsets, x.shape, False, *window)),
+        ("max_pool_gather", (x, offsets, *window)),
+        ("max_pool_indices", (offsets, x.shape, *window[:-1])),
+        ("avg_pool_fwd", (x, *average)),
+        ("avg_pool_bwd", (y, x.shape, False, *average)),
+        ("batch_norm_train", (x, weight, weight, residual, mean, var, 0.1, 1e-5, "relu", "aten")),
+        ("batch_norm_infer", (x, weight, None, residual, mean, var, 1e-5, "relu", "aten")),
+        ("batch_norm_bwd",
          (x, x, weight, weight, None, mean, var, 1e-5, "relu", True, [True] * 3 + [False], "aten")),
     ]  # fmt: skip
-    for op, args in calls:
-        torch.library.opcheck(op, args)
+    for name, args in calls:
+        torch.library.opcheck(getattr(torch.ops.cnnops, name).default, args)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
+def test_who_looks_on_sees_the_operations() -> None:
+    """The dispatcher is passed by only where nobody would notice."""
+    x, w = torch.randn(1, 2, 6, 6), torch.randn(3, 2, 3, 3)
+
+    class Log(TorchDispatchMode):
+        seen: list[str] = []
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            self.seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Log() as log:
+        C.conv2d(x, w)
+    assert "cnnops.conv_fprop.default" in log.seen
+    with torch.profiler.profile() as profile:
+        C.conv2d(x, w)
+    assert "cnnops::conv_fprop" in {event.name for event in profile.events()}
+    traced = torch.jit.trace(lambda t: C.max_pool2d(t, 2), x, check_trace=False)
+    assert "cnnops::max_pool_fwd" in str(traced.graph)
+
+
+@pytest.mark.parametrize("engine", ["aten", "cpu"])
+def test_views_that_only_the_dispatcher_understands(engine: str) -> None:
+    """A view to be negated, and a tensor that outlived the transform it came from."""
+    negated = torch.randn(1, 2, 6, 6, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    kept: list[Tensor] = []
+
+    def keep(t: Tensor) -> Tensor:
+        kept.append(t * 2)
+        return kept[0].sum()
+
+    torch.func.grad(keep)(torch.randn(1, 2, 6, 6))
+    w = torch.randn(3, 2, 3, 3)
+    with cnnops.engine(engine):
+        for x in (negated, kept[0]):
+            torch.testing.assert_close(C.conv2d(x, w), F.conv2d(x, w))
+            with_graph = C.conv2d(x, w.clone().requires_grad_())
+            torch.testing.assert_close(with_graph.detach(), F.conv2d(x, w))
+            torch.testing.assert_close(C.avg_pool2d(x, 2), F.avg_pool2d(x, 2))
 
 
 def test_inference_mode() -> None:

@@ -616,8 +616,21 @@ def _bgrad(key: _Key) -> _Plan:
 
 
 @lru_cache(4096)
-def _plan(key: _Key) -> _Plan:
-    if key.op == "bgrad":
+def _plan(
+    op: str,
+    shape: ConvShape,
+    dtype: torch.dtype,
+    x: Axes,
+    w: Axes,
+    y: Axes,
+    x_aligned: bool,
+    w_aligned: bool,
+    y_aligned: bool,
+    bias: int,
+) -> _Plan:
+    """The plan of a pass whose x, w and y have these strides. Flat, since hashed at every call."""
+    key = _Key(op, shape, dtype, (x, w, y), (x_aligned, w_aligned, y_aligned), bias)
+    if op == "bgrad":
         return _bgrad(key)
     p = _Problem(key)
     return _thin(p) if max(p.channels, p.outputs) <= THIN_CHANNELS else _tiled(p)
@@ -638,18 +651,16 @@ def _run(
     x, w, y = tensors
     none: Axes = (0,) * y.dim()
     plan = _plan(
-        _Key(
-            op,
-            shape,
-            y.dtype,
-            (none if x is None else x.stride(), none if w is None else w.stride(), y.stride()),
-            (
-                x is None or x.data_ptr() % 16 == 0,
-                w is None or w.data_ptr() % 16 == 0,
-                y.data_ptr() % 16 == 0,
-            ),
-            0 if bias is None else bias.stride(0),
-        )
+        op,
+        shape,
+        y.dtype,
+        none if x is None else x.stride(),
+        none if w is None else w.stride(),
+        y.stride(),
+        x is None or not x.data_ptr() & 15,
+        w is None or not w.data_ptr() & 15,
+        not y.data_ptr() & 15,
+        0 if bias is None else bias.stride(0),
     )
     if plan.second is None:
         launch(plan.first, inputs, (output,))

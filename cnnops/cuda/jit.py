@@ -89,7 +89,7 @@ def compile_cubin(
     """
     nvrtc, path = _nvrtc(), kernels_dir() / source
     options = [
-        f"-arch=sm_{arch}", *FLAGS, "--ptxas-options=-v", f"-I{path.parent}",
+        f"-arch=sm_{arch}", *FLAGS, "--ptxas-options=-v", f"-I{path.parent}", f"-I{kernels_dir()}",
         *(f"-D{name}={value}" for name, value in constants),
     ]  # fmt: skip
     program = _call(nvrtc.nvrtcCreateProgram, path.read_bytes(), source.encode(), 0, [], [])
@@ -212,22 +212,25 @@ def _stream(pointer: int, device_index: int) -> Any:
     return ExternalStream(pointer, device_index)
 
 
-def _by_value(plan: Launch) -> Any:
-    """The params struct as the zero-dimensional array that CuPy passes by value."""
+def _prepare(plan: Launch, device_index: int) -> tuple[Any, Any]:
+    """The kernel, and the params struct as the zero-dimensional array that CuPy passes by value."""
     import numpy as np
 
     content = bytes(plan.params)
-    return np.frombuffer(content, dtype=f"V{len(content)}").reshape(())
+    params = np.frombuffer(content, dtype=f"V{len(content)}").reshape(())
+    return _function(plan.kernel, plan.shared_bytes, device_index), params
 
 
-def execute(plan: Launch, tensors: Sequence[torch.Tensor | None], device: torch.device) -> None:
-    """Launch on torch's current stream of `device`; compiles or loads the kernel if this is its first use."""
-    index = torch.cuda.current_device() if device.index is None else device.index
-    if index != torch.cuda.current_device():
-        with torch.cuda.device(index):
-            execute(plan, tensors, torch.device("cuda", index))
+def execute(plan: Launch, tensors: Sequence[torch.Tensor | None], device_index: int) -> None:
+    """Launch on torch's current stream of the device; compiles or loads the kernel at its first use."""
+    if device_index != torch.cuda.current_device():
+        with torch.cuda.device(device_index):
+            execute(plan, tensors, device_index)
         return
-    function = _function(plan.kernel, plan.shared_bytes, index)
+    prepared = plan.prepared.get(device_index)
+    if prepared is None:
+        prepared = plan.prepared[device_index] = _prepare(plan, device_index)
+    function, params = prepared
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    stream = _stream(torch.cuda.current_stream(index).cuda_stream, index)
-    function(plan.grid, plan.block, (*pointers, _by_value(plan)), plan.shared_bytes, stream)
+    stream = _stream(torch._C._cuda_getCurrentRawStream(device_index), device_index)
+    function(plan.grid, plan.block, (*pointers, params), plan.shared_bytes, stream)

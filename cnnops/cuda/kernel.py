@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -70,7 +71,8 @@ class Launch:
     `inputs`, `outputs` and `updates` name the pointer parameters in the entry's order: inputs are only read,
     every element of an output is written, updates are read and written. A None tensor is a null pointer.
     `params` is the trailing struct, a ctypes.Structure whose fields mirror the `.cu` file's struct; its size
-    is checked there against the constant ``PARAMS_BYTES``, which `launch_of` adds.
+    is checked there against the constant ``PARAMS_BYTES``, which `launch_of` adds; it must not change once
+    the launch has run. `prepared` is for the executor: what it found out about this launch the first time.
     """
 
     kernel: Kernel
@@ -81,6 +83,7 @@ class Launch:
     params: ctypes.Structure = field(compare=False)
     updates: tuple[str, ...] = ()
     shared_bytes: int = 0
+    prepared: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:

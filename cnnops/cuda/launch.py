@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
+from cnnops.cuda import emulate, jit
 from cnnops.cuda.kernel import Launch
 
 _traces: list[tuple[list[Launch], bool]] = []
@@ -30,14 +31,14 @@ def launch(
         if not all(run for _, run in _traces):
             return
     tensors = (*inputs, *outputs, *updates)
-    device = next(t.device for t in tensors if t is not None)
-    if device.type == "cuda":
-        from cnnops.cuda import jit
-
-        jit.execute(plan, tensors, device)
+    for tensor in tensors:
+        if tensor is not None:
+            break
     else:
-        from cnnops.cuda import emulate
-
+        raise RuntimeError(f"{plan.kernel}: expected a tensor, got none")
+    if tensor.is_cuda:
+        jit.execute(plan, tensors, tensor.get_device())
+    else:
         emulate.execute(plan, tensors)
 
 

@@ -13,6 +13,7 @@ same last arguments: stride, padding (before and after of every axis in turn), d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from cnnops.ops import (
     autocast_dtype,
     cached,
     call,
+    channels_last_strides,
     define,
     empty,
     expect_same,
-    is_channels_last,
+    new_strides,
 )
 from cnnops.shapes import ConvShape, axes, padding_pairs, whole
 
@@ -51,20 +53,27 @@ def conv(
     `padding` may be unequal: one (before, after) pair an axis. Where C is 0 the sum is empty and the result
     is the bias. Raises RuntimeError and TypeError as ``torch.nn.functional.conv2d`` does.
     """
-    dims = w.dim() - 2
-    stride, dilation = axes(stride, dims, "stride"), axes(dilation, dims, "dilation")
-    pairs = padding_pairs(padding, tuple(w.shape[2:]), stride, dilation)
-    flat = [p for pair in pairs for p in pair]
-    groups = whole(groups, "groups")
+    arguments = _arguments(w.shape, stride, padding, dilation, groups)
     low = autocast_dtype(x)
     if low is not None:
         x, w = _autocast(x, low), _autocast(w, low)
         bias = None if bias is None else _autocast(bias, low)
     engine = registry.engine_for(x.device)
     if x.dtype not in DTYPES and x.dtype == w.dtype:
-        return _by_torch(x, w, bias, engine, stride, flat, dilation, groups)
-    y: Tensor = call(_Fprop, conv_fprop, x, w, bias, stride, flat, dilation, groups, engine)
+        return _by_torch(x, w, bias, engine, *arguments)
+    y: Tensor = call(_Fprop, conv_fprop, x, w, bias, *arguments, engine)
     return y
+
+
+@partial(cached, traced=True)
+def _arguments(
+    w: Ints, stride: int | Ints, padding: Any, dilation: int | Ints, groups: int
+) -> tuple[Ints, Ints, Ints, int]:
+    """stride, padding (before and after of every axis in turn), dilation and groups, as all ops take them."""
+    dims, kernel = len(w) - 2, tuple(w[2:])
+    stride, dilation = axes(stride, dims, "stride"), axes(dilation, dims, "dilation")
+    pairs = padding_pairs(padding, kernel, stride, dilation)
+    return stride, tuple(p for pair in pairs for p in pair), dilation, whole(groups, "groups")
 
 
 def _autocast(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,17 +102,15 @@ class _Fprop(Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
         to_x, to_w = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if to_w else None, w if to_x else None)
-        ctx.sizes = x.shape, w.shape
-        ctx.last = is_channels_last(x) or is_channels_last(w)
-        ctx.arguments = arguments
+        ctx.call = x.shape, x.stride(), w.shape, w.stride(), arguments
         y: Tensor = conv_fprop(x, w, bias, *arguments)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
         x, w = ctx.saved_tensors
-        x_size, w_size = ctx.sizes
-        last, arguments = ctx.last, ctx.arguments
+        x_size, x_strides, w_size, w_strides, arguments = ctx.call
+        last = channels_last_strides(x_size, x_strides) or channels_last_strides(w_size, w_strides)
         to_x, to_w, to_bias = ctx.needs_input_grad[:3]
         grad_x = call(_Dgrad, conv_dgrad, grad_y, w, x_size, last, *arguments) if to_x else None
         grad_w = call(_Wgrad, conv_wgrad, grad_y, x, w_size, last, *arguments) if to_w else None
@@ -181,14 +188,27 @@ def _shape(
     return ConvShape.of(x, w, bias, stride, pairs, dilation, groups)
 
 
+@cached
+def _forward(
+    x: Ints, x_strides: Ints, w: Ints, w_strides: Ints, bias: Ints | None, stride: Ints, padding: Ints,
+    dilation: Ints, groups: int,
+) -> tuple[ConvShape, Ints]:  # fmt: skip
+    """The problem, and the strides of y."""
+    last = channels_last_strides(x, x_strides) or channels_last_strides(w, w_strides)
+    shape = _shape(x, w, bias, stride, padding, dilation, groups)
+    return shape, new_strides(shape.y_size, last)
+
+
 def _conv_fprop(
     run: Run, x: Tensor, w: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
     groups: int, engine: str,
 ) -> Tensor:  # fmt: skip
     size = None if bias is None else bias.shape
-    shape = _shape(x.shape, w.shape, size, stride, padding, dilation, groups)
+    shape, strides = _forward(
+        x.shape, x.stride(), w.shape, w.stride(), size, stride, padding, dilation, groups
+    )
     expect_same(x, x.dtype, weight=w, bias=bias)
-    y = empty(shape.y_size, x, is_channels_last(x) or is_channels_last(w))
+    y = x.new_empty_strided(shape.y_size, strides)
     if x.numel():
         run("conv_fprop", engine, shape, x.dtype, x, w, bias, y)
     elif bias is not None:

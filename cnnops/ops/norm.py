@@ -75,6 +75,8 @@ def batch_norm(
 
 
 def _check_statistics(mean: Tensor | None, var: Tensor | None, training: bool) -> None:
+    if mean is not None and var is not None and not (mean.requires_grad or var.requires_grad):
+        return
     for name, t in (("running_mean", mean), ("running_var", var)):
         if t is None and not training:
             raise RuntimeError(f"{name}: expected a Tensor in evaluation mode, got None")
@@ -228,14 +230,16 @@ def _checked(
 ) -> NormShape:  # fmt: skip
     """The problem. RuntimeError unless per-channel tensors have x's dtype, or all float32 beside a half x."""
     tensors = (weight, bias, running_mean, running_var, residual)
-    shape = _shape(x.shape, *(None if t is None else t.shape for t in tensors), training)
-    dtype = next((t.dtype for t in tensors[:4] if t is not None), x.dtype)
-    if dtype != torch.float32 or x.dtype == torch.float64:
-        dtype = x.dtype
+    shape = _shape(x.shape, *[None if t is None else t.shape for t in tensors], training)
+    dtype = x.dtype
+    if dtype not in (torch.float32, torch.float64):
+        first = next((t.dtype for t in tensors[:4] if t is not None), dtype)
+        dtype = first if first == torch.float32 else dtype
     expect_same(
         x, dtype, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var
     )
-    expect_same(x, x.dtype, residual=residual)
+    if residual is not None:
+        expect_same(x, x.dtype, residual=residual)
     return shape
 
 

@@ -12,6 +12,7 @@ so that each Function's backward is its partner, to any order.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +50,7 @@ def max_pool(
 
     Raises RuntimeError and TypeError as ``torch.nn.functional.max_pool2d`` does.
     """
-    window, steps, pads = _window(x, kernel, stride, padding)
-    spans = axes(dilation, len(window), "dilation")
+    window, steps, pads, spans = _window(x.dim(), kernel, stride, padding, dilation)
     expect_bool("ceil_mode", ceil_mode)
     engine = registry.engine_for(x.device)
     if x.dtype not in DTYPES:
@@ -76,7 +76,7 @@ def avg_pool(
 
     Raises RuntimeError and TypeError as ``torch.nn.functional.avg_pool2d`` does.
     """
-    window, steps, pads = _window(x, kernel, stride, padding)
+    window, steps, pads, _ = _window(x.dim(), kernel, stride, padding)
     expect_bool("ceil_mode", ceil_mode)
     expect_bool("count_include_pad", count_include_pad)
     divisor = None if divisor_override is None else whole(divisor_override, "divisor_override")
@@ -108,15 +108,16 @@ def adaptive_avg_pool(x: Tensor, output_size: int | Sequence[int | None]) -> Ten
     return y
 
 
+@partial(cached, traced=True)
 def _window(
-    x: Tensor, kernel: int | Ints, stride: int | Ints | None, padding: int | Ints
-) -> tuple[Ints, Ints, Ints]:
-    """Kernel, stride and padding, one int an axis."""
-    dims = x.dim() - 2
+    dims: int, kernel: int | Ints, stride: int | Ints | None, padding: int | Ints, dilation: int | Ints = 1
+) -> tuple[Ints, Ints, Ints, Ints]:  # fmt: skip
+    """Kernel, stride, padding and dilation, one int a spatial axis of a tensor of `dims` axes."""
+    dims -= 2
     window = axes(kernel, dims, "kernel_size")
     absent = stride is None or (isinstance(stride, (tuple, list)) and not stride)
     steps = window if absent else axes(stride, dims, "stride")  # type: ignore[arg-type]
-    return window, steps, axes(padding, dims, "padding")
+    return window, steps, axes(padding, dims, "padding"), axes(dilation, dims, "dilation")
 
 
 def _announce(op: str, engine: str, x: Tensor, *arguments: Any) -> None:
