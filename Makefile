@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 # Tests run side by side, each with threads of its own: on busy cores those must wait without spinning.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
 
-.PHONY: help demo test check clean
+.PHONY: help demo test bench check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train LeNet-5 on real digits and check the kernels with it"
 	@echo "make test    run all tests"
+	@echo "make bench   cnnops beside torch on this machine: a few layers, and the host's share of a call"
 	@echo "make check   what to run before a commit: ruff, mypy, the quick tests"
 	@echo "make clean   remove what builds and tools left, but not $(VENV) nor compiled kernels"
 
@@ -22,6 +23,11 @@ test: $(VENV)/.with-test
 	@command -v $${CXX:-g++} >/dev/null || \
 	  echo "g++ is missing: tests that emulate CUDA kernels will be skipped (sudo apt install g++)"
 	$(PYTEST)
+
+# One process: what is timed may not share the cores.
+bench: $(VENV)/.with-test
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -q -p no:xdist --benchmark-only --benchmark-quiet \
+	  --benchmark-max-time=0.5 --benchmark-min-rounds=7 --benchmark-warmup=on --benchmark-disable-gc
 
 check: $(VENV)/.with-dev
 	$(BIN)/ruff check .

@@ -1,1 +1,1 @@
-"""Benchmarks: what is measured (suites), how (timing), and what is shown of it (report). `lab.py` runs it all."""
+"""Benchmarks: what is measured (suites), how (timing), and what is shown of it (report). `lab` runs it."""

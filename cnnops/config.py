@@ -4,7 +4,7 @@
     with cnnops.engine("emulate"): ...    # for this block
 
 The engine that an operation was recorded with is the one that its backward runs in, wherever and in whichever
-thread ``backward()`` is called. `fallback` and `algorithm` are looked up anew by the backward.
+thread ``backward()`` is called. `fallback`, `algorithm` and `policy` are looked up anew by the backward.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from types import TracebackType
 
 ENGINES = ("cuda", "emulate", "cpu", "aten")
 FALLBACKS = ("warn", "error", "silent")
+POLICIES = ("auto", "own")
 
 
 class _Settings:
@@ -23,6 +24,7 @@ class _Settings:
         self.engine = _checked_engine(os.environ.get("CNNOPS_ENGINE") or None)
         self.fallback = "warn"
         self.algorithm = ""
+        self.policy = _checked_policy(os.environ.get("CNNOPS_POLICY") or "auto")
 
 
 class Setting:
@@ -66,6 +68,22 @@ def fallback(mode: str) -> Setting:
     if mode not in FALLBACKS:
         raise ValueError(f"fallback: expected one of {', '.join(FALLBACKS)}, got {mode!r}")
     return Setting("fallback", mode)
+
+
+def _checked_policy(name: str) -> str:
+    if name not in POLICIES:
+        raise ValueError(f"policy: expected one of {', '.join(POLICIES)}, got {name!r}")
+    return name
+
+
+def policy(name: str) -> Setting:
+    """What becomes of the findings of `cnnops.tune`: "auto" runs whatever was measured to be the fastest on
+    this device, PyTorch's own op included; "own" the fastest of this package's kernels. Where nothing has
+    been measured, both run this package's kernels. ``CNNOPS_POLICY`` sets the start value.
+
+    Raises ValueError for any other name.
+    """
+    return Setting("policy", _checked_policy(name))
 
 
 settings = _Settings()

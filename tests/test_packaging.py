@@ -20,7 +20,16 @@ from cnnops import info
 pytest.importorskip("setuptools", reason="setuptools is missing: pip install 'cnnops[test]'")
 
 ROOT = Path(__file__).resolve().parents[1]
-SHIPPED = ("cnnops", "kernels", "tests", "setup.py", "pyproject.toml", "MANIFEST.in", "Makefile")
+SHIPPED = (
+    "bench",
+    "cnnops",
+    "kernels",
+    "tests",
+    "setup.py",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "Makefile",
+)
 DOCUMENTS = ("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
 
 

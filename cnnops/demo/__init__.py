@@ -21,7 +21,7 @@ import cnnops
 from cnnops import data, info
 from cnnops.demo import figure
 from cnnops.demo.training import evaluate, train
-from cnnops.models import MODELS, LeNet
+from cnnops.models import LENETS, LeNet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,8 +53,8 @@ def prepare(
     `engine` None is the one ``CNNOPS_ENGINE`` names, else cuda where it works, else cpu. `folder` None is
     scikit-learn's digits. `epochs` None is 12 on those; MNIST has forty times the images, so 3 there.
     """
-    if model not in MODELS:
-        raise ValueError(f"--model: expected one of {', '.join(MODELS)}, got {model!r}")
+    if model not in LENETS:
+        raise ValueError(f"--model: expected one of {', '.join(LENETS)}, got {model!r}")
     if epochs is not None and epochs < 1:
         raise ValueError(f"--epochs: expected at least 1, got {epochs}")
     if not 0 <= seed < 2**63:
@@ -110,7 +110,7 @@ def run(plan: Plan, console: Console) -> bool:
         f"\ntime per epoch  {later:.2f} s (the first {history.seconds[0]:.2f} s)"
     )
 
-    stock = MODELS[plan.model](layers=nn)
+    stock = LENETS[plan.model](layers=nn)
     stock.load_state_dict(model.state_dict())
     reference = evaluate(stock, digits.test_images)
     agreed = _compare(

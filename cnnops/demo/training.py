@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cnnops.data import SIDE, Digits
-from cnnops.models import MODELS, LeNet
+from cnnops.models import LENETS, LeNet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,7 @@ def train(
     history = History()
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
-        model = MODELS[name]().to(device)
+        model = LENETS[name]().to(device)
         optimizer = torch.optim.Adam(model.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimizer, PEAK_RATE[name], total_steps=epochs * steps

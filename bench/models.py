@@ -1,0 +1,161 @@
+"""Whole networks: training steps and inference of `cnnops.models`, against the same in stock layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cnnops
+from bench import rivals, timing
+from bench.rivals import CNNOPS, Absent, Call
+from cnnops.models import MODELS
+
+LIMIT = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+"""Largest norm-relative distance of logits and gradients: rounding, carried through some fifty layers."""
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One network in one phase: "infer" is a forward in evaluation, "train" a step of SGD with momentum.
+    Half types run under autocast and in channels-last, as they are used. There is no dropout.
+    """
+
+    model: str
+    phase: str
+    batch: int
+    dtype: str = "float32"
+
+    @property
+    def id(self) -> str:
+        return f"{self.model}/{self.phase}/{self.dtype}/{self.batch}"
+
+
+BATCHES = {
+    "lenet5": 64, "lenet5-original": 64, "alexnet": 128, "vgg16": 32, "resnet50": 64, "mobilenetv2": 64,
+    "convnext-tiny": 64, "efficientnet-b0": 64,
+}  # fmt: skip
+
+
+def rows(device: torch.device) -> list[ModelRow]:
+    """All networks in both phases: on a GPU in float32 and bfloat16, on a CPU in float32, at most 64 images
+    of 28x28 or two large ones.
+    """
+    gpu = device.type == "cuda"
+    return [
+        ModelRow(model, phase, batch if gpu or model.startswith("lenet") else 2, dtype)
+        for dtype in (("float32", "bfloat16") if gpu else ("float32",))
+        for model, batch in BATCHES.items()
+        for phase in ("infer", "train")
+    ]
+
+
+def _images(row: ModelRow, device: torch.device, side: int | None) -> Tensor:
+    sizes = MODELS[row.model].input_size if side is None else (side, side)
+    channels = 1 if row.model.startswith("lenet") else 3
+    x = torch.randn(row.batch, channels, *sizes, device=device)
+    return x if row.dtype == "float32" else x.to(memory_format=torch.channels_last)
+
+
+def _autocast(row: ModelRow, device: torch.device) -> AbstractContextManager[Any]:
+    if row.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, row.dtype))
+
+
+def _call(
+    rival: str, row: ModelRow, stock: nn.Module, x: Tensor, labels: Tensor
+) -> tuple[Call, list[Tensor]]:
+    """A rival's Call, and what its first pass gave: logits, and in training the gradients behind them."""
+    device = x.device
+    if rival in CNNOPS:
+        model: nn.Module = MODELS[row.model](layers=cnnops.nn).to(device)
+        around = partial(rivals.our_settings, "own" if rival == "cnnops" else "auto", None)
+    else:
+        if rival == "eager-benchmark" and device.type != "cuda":
+            raise Absent("cudnn.benchmark concerns GPUs only")
+        model = MODELS[row.model](layers=nn).to(device)
+        around = partial(rivals.torch_settings, rival == "eager-benchmark", False)
+    model.load_state_dict(copy.deepcopy(stock.state_dict()))
+    if row.dtype != "float32":
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.train(row.phase == "train")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()  # whose random numbers would differ
+    forward: Any = model
+    if rival.startswith("compile"):
+        mode = "max-autotune-no-cudagraphs" if rival.endswith("autotune") else "default"
+        forward = torch.compile(model, mode=mode, dynamic=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+
+    def infer(_: int) -> Tensor:
+        with torch.no_grad(), _autocast(row, device):
+            logits: Tensor = forward(x)
+        return logits
+
+    def backward() -> Tensor:
+        with _autocast(row, device):
+            logits: Tensor = forward(x)
+        F.cross_entropy(logits.float(), labels).backward()
+        return logits
+
+    def train(_: int) -> None:
+        optimizer.zero_grad()
+        backward()
+        optimizer.step()
+
+    with around():
+        if row.phase == "infer":
+            return Call(infer, around), [infer(0)]
+        logits = backward()
+        found = [
+            logits.detach(),
+            *(p.grad.clone() for p in model.parameters() if p.grad is not None),
+        ]
+    return Call(train, around), found
+
+
+def measure(
+    row: ModelRow, names: Sequence[str], device: torch.device, seconds: float, *, timed: bool = True,
+    side: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """One entry of a result file's "models". Logits, and in training the concatenated gradients, must agree
+    with stock layers in float32. `side` is the images' size where a dry run wants small ones.
+    """
+    torch.manual_seed(0)
+    stock = MODELS[row.model](layers=nn).to(device)
+    x = _images(row, device, side)
+    labels = torch.randint(10, (row.batch,), device=device)
+    right = _call("eager", ModelRow(row.model, row.phase, row.batch), stock, x, labels)[1]
+    expected = [right[0], torch.cat([g.flatten() for g in right[1:]])] if right[1:] else right
+    ready: dict[str, Call] = {}
+    absent: dict[str, str] = {}
+    for name in names:
+        try:
+            call, found = _call(name, row, stock, x, labels)
+            results = (
+                [found[0], torch.cat([g.flatten() for g in found[1:]])] if found[1:] else found
+            )
+            call.error = rivals.distance(results, expected)
+        except Absent as reason:
+            absent[name] = str(reason)
+        except Exception as error:  # a rival's failure is a result, whatever it is
+            absent[name] = rivals.raised(error)
+        else:
+            if call.error <= LIMIT[row.dtype]:
+                ready[name] = call
+            else:
+                absent[name] = rivals.wrong(call.error, LIMIT[row.dtype])
+    times = timing.take(ready, device, seconds, ("warm",)) if timed else timing.once(ready)
+    return {
+        "id": row.id, "model": row.model, "phase": row.phase, "batch": row.batch, "dtype": row.dtype,
+        "times": times, "errors": {name: call.error for name, call in ready.items()}, "absent": absent,
+    }  # fmt: skip

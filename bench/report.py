@@ -1,0 +1,238 @@
+"""What is shown of benchmark results: README's table, a summary, plots, an HTML page, two runs compared.
+
+    python bench/report.py                     # the newest run in short: failures, worst rows, means
+    python bench/report.py --report            # everything, in one file
+    python bench/report.py --png plots/        # the plots alone
+    python bench/report.py --readme            # write README's table; --check: exit 1 where it is stale
+    python bench/report.py --compare A B       # two result files; exit 1 where cnnops became slower
+
+Reads what `lab.py` left in bench/results/, and needs neither torch nor a GPU. A speed-up is another's time
+over that of cnnops: above 1, cnnops is faster. Dry runs are left out, unless --compare names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # a script's own folder stands there otherwise
+
+from bench.compare import print_comparison  # noqa: E402
+from bench.page import page  # noqa: E402
+from bench.plots import plots  # noqa: E402
+from bench.runs import (  # noqa: E402
+    CNNOPS,
+    LEGEND,
+    NEVER,
+    RESULTS,
+    Run,
+    conditions,
+    duration,
+    groups,
+    load,
+    newest_of_each_device,
+    not_measured,
+    not_timed,
+    print_table,
+    runs,
+    stamp,
+    summary,
+    terminal,
+    worst,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["console", "duration", "load", "main", "readme", "table"]
+
+README, PAGE = ROOT / "README.md", "cnnops_bench.html"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MOST_LINES = 40
+"""A table in the console is cut after so many."""
+
+
+# ---- markdown --------------------------------------------------------------------------------------------
+
+
+def table(run: Run) -> str:
+    """`run` in a few lines of GitHub's markdown, with its device, versions and commit above."""
+    parts = [stamp(run)]
+    for rows, fields in (
+        (run.rows, ("suite", "dtype", "layout")),
+        (run.models, ("phase", "dtype")),
+    ):
+        if rows:
+            head, *body = summary(rows, fields, run.rivals)
+            rule = [
+                "---" if name in (*head[: len(fields)], "worst row") else "--:" for name in head
+            ]
+            lines = [map(_markdown, head), rule, *(map(_markdown, line) for line in body)]
+            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+    if not run.measured:
+        parts.append("This run measured no rows.")
+    parts.append(f"{conditions(run)}. {_markdown(not_measured(run))}".strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown(cell: str) -> str:
+    return re.sub(r"([\\`*|<>])", r"\\\1", cell)
+
+
+def readme(text: str, found: Sequence[Run]) -> str:
+    """`text` with what is between its markers made new: a table for the newest of `found` on every device.
+
+    Raises ValueError where `text` has not one pair of markers.
+    """
+    if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
+        raise ValueError(
+            f"expected one {BEGIN} and one {END} behind it, "
+            f"got {text.count(BEGIN)} and {text.count(END)}"
+        )
+    shown = newest_of_each_device(found)
+    parts = [table(run) for run in shown]
+    if all(run.machine["kind"] != "gpu" for run in shown):
+        parts.insert(0, "Speed: not measured on a GPU yet.\n")
+    if shown:
+        parts.append(f"{LEGEND}\n")
+    before, after = text.partition(BEGIN)[0], text.partition(END)[2]
+    return f"{before}{BEGIN}\n" + "\n".join(parts) + f"{END}{after}"
+
+
+# ---- console ---------------------------------------------------------------------------------------------
+
+
+def console(run: Run, out: Console | None = None) -> None:
+    """Print `run` in short: what failed, where cnnops is slowest against the best rival, geometric means.
+
+    The means leave out groups of rows where nothing can be compared, and stop after `MOST_LINES`.
+    """
+    out = out or terminal()
+    out.print(stamp(run), style="bold")
+    problems = run.problems
+    out.print(
+        f"{len(problems)} failed" if problems else "no failures",
+        style="bold red" if problems else "green",
+    )
+    for line in problems:
+        out.print(f"  {line}", style="red")
+    for absent in filter(None, (not_timed(run), not_measured(run))):
+        out.print(absent)
+    out.print()
+    behind = [["row", "type", "layout", "cnnops", "best rival", "speed-up", "% of floor", "rival"]]
+    for row in worst(run.rows):
+        percent = row.percent_of_floor()
+        behind.append(
+            [
+                f"{row.suite}/{row.name}",
+                row.dtype,
+                row.layout,
+                duration(row.seconds(CNNOPS)),
+                duration(row.seconds(row.best_rival)),
+                f"{row.speed_up:.2f}",
+                "–" if percent is None else f"{percent:.0f} %",
+                row.best_rival or "–",
+            ]
+        )
+    if len(behind) > 1:
+        print_table(out, "where cnnops is furthest behind the best rival", behind)
+    else:
+        out.print("no row has times of both cnnops and a rival\n")
+    for rows, fields in (
+        (run.rows, ("suite", "dtype", "layout")),
+        (run.rows, ("op", "direction", "dtype")),
+        (run.models, ("model", "phase", "dtype")),
+    ):
+        parts = groups(rows, *fields)
+        compared = [row for part in parts if part.against_best() for row in part.rows]
+        if compared:
+            title = "speed-up: geometric means (rows)"
+            print_table(out, title, summary(compared, fields, run.rivals), MOST_LINES)
+
+
+# ---- command line ----------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and exits with code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> _Parser:
+    parser = _Parser("bench/report.py", description="Show benchmark results.")
+    option = functools.partial(parser.add_argument, type=Path)
+    option("--results", metavar="DIR", default=RESULTS, help="where results lie (bench/results)")
+    option("--report", dest="html", metavar="FILE", nargs="?", const=PAGE,
+           help=f"write everything as one page ({PAGE})")  # fmt: skip
+    option("--png", metavar="DIR", help="write the plots of each device's newest run")
+    option("--readme", metavar="FILE", nargs="?", const=README, help="renew the table in README.md")
+    option("--check", metavar="FILE", nargs="?", const=README, help="exit 1 where it is stale")
+    option("--compare", metavar=("A", "B"), nargs=2, help="two result files: exit 1 if B is slower")
+    parser.add_argument(
+        "--force", action="store_true", help="compare different devices all the same"
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; its exit code: 0, 1 for a regression or a stale README, 2 for bad input."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        return _run(options)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _run(options: argparse.Namespace) -> int:
+    if options.compare:
+        a, b = (load(path) for path in options.compare)
+        return 1 if print_comparison(a, b, options.force) else 0
+    if options.html and not options.html.parent.is_dir():
+        raise ValueError(f"--report: expected a file in a folder that exists, got {options.html}")
+    every = runs(options.results)
+    found = [run for run in every if not run.dry]
+    if found and (options.html or options.png) and find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'cnnops[demo]'")
+    if not found:
+        print(f"{'only dry runs' if every else 'no results'} in {options.results}: {NEVER}")
+    if options.html:
+        options.html.write_text(page(found, options.results), encoding="utf-8")
+        print(f"saved {options.html}")
+    if options.png:
+        options.png.mkdir(parents=True, exist_ok=True)
+        for run in newest_of_each_device(found):
+            for name, picture in plots(run).items():
+                path = options.png / f"{run.path.stem}-{name}.png"
+                path.write_bytes(picture)
+                print(f"saved {path}")
+    stale = False
+    for path in filter(None, (options.readme, options.check)):
+        text = path.read_text(encoding="utf-8")
+        renewed = readme(text, found)
+        if path == options.readme and renewed != text:
+            path.write_text(renewed, encoding="utf-8")
+            print(f"saved {path}")
+        elif renewed != text:
+            print(
+                f"{path}: the benchmark table is stale; python bench/report.py --readme renews it"
+            )
+            stale = True
+    if found and not (options.html or options.png or options.readme or options.check):
+        console(found[-1])
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
