@@ -45,8 +45,8 @@ setup(
     ],
     package_dir={"cnnops.kernels": "kernels"},
     package_data={
-        "cnnops": ["py.typed"],
-        "cnnops.kernels": ["*.cu", "*.cuh", "README.md"],
+        "cnnops": ["py.typed", "tables/*.json"],
+        "cnnops.kernels": ["*.cu", "*.cuh", "*.json", "README.md"],
         "cnnops.kernels.emulator": ["*"],
     },
     install_requires=[

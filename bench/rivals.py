@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cnnops
-import cnnops.config
 from bench.suites import Row
 
 CNNOPS = ("cnnops", "cnnops-auto")
 TORCH = ("eager", "eager-benchmark", "compile", "compile-max-autotune")
 RIVALS = CNNOPS + TORCH
-"""cnnops: own kernels only. cnnops-auto: policy "auto", where a measured table speaks of the problem.
+"""cnnops: own kernels only. cnnops-auto: policy "auto", where a table of cnnops.tune speaks of the problem.
 eager-benchmark: with torch.backends.cudnn.benchmark. compile: torch.compile, by default and max-autotune."""
 
 TOLERANCE = {"float64": 1e-11, "float32": 5e-5, "tf32": 2e-3, "float16": 3e-3, "bfloat16": 2e-2}
@@ -208,7 +207,7 @@ def our_settings(policy: str, engine: str | None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(cnnops.engine(engine))
         stack.enter_context(cnnops.fallback("error"))
-        stack.enter_context(cnnops.config.policy(policy))
+        stack.enter_context(cnnops.policy(policy))
         yield
 
 
@@ -232,6 +231,8 @@ def call(
             )
     with around():
         run = runner(row, f, sets)
+        if rival == "cnnops-auto" and not any(c.measured for c in cnnops.explain(run, 0)):
+            raise Absent("no table of cnnops.tune speaks of it")
         run(0)
     return Call(run, around)
 

@@ -6,13 +6,15 @@
 
     with cnnops.engine("emulate"): ...                  # who computes: cuda, emulate, cpu, aten
     print(*cnnops.explain(layer, x), sep="\\n")          # which kernels ran, and why not the others
+    cnnops.tune(layer, x)                               # measures the candidates once, and remembers
 
 Importing compiles nothing and loads no engine: the first call does.
 """
 
-from cnnops import functional, nn
-from cnnops.config import engine, fallback
+from cnnops import functional, nn, tuned
+from cnnops.config import engine, fallback, policy
 from cnnops.registry import UnsupportedError, algorithm, explain
+from cnnops.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -25,4 +27,7 @@ __all__ = [
     "fallback",
     "functional",
     "nn",
+    "policy",
+    "tune",
+    "tuned",
 ]

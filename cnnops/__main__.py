@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,8 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def _parser() -> _Parser:
+def _parser(command: str | None = None) -> _Parser:
+    """The command line's parser, with the arguments of `command` where those are kept elsewhere."""
     parser = _Parser("cnnops", description="CUDA kernels for convolutional networks in PyTorch.")
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     commands = parser.add_subparsers(dest="command", metavar="command")
@@ -46,6 +48,23 @@ def _parser() -> _Parser:
         default=Path("cnnops_demo.png"),
         help="the picture (default: %(default)s)",
     )
+    tune = commands.add_parser(
+        "tune", help="measure which kernel is the fastest for a model's layers"
+    )
+    check = commands.add_parser(
+        "check", help="compile and check a CUDA kernel of yours, without a GPU"
+    )
+    commands.add_parser(
+        "bench", add_help=False, help="what benchmarks have found: tables, plots, comparisons"
+    )
+    if command == "tune":
+        from cnnops import tuning
+
+        tuning.add_arguments(tune)
+    if command == "check":
+        from cnnops import check as checking
+
+        checking.add_arguments(check)
     return parser
 
 
@@ -65,11 +84,27 @@ def _demo(parser: _Parser, options: argparse.Namespace) -> int:
     return 0 if demo.run(plan, console) else 1
 
 
+def _bench(parser: _Parser, arguments: Sequence[str]) -> int:
+    """`bench/report.py` of the checkout that this package is in."""
+    root = Path(cnnops.__file__).resolve().parents[1]
+    if not (root / "bench" / "report.py").is_file():
+        parser.error(
+            f"bench: expected a checkout with bench/ in it, got {root}; the wheel has none"
+        )
+    sys.path.insert(0, str(root))
+    code: int = importlib.import_module("bench.report").main(arguments)
+    return code
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 for success, 1 where results disagree, 2 for bad input."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = next((word for word in given if not word.startswith("-")), None)
+    parser = _parser(command)
     try:
+        if given[:1] == ["bench"]:
+            return _bench(parser, given[1:])
+        options = parser.parse_args(given)
         if options.version:
             print(cnnops.__version__)
         elif options.command == "info":
@@ -79,8 +114,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(line, flush=True)
         elif options.command == "demo":
             return _demo(parser, options)
+        elif options.command == "tune":
+            from cnnops import tuning
+
+            return tuning.main(options)
+        elif options.command == "check":
+            from cnnops import check
+
+            return check.main(options)
         else:
-            parser.error("expected a command, info or demo (cnnops --help tells more), got none")
+            parser.error(
+                "expected a command, such as info or demo (cnnops --help tells more), got none"
+            )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,7 +1,12 @@
 """THE table of kernels: which module computes which operation in which engine, and how one is chosen.
 
 A row's module has a function of the operation's name (signatures below) and
-``supports(op, shape, dtype) -> str | None``: None, or the reason why not. Row order is preference.
+``supports(op, shape, dtype) -> str | None``: None, or the reason why not. Row order is preference, unless
+`cnnops.tune` has measured the problem on this device: then the table of `cnnops.tuned` says which row it is.
+
+A module that can compute a problem in several ways may have ``variants(op, shape, *arguments)``, the names
+of those that are worth measuring beside its own choice, and ``forced(variant)``, a context in which it takes
+one of them.
 
 Every function gets the problem's shape first and its result tensors last, allocated by the caller in the
 layout that PyTorch would give, never empty, and fills them:
@@ -27,17 +32,19 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from cnnops import tuned
 from cnnops.config import Setting, settings
-from cnnops.shapes import ConvShape, NormShape, PoolShape
 
-Shape = ConvShape | PoolShape | NormShape
+Shape = tuned.Shape
 
 
 class UnsupportedError(RuntimeError):
@@ -65,6 +72,16 @@ class Row:
     def function(self) -> Callable[..., None]:
         function: Callable[..., None] = getattr(importlib.import_module(self.module), self.op)
         return function
+
+    def variants(self, shape: Shape, *arguments: Any) -> tuple[str, ...]:
+        """What else than the module's own choice is worth measuring for a call; () for most modules."""
+        variants = getattr(importlib.import_module(self.module), "variants", None)
+        return tuple(variants(self.op, shape, *arguments)) if variants else ()
+
+    def forced(self, variant: str) -> AbstractContextManager[None]:
+        """A context in which the module takes this variant, or for "" its own choice, whatever tables say."""
+        forced = getattr(importlib.import_module(self.module), "forced", None)
+        return forced(variant) if forced else nullcontext()
 
 
 GPU = ("cuda", "emulate")
@@ -114,29 +131,118 @@ def engine_for(device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What `choose` decided for one problem: the row, and why the rows before it were passed over."""
+    """What `choose` decided for one problem: the row, and why the rows before it were passed over.
+
+    `variant` and `measured` are filled in where a table of `cnnops.tuned` decided.
+    """
 
     op: str
     engine: str
     row: Row
-    passed_over: tuple[tuple[str, str], ...]
+    passed_over: tuple[tuple[str, str], ...] = ()
+    variant: str = ""
+    measured: str = ""
+    function: Callable[..., None] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # A plain attribute: `choose` reads it at every call, and a cached property takes four times as long.
+        object.__setattr__(self, "function", self.row.function)
+
+    def settled(self, arguments: Sequence[Any]) -> Choice:
+        """The choice for a call with these arguments."""
+        return self
 
     def __str__(self) -> str:
-        lines = [f"{self.op}: {self.row.algorithm} ({self.engine})"]
+        lines = [f"{self.op}: {tuned.candidate(self.row.algorithm, self.variant)} ({self.engine})"]
+        lines += [f"  measured on {self.measured}"] if self.measured else []
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.passed_over])
 
 
-@lru_cache(4096)
-def _choose(op: str, engine: str, algorithm: str, shape: Shape, dtype: torch.dtype) -> Choice:
+@dataclass(frozen=True)
+class _Measured(Choice):
+    """The choice for a problem that a table knows, made when the call's tensors are there.
+
+    Which row is the fastest depends on how tensors lie, too, but `choose` knows sizes only. Where all entries
+    of the problem agree on the row that would run anyway, its function is called as ever. Otherwise what is
+    called looks at the strides first: that costs a microsecond, of problems in a table alone.
+    """
+
+    shape: Shape = field(kw_only=True)
+    dtype: torch.dtype = field(kw_only=True)
+    rows: tuple[Row, ...] = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        layouts = tuned.layouts(self.op, self.engine, self.shape, self.dtype)
+        if any(self._in(layout).row is not self.row for layout in layouts):
+            object.__setattr__(self, "function", self._run)
+
+    @cached_property
+    def _by_strides(self) -> dict[tuple[Any, ...], Callable[..., None]]:
+        return {}
+
+    def _run(self, shape: Shape, *arguments: Any) -> None:
+        strides = tuple(
+            [a.stride() if isinstance(a, Tensor) else type(a) is str and a for a in arguments]
+        )
+        function = self._by_strides.get(strides)
+        if function is None:
+            function = self._by_strides[strides] = self.settled(arguments).row.function
+        function(shape, *arguments)
+
+    def settled(self, arguments: Sequence[Any]) -> Choice:
+        return self._in(tuned.layout_of(arguments))
+
+    def _in(self, layout: str) -> Choice:
+        default = Choice(self.op, self.engine, self.row, self.passed_over)
+        entry = tuned.find(self.op, self.engine, self.shape, self.dtype, layout)
+        if entry is None:
+            return default
+        rows = {row.algorithm: row for row in self.rows}
+        aten = tuned.aten_candidate(self.op, self.engine, self.dtype)
+
+        def allowed(name: str) -> bool:
+            algorithm = name.partition(":")[0]
+            return algorithm in rows and (algorithm != "aten" or name == aten)
+
+        best = entry.best(allowed)
+        if best is None:
+            return default
+        algorithm, variant = best
+        device = tuned.device_name(self.engine)
+        at = entry.problem.partition(" ")[0]
+        where = "" if at == f"N={self.shape.N}" else f" (at {at})"
+        measured = f"{device}, {entry.date[:10]}: {entry.by_algorithm()}{where}"
+        engine = "aten" if algorithm == "aten" else self.engine
+        return Choice(self.op, engine, rows[algorithm], (), variant, measured)
+
+
+@tuned.cached
+def _choose(
+    op: str, engine: str, algorithm: str, shape: Shape, dtype: torch.dtype, policy: str = "own"
+) -> Choice:
     passed_over: list[tuple[str, str]] = []
+    supported: list[Row] = []
     rows = [row for row in ROWS if row.op == op and engine in row.engines]
     for row in sorted(rows, key=lambda row: row.algorithm != algorithm):
         reason = row.supports(shape, dtype)
         if reason is None:
-            return Choice(op, engine, row, tuple(passed_over))
-        passed_over.append((row.algorithm, reason))
+            supported.append(row)
+        elif not supported:
+            passed_over.append((row.algorithm, reason))
     aten = next(row for row in ROWS if row.op == op and "aten" in row.engines)
-    return Choice(op, "aten", aten, tuple(passed_over))
+    if not supported:
+        return Choice(op, "aten", aten, tuple(passed_over))
+    row = supported[0]
+    if engine == "aten" or not tuned.layouts(op, engine, shape, dtype):
+        return Choice(op, engine, row, tuple(passed_over))
+    if row.algorithm == algorithm:  # asked for by name
+        supported = [row]
+    elif policy == "auto" and engine != "emulate":
+        supported.append(aten)
+    return _Measured(
+        op, engine, row, tuple(passed_over), shape=shape, dtype=dtype, rows=tuple(supported)
+    )
 
 
 @lru_cache(256)
@@ -144,7 +250,8 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-_recording: list[Choice] | None = None
+Observer = Callable[[Choice, str, Shape, torch.dtype], Callable[..., None]]
+_observer: Observer | None = None
 
 
 def choose(op: str, engine: str, shape: Shape, dtype: torch.dtype) -> Callable[..., None]:
@@ -153,27 +260,45 @@ def choose(op: str, engine: str, shape: Shape, dtype: torch.dtype) -> Callable[.
     Falls back to PyTorch's op where no row of the engine supports the problem: with one warning a reason,
     silently, or by raising `UnsupportedError`, as `cnnops.fallback` says.
     """
-    choice = _choose(op, engine, settings.algorithm, shape, dtype)
+    choice = _choose(op, engine, settings.algorithm, shape, dtype, settings.policy)
     if choice.engine != engine and settings.fallback != "silent":
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over)
         message = f"{op} in engine {engine!r}: no kernel takes the problem ({reasons})"
         if settings.fallback == "error":
             raise UnsupportedError(message)
         _warn_once(f"{message}; PyTorch's own op runs instead")
-    if _recording is not None:
-        _recording.append(choice)
-    return choice.row.function
+    return choice.function if _observer is None else _observer(choice, engine, shape, dtype)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Within the block, `choose` returns what ``observer(choice, engine, shape, dtype)`` does."""
+    global _observer
+    former, _observer = _observer, observer
+    try:
+        yield
+    finally:
+        _observer = former
 
 
 def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
     """Run ``fn(*args, **kwargs)`` and return what was chosen for every operation, in call order.
 
-    Printing a `Choice` tells the kernel that ran and why those before it in the table did not.
+    Printing a `Choice` tells the kernel that ran and why: what was measured, or why those before it in the
+    table of kernels did not run.
     """
-    global _recording
-    former, _recording = _recording, []
-    try:
+    choices: list[Choice] = []
+
+    def observe(choice: Choice, *_: Any) -> Callable[..., None]:
+        at = len(choices)
+        choices.append(choice)
+
+        def run(shape: Shape, *arguments: Any) -> None:
+            choices[at] = choice.settled(arguments)
+            choice.function(shape, *arguments)
+
+        return run
+
+    with observed(observe):
         fn(*args, **kwargs)
-        return _recording
-    finally:
-        _recording = former
+    return choices

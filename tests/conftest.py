@@ -13,16 +13,29 @@ import pytest
 import torch
 
 import cnnops
+from cnnops import tuned
 
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_tables() -> Iterator[None]:
+    """What somebody has tuned on this machine changes no test."""
+    with tuned.only():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
     """Every test starts from the default engine, and no problem may slip away to PyTorch unnoticed."""
-    with cnnops.engine(None), cnnops.fallback("error"), cnnops.algorithm(None):
+    with (
+        cnnops.engine(None),
+        cnnops.fallback("error"),
+        cnnops.algorithm(None),
+        cnnops.policy("own"),
+    ):
         torch.manual_seed(0)
         yield
 

@@ -2,21 +2,24 @@
 
 What this file decides, once a problem: the spatial axes as the kernel sees them (`_canonical`), in which
 direction each operand is read and whether by 16 bytes (`_packs`), the tile and the number of parts of a
-long sum (`_tiled`, `_thin`: both by arithmetic, never by timing), and from these the launches.
+long sum (`_tiled`, `_thin`: both by arithmetic, never by timing), and from these the launches. Where
+`cnnops.tune` has measured the problem, its table names tile and parts (`variants`) in place of `_ranked`.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cnnops import tuned
 from cnnops.cuda.kernel import ACCUMULATOR, ELEMENT, INT32_MAX, FastDiv, Launch, launch_of
 from cnnops.cuda.launch import launch
 from cnnops.shapes import Axes, ConvShape, NormShape, PoolShape
@@ -34,6 +37,9 @@ class Tile:
     thread_m: int
     thread_n: int
     resident: int
+
+    def __str__(self) -> str:
+        return f"{self.block_m}x{self.block_n}x{self.block_k}"
 
     @property
     def threads(self) -> int:
@@ -86,6 +92,9 @@ THIN_SUMS = {"float": 56, "double": 30}
 """Most partial sums that a thread of conv_wgrad_thin keeps."""
 THIN_TAPS = 5
 """Most taps of the last axis that stand unrolled in conv_fprop_thin and conv_dgrad_thin."""
+
+VARIANTS = 12
+"""Most variants of a problem that `cnnops.tune` measures beside the one that arithmetic prefers."""
 
 REDUCE_LANES = ((8, 256), (64, 32), (INT32_MAX, 8))
 """Of the second pass's 256 threads, how many stand side by side, by the most parts they add up."""
@@ -345,6 +354,11 @@ class _Problem:
         self.rows: Digits = [(self.outputs, row)]
 
     @property
+    def thin(self) -> bool:
+        """Whether groups have so few channels that, by arithmetic, nothing is worth sharing."""
+        return max(self.channels, self.outputs) <= THIN_CHANNELS
+
+    @property
     def wide(self) -> bool:
         """Whether an offset may leave 31 bits, with taps in the padding and padded phases counted in."""
         outside = [
@@ -426,17 +440,21 @@ def _most_partials(key: _Key) -> int:
     return PARTIAL_BYTES // (numel * ACCUMULATOR_BYTES[ACCUMULATOR[key.dtype]]) if dense else 1
 
 
-def _choose(
+Choice = tuple[Tile, int]
+"""A tile, and into how many parts to split the sum."""
+
+
+def _ranked(
     tiles: Sequence[Tile], m: int, n: int, k: int, batches: int, vectors: tuple[int, int], most: int
-) -> tuple[Tile, int]:
-    """The tile, and into how many parts to split the sum, that free the busiest multiprocessor first.
+) -> list[Choice]:
+    """Tiles and numbers of parts: those first that free the busiest multiprocessor first.
 
     A multiprocessor issues four instructions a cycle if some twelve warps take turns (eight, where
     each has 64 independent sums); fewer hide less of each other's waiting. A second pass costs launch
     and traffic. Splits are tried that just fill the multiprocessors one to eight times.
     """
 
-    def cycles(choice: tuple[Tile, int]) -> float:
+    def cycles(choice: Choice) -> float:
         tile, splits = choice
         blocks = -(-m // tile.block_m) * -(-n // tile.block_n) * batches * splits
         steps = -(-k // (tile.block_k * splits))
@@ -452,13 +470,38 @@ def _choose(
         filling = {SMS * rounds // blocks for rounds in range(1, 9)}
         return [1, *sorted(s for s in filling if 1 < s <= most)]
 
-    return min(((tile, s) for tile in tiles for s in splits(tile)), key=cycles)
+    return sorted(((tile, s) for tile in tiles for s in splits(tile)), key=cycles)
 
 
-def _tiled(p: _Problem) -> _Plan:
-    """The product through shared memory: rows x columns, summed over steps (see conv_direct.cu)."""
+def _variant(choice: Choice) -> str:
+    """The name of a choice in tables of `cnnops.tuned`: 128x64x8, in four parts 128x64x8/4."""
+    tile, splits = choice
+    return f"{tile}/{splits}" if splits > 1 else str(tile)
+
+
+def _named(variant: str, tiles: Sequence[Tile], most: int) -> Choice | None:
+    """The choice that a table names, in at most `most` parts; None for a name that is of none of these."""
+    found = re.fullmatch(r"(\d+x\d+x\d+)(?:/([1-9]\d*))?", variant)
+    tile = found and next((tile for tile in tiles if str(tile) == found[1]), None)
+    return (tile, max(1, min(int(found[2] or 1), most))) if found and tile else None
+
+
+class _Operands(NamedTuple):
+    """How a tiled product reads its operands, its m and k (see `_ranked`), and the most parts of its sum."""
+
+    channels_fast: bool
+    entries: Digits  # of the filter, in the order of the sum
+    along_steps: bool
+    gather: int  # elements that one load of the source takes
+    plain: int  # and one of the other operand
+    m: int
+    k: int
+    most: int
+
+
+def _operands(p: _Problem) -> _Operands:
     source, result, filter_, width = p.source, p.result, p.filter, p.width
-    wgrad, accumulator = p.key.op == "wgrad", ACCUMULATOR[p.key.dtype]
+    wgrad = p.key.op == "wgrad"
 
     # What follows memory in the source: its channels, or its places. Neighbouring places read
     # neighbours at every tap only where there is one tap, and no padding between rows.
@@ -486,14 +529,26 @@ def _tiled(p: _Problem) -> _Plan:
     plain = by_step if along_steps else by_column
 
     m, k = (p.entries, p.places) if wgrad else (p.places, -(-p.entries // p.phases))
-    batches, most = p.groups * p.phases, min(k // 64, _most_partials(p.key))
-    tile, splits = _choose(TILES[accumulator], m, p.outputs, k, batches, (gather, plain), most)
-    if not along_steps and tile.block_n % plain:
-        plain = 1
+    most = min(k // 64, _most_partials(p.key))
+    return _Operands(channels_fast, entries, along_steps, gather, plain, m, k, most)
+
+
+def _choices(p: _Problem, o: _Operands) -> list[Choice]:
+    tiles, batches = TILES[ACCUMULATOR[p.key.dtype]], p.groups * p.phases
+    return _ranked(tiles, o.m, p.outputs, o.k, batches, (o.gather, o.plain), o.most)
+
+
+def _tiled(p: _Problem, variant: str) -> _Plan:
+    """The product through shared memory: rows x columns, summed over steps (see conv_direct.cu)."""
+    o, result, filter_ = _operands(p), p.result, p.filter
+    wgrad, accumulator = p.key.op == "wgrad", ACCUMULATOR[p.key.dtype]
+    tile, splits = _named(variant, TILES[accumulator], o.most) or _choices(p, o)[0]
+    batches = p.groups * p.phases
+    plain = 1 if not o.along_steps and tile.block_n % o.plain else o.plain
 
     # In what is written: the rows, or the columns. A thread stores what it owns side by side.
     written = filter_ if wgrad else result
-    rows, columns = (entries, p.rows) if wgrad else (result.places, result.channel)
+    rows, columns = (o.entries, p.rows) if wgrad else (result.places, result.channel)
     along_rows = _leading(rows) <= _leading(columns)
     side = min(tile.thread_m if along_rows else tile.thread_n, 16 // ACCUMULATOR_BYTES[accumulator])
     along, others = (rows, columns) if along_rows else (columns, rows)
@@ -503,14 +558,14 @@ def _tiled(p: _Problem) -> _Plan:
     constants: dict[str, str | int] = {
         "FORM": "TILED", "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "THREAD_M": tile.thread_m, "THREAD_N": tile.thread_n, "RESIDENT": tile.resident,
-        "CHANNELS_FAST": int(channels_fast),
-        "GATHER_ALONG_STEPS": int(channels_fast != wgrad), "GATHER_VECTOR": gather,
-        "PLAIN_ALONG_STEPS": int(along_steps), "PLAIN_VECTOR": plain,
+        "CHANNELS_FAST": int(o.channels_fast),
+        "GATHER_ALONG_STEPS": int(o.channels_fast != wgrad), "GATHER_VECTOR": o.gather,
+        "PLAIN_ALONG_STEPS": int(o.along_steps), "PLAIN_VECTOR": plain,
         "STORE_ALONG_ROWS": int(along_rows), "STORE_VECTOR": store,
     }  # fmt: skip
     column_tiles = -(-p.outputs // tile.block_n)
     p.params.tiles = FastDiv(column_tiles)
-    blocks = column_tiles * batches * splits * -(-m // tile.block_m)
+    blocks = column_tiles * batches * splits * -(-o.m // tile.block_m)
     return _plan_of(p, "direct", constants, blocks, tile.threads, splits)
 
 
@@ -615,7 +670,7 @@ def _bgrad(key: _Key) -> _Plan:
     return _plan_of(p, "direct", constants, tiles * splits, THIN_THREADS, splits)
 
 
-@lru_cache(4096)
+@tuned.cached
 def _plan(
     op: str,
     shape: ConvShape,
@@ -627,13 +682,66 @@ def _plan(
     w_aligned: bool,
     y_aligned: bool,
     bias: int,
+    forced: str | None,
 ) -> _Plan:
     """The plan of a pass whose x, w and y have these strides. Flat, since hashed at every call."""
     key = _Key(op, shape, dtype, (x, w, y), (x_aligned, w_aligned, y_aligned), bias)
     if op == "bgrad":
         return _bgrad(key)
     p = _Problem(key)
-    return _thin(p) if max(p.channels, p.outputs) <= THIN_CHANNELS else _tiled(p)
+    variant = _tuned(key) if forced is None else forced
+    return _thin(p) if p.thin and not variant else _tiled(p, variant)
+
+
+_ORDER = {"fprop": (0, 1, 2), "dgrad": (2, 1, 0), "wgrad": (2, 0, 1)}
+"""Where of x, w and y the arguments of a pass are, in their order."""
+
+
+def _tuned(key: _Key) -> str:
+    """What the tables of `cnnops.tuned` name for a pass, "" where they do not know it."""
+    shape, order = key.shape, _ORDER[key.op]
+    sizes = (shape.x_size, shape.w_size, shape.y_size)
+    layout = tuned.layout([sizes[i] for i in order], [key.strides[i] for i in order])
+    return tuned.variant(f"conv_{key.op}", "conv_direct", shape, key.dtype, layout)
+
+
+_forced: str | None = None
+
+
+@contextmanager
+def forced(variant: str) -> Iterator[None]:
+    """Within the block every pass takes this variant, or for "" what `_ranked` prefers, whatever tables say.
+
+    A sum comes in fewer parts than the variant's where the parts would take more than PARTIAL_BYTES.
+    """
+    global _forced
+    former, _forced = _forced, variant
+    try:
+        yield
+    finally:
+        _forced = former
+
+
+def variants(op: str, shape: ConvShape, *arguments: Tensor | None) -> tuple[str, ...]:
+    """Names of the choices that are worth measuring for this call, without the one that is made anyway.
+
+    Of every tile the two numbers of parts that `_ranked` likes best, of all these at most `VARIANTS`.
+    """
+    if op == "conv_bgrad":
+        return ()
+    images = [a for a in arguments if a is not None and a.dim() > 1]
+    x, w, y = (images[_ORDER[op[5:]].index(i)] for i in range(3))
+    key = _Key(
+        op[5:], shape, y.dtype, (x.stride(), w.stride(), y.stride()),
+        (x.data_ptr() % 16 == 0, w.data_ptr() % 16 == 0, y.data_ptr() % 16 == 0), 0,
+    )  # fmt: skip
+    p = _Problem(key)
+    ranked = _choices(p, _operands(p))
+    taken: dict[Tile, list[Choice]] = {}
+    for choice in ranked if p.thin else ranked[1:]:
+        taken.setdefault(choice[0], []).append(choice)
+    worth = [choice for choices in taken.values() for choice in choices[:2]]
+    return tuple(_variant(choice) for choice in ranked if choice in worth)[:VARIANTS]
 
 
 # ---- what the registry calls -----------------------------------------------------------------------------
@@ -661,6 +769,7 @@ def _run(
         w is None or not w.data_ptr() & 15,
         not y.data_ptr() & 15,
         0 if bias is None else bias.stride(0),
+        _forced,
     )
     if plan.second is None:
         launch(plan.first, inputs, (output,))
