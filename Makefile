@@ -26,7 +26,7 @@ test: $(VENV)/.with-test
 
 # One process: what is timed may not share the cores.
 bench: $(VENV)/.with-test
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest bench -q -p no:xdist --benchmark-only --benchmark-quiet \
+	$(BIN)/python -m pytest bench -q -p no:xdist --benchmark-only --benchmark-quiet \
 	  --benchmark-max-time=0.5 --benchmark-min-rounds=7 --benchmark-warmup=on --benchmark-disable-gc
 
 check: $(VENV)/.with-dev

@@ -42,8 +42,6 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # a script's own folder stands there otherwise
 
-# Threads that wait for work must not keep a core from the other pool's: torch's and numba's take turns here.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("CNNOPS_CACHE_DIR", str(Path(tempfile.gettempdir()) / "cnnops-lab-cache"))
 
 from rich.console import Console  # noqa: E402
@@ -51,6 +49,7 @@ from rich.console import Console  # noqa: E402
 from bench import machine, models, report, suites, timing  # noqa: E402
 from bench.rivals import RIVALS, TORCH  # noqa: E402
 from bench.suites import Row  # noqa: E402
+from cnnops import system  # noqa: E402
 
 SHARES = {
     "machine": 0.05, "golden": 0.12, "tests": 0.3, "layers": 0.6, "models": 0.5, "sanitizer": 0.8,
@@ -177,7 +176,7 @@ def step_tests(options: Options) -> None:
             "tail": text[-6000:],
         }
 
-    with ThreadPoolExecutor(max(1, min(6, machine.threads() // 2))) as pool:
+    with ThreadPoolExecutor(max(1, min(6, system.cores() // 2))) as pool:
         for result in pool.map(run, files):
             if result is not None:
                 add(options, "tests", result)
@@ -472,6 +471,8 @@ def assemble(options: Options, troubles: Sequence[str]) -> Path:
         "schema": 1, **first,
         "settings": {
             "allow_tf32": options.tf32, "seconds_per_row": options.seconds, "dry_run": options.dry_run,
+            "tune_files": os.environ.get("CNNOPS_TUNE_FILE", ""),
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY", ""),
         },
         "rows": rows, "models": networks, "tests": tests, "golden": golden[0] if golden else {},
         "sanitizer": checks, "profile": found(options, "profile"), "failures": failures,

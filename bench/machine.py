@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import re
-import shutil
-import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import torch
 
 import cnnops
+from cnnops import system
 
 ROOT = Path(__file__).resolve().parents[1]
 SMI = {
@@ -31,8 +29,9 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     """The "machine" of a result file. `commit` is for copies of a checkout that left git's folder behind."""
     gpu = device.type == "cuda"
     cupy = [v for name in ("cupy-cuda13x", "cupy-cuda12x", "cupy") if (v := _version(name))]
+    cpu = f"{system.cpu_model()} ({system.cores()} threads)"
     return {
-        "device": torch.cuda.get_device_name(device) if gpu else f"{_cpu()} ({threads()} threads)",
+        "device": torch.cuda.get_device_name(device) if gpu else cpu,
         "kind": "gpu" if gpu else "cpu",
         "driver": _smi("driver_version") if gpu else None,
         "cuda": torch.version.cuda,
@@ -44,7 +43,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "commit": commit or _git("rev-parse", "--short", "HEAD") or "unknown",
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "threads": threads(),
+        "threads": system.cores(),
         "clocks": clocks() if gpu else {},
     }
 
@@ -64,18 +63,12 @@ def clocks() -> dict[str, list[float]]:
         return {}
 
 
-def threads() -> int:
-    """Threads that CPU rivals use: as many as this process has cores."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def pin_threads() -> None:
     """Give torch and numba the same number of threads, one a core of this process."""
     import numba
 
-    torch.set_num_threads(threads())
-    numba.set_num_threads(min(threads(), numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(system.cores())
+    numba.set_num_threads(min(system.cores(), numba.config.NUMBA_NUM_THREADS))
 
 
 def ceilings(device: torch.device, seconds: float = 3.0) -> dict[str, Any]:
@@ -119,16 +112,6 @@ def _seconds(run: Any, device: torch.device, budget: float) -> float:
     return median(times[2:])
 
 
-def _cpu() -> str:
-    try:
-        found = re.search(
-            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        )
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
-
-
 def _version(distribution: str) -> str | None:
     try:
         return metadata.version(distribution)
@@ -137,21 +120,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _smi(query: str) -> str:
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits").partition(
-        "\n"
-    )[0]
+    return system.output(
+        "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"
+    ).partition("\n")[0]
 
 
 def _git(*arguments: str) -> str:
-    return _output("git", "-C", str(ROOT), *arguments)
-
-
-def _output(*command: str) -> str:
-    """What `command` prints, or "" where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return system.output("git", "-C", str(ROOT), *arguments)

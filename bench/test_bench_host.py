@@ -1,8 +1,8 @@
 """Host overhead: what the Python path of a call takes when its kernels take nothing.
 
 cnnops: everything from the public function down to the executor, which is stubbed: checks, shapes, the choice
-of the kernel, allocation, the launch plan. torch: the whole call on a tensor of 64 elements. Recorded calls
-build a graph, which is dropped again.
+of the kernel, allocation, the launch plan. torch: the whole call on a tensor of 64 elements, by one thread.
+Recorded calls build a graph, which is dropped again.
 """
 
 from __future__ import annotations
@@ -38,9 +38,12 @@ def test_host(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str, recorded: bool, rival: str
 ) -> None:
     monkeypatch.setattr(emulate, "execute", lambda *_: None)
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
     functions = cnnops.functional if rival == "cnnops" else F
     tensors = [t.clone().requires_grad_(recorded) for t in (X, W, C)]
     call = CALLS[name]
     benchmark.group = f"host time: {name}{', recorded' if recorded else ''}"
     with cnnops.engine("emulate"), cnnops.fallback("error"), torch.set_grad_enabled(recorded):
         benchmark(call, functions, *tensors)
+    torch.set_num_threads(former)

@@ -7,7 +7,9 @@ Before every batch of work the stream sleeps, so that the host is ahead and its 
     warm     calls in a row on the same tensors, divided by their number
     graph    a CUDA graph of such calls, replayed: for kernels so short that launching them takes longer
 
-On a CPU: the host's clock around enough calls to last some milliseconds, on pinned threads: "warm".
+On a CPU: the host's clock around enough calls to last some milliseconds: "warm". torch and numba have one
+thread a core. One that waits spins for a while, as OpenMP has it by default: that makes both faster, and
+costs the rival whose turn is next less than the noise.
 """
 
 from __future__ import annotations

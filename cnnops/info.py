@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import re
-import shutil
-import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from cnnops import system
 from cnnops.config import ENGINES
 from cnnops.cuda.cache import cache_dir
 
@@ -86,6 +84,16 @@ def cached_kernels() -> dict[str, tuple[Path, int]]:
     }
 
 
+def compared_with_hardware() -> dict[str, list[str]]:
+    """What came of the comparison with a GPU -> the wrappers of which that is so."""
+    from cnnops.cuda import golden
+
+    found: dict[str, list[str]] = {}
+    for wrapper, text in golden.status().items():
+        found.setdefault(text, []).append(wrapper)
+    return found
+
+
 # ---- versions --------------------------------------------------------------------------------------------
 
 
@@ -95,19 +103,8 @@ def gpu() -> str:
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         return ", ".join(torch.cuda.get_device_name(index) for index in range(count))
-    names = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+    names = system.output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
     return ", ".join(names.splitlines())
-
-
-def _output(*command: str) -> str:
-    """What `command` prints, or "" where it is missing or fails."""
-    if shutil.which(command[0]) is None:
-        return ""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _installed(*distributions: str) -> str:
@@ -140,15 +137,8 @@ def _gxx() -> str:
 
 
 def _cpu() -> str:
-    try:
-        model = re.search(
-            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
-        )
-    except OSError:
-        model = None
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return f"{model[1] if model else platform.machine()}, {cores} core{'s' * (cores > 1)} for this process"
+    cores = system.cores()
+    return f"{system.cpu_model()}, {cores} core{'s' * (cores > 1)} for this process"
 
 
 def versions() -> dict[str, str]:
@@ -181,6 +171,9 @@ def report() -> Iterator[str]:
     for engine in ENGINES:
         reason = unavailable(engine)
         yield f"{engine:<9}{'no     ' + reason if reason else 'yes    ' + _USES[engine]}"
+    yield "\nwhat the emulator computes in place of a GPU's instructions (kernels/ptx*.cuh)"
+    for text, wrappers in compared_with_hardware().items():
+        yield from textwrap.wrap(f"{text}: {', '.join(wrappers)}", 106, subsequent_indent="  ")
     yield "\nengine   compiled kernels kept on disk"
     try:
         kept = cached_kernels()

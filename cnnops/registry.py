@@ -35,7 +35,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from typing import Any
 
 import torch
@@ -51,6 +51,21 @@ class UnsupportedError(RuntimeError):
     """No kernel of the engine takes the problem, and the fallback to PyTorch is switched off."""
 
 
+def _without_autocast(function: Callable[..., None]) -> Callable[..., None]:
+    """`function`, which finds its tensors in the dtypes that they are to be computed in."""
+
+    @wraps(function)
+    def run(shape: Shape, x: Tensor, *arguments: Any) -> None:
+        device = x.device.type
+        if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                function(shape, x, *arguments)
+        else:
+            function(shape, x, *arguments)
+
+    return run
+
+
 @dataclass(frozen=True)
 class Row:
     """One kernel family's answer to one operation."""
@@ -58,6 +73,8 @@ class Row:
     op: str
     engines: tuple[str, ...]
     module: str
+    by_torch: bool = False
+    """Whether the module calls operations that autocast would interfere with."""
 
     @property
     def algorithm(self) -> str:
@@ -71,7 +88,7 @@ class Row:
     @cached_property
     def function(self) -> Callable[..., None]:
         function: Callable[..., None] = getattr(importlib.import_module(self.module), self.op)
-        return function
+        return _without_autocast(function) if self.by_torch else function
 
     def variants(self, shape: Shape, *arguments: Any) -> tuple[str, ...]:
         """What else than the module's own choice is worth measuring for a call; () for most modules."""
@@ -91,13 +108,13 @@ NORM = ("batch_norm_train", "batch_norm_infer", "batch_norm_bwd")
 
 ROWS: tuple[Row, ...] = (
     *(Row(op, GPU, "cnnops.cuda.conv_direct") for op in CONV),
-    *(Row(op, GPU, "cnnops.cuda.conv_im2col") for op in CONV[:3]),
+    *(Row(op, GPU, "cnnops.cuda.conv_im2col", by_torch=True) for op in CONV[:3]),
     *(Row(op, GPU, "cnnops.cuda.pool") for op in POOL),
     *(Row(op, GPU, "cnnops.cuda.batch_norm") for op in NORM),
     *(Row(op, ("cpu",), "cnnops.cpu.conv") for op in CONV),
     *(Row(op, ("cpu",), "cnnops.cpu.pool") for op in POOL),
     *(Row(op, ("cpu",), "cnnops.cpu.norm") for op in NORM),
-    *(Row(op, ("aten",), "cnnops.aten") for op in CONV + POOL + NORM),
+    *(Row(op, ("aten",), "cnnops.aten", by_torch=True) for op in CONV + POOL + NORM),
 )
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import re
 import tempfile
 import threading
@@ -37,6 +36,7 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from cnnops import system
 from cnnops.shapes import ConvShape, NormShape, PoolShape
 
 Shape = ConvShape | PoolShape | NormShape
@@ -335,18 +335,8 @@ def device_name(engine: str, index: int = 0) -> str:
     Processes with GPUs of different models use the table of the first, whose name this is, for all.
     """
     if _FAMILY[engine] == "cpu":
-        return f"{_cpu()}, {torch.get_num_threads()} threads"
+        return f"{system.cpu_model()}, {torch.get_num_threads()} threads"
     return torch.cuda.get_device_name(index) if torch.cuda.is_available() else "emulator"
-
-
-@lru_cache(None)
-def _cpu() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return model[1].strip() if model else platform.machine()
 
 
 def _slug(device: str) -> str:

@@ -144,6 +144,35 @@ PLANTED = {
         r"out of bounds: write of 4 bytes at byte \d+ of shared 'dynamic', which has 64",
         {"shared_bytes": 64},
     ),
+    "mma_lane_missing": Bug(
+        "tensor_cores",
+        r"mma.m16n8k16.f16: lanes \w+ wait with mask ffffffff, but lane 31 has returned|"
+        r"mma.m16n8k16.f16: mask ffffffff names lanes that have returned from the kernel: 80000000",
+    ),
+    "mma_in_branches": Bug("tensor_cores", r"divergent warp: lane \d+ is at this mma.m16n8k16.f16 .* wait"),
+    "mma_part_of_warp": Bug(
+        "tensor_cores",
+        r"mma.m16n8k16.f16: expected a warp of 32 threads, got the last one of a block of 112",
+        {"block": 112},
+    ),
+    "ldmatrix_lanes_missing": Bug("tensor_cores", r"ldmatrix: .* returned from the kernel"),
+    "ldmatrix_two_ways": Bug("tensor_cores", r"divergent warp: lane \d+ is at this ldmatrix .* wait"),
+    "ldmatrix_behind": Bug(
+        "tensor_cores",
+        r"out of bounds: read of 16 bytes at byte 2048 of shared 's', which has 2048",
+    ),
+    "ldmatrix_misaligned": Bug("tensor_cores", r"misaligned: read of 16 bytes at shared 's' byte \d+"),
+    "ldmatrix_uninitialised": Bug("tensor_cores", r"read of shared 's' byte \d+ before anything has written"),
+    "ldmatrix_before_barrier": Bug("tensor_cores", r"race: .* shared 's' .* ordered after the (read|write)"),
+    "ldmatrix_is_no_fence": Bug("tensor_cores", r"race: .* shared 's' .* not ordered after the (read|write)"),
+    "tile_overwritten": Bug("tensor_cores", r"race: .* shared 's' .* not ordered after the (read|write)"),
+    "stmatrix_behind": Bug("tensor_cores", r"out of bounds: write of 16 bytes at byte 2048 of shared 's'"),
+    "stmatrix_over_operands": Bug("tensor_cores", r"race: .* shared 's' .* ordered after the (read|write)"),
+    "stmatrix_twice": Bug("tensor_cores", r"race: write of shared 's' .* not ordered after the write"),
+    "stmatrix_then_read": Bug("tensor_cores", r"race: .* shared 's' .* not ordered after the (read|write)"),
+    "global_as_shared": Bug("tensor_cores", r"shared_address: expected a pointer to shared .*, got 'x' byte"),
+    "prefetch_behind": Bug("tensor_cores", r"out of bounds: read of 1 bytes at byte 512 of 'x'"),
+    "load_once_misaligned": Bug("tensor_cores", r"misaligned: .* 'x' byte \d+ .* alignment of 16 bytes"),
 }  # fmt: skip
 
 # Faults of the launch as a whole, which no line of the kernel is to blame for.
@@ -185,7 +214,7 @@ def marked_lines(entry: str) -> set[tuple[str, int]]:
 
 def test_every_planted_kernel_has_a_row() -> None:
     text = "".join(
-        (EMULATED / f"{f}.cu").read_text() for f in ("memory", "races", "collectives", "limits")
+        (EMULATED / f"{f}.cu").read_text() for f in {bug.file for bug in PLANTED.values()}
     )
     entries = set(re.findall(r"(\w+)\(const \w+\* __restrict__ x", text)) - {"absent_source"}
     assert entries == set(PLANTED)
@@ -624,6 +653,88 @@ def test_counters() -> None:
     assert counters.shared_accesses == 2 * (
         4 + 128 * 4
     )  # each warp's sum in, all four out by every thread
+
+
+# What the marked lines of profile.cu cost, over both warps: requests, lanes, sectors or wavefronts, and how
+# many of these at best.
+TRAFFIC = {
+    "neighbours": (2, 64, 8, 8),
+    "shifted": (2, 64, 10, 8),
+    "every_second": (2, 64, 16, 8),
+    "a_sector_each": (2, 64, 64, 8),
+    "the_same": (2, 64, 2, 2),
+    "packs": (2, 64, 32, 32),
+    "pairs": (2, 64, 16, 16),
+    "bytes": (2, 64, 2, 2),
+    "eight_lanes": (2, 16, 2, 2),
+    "uneven_loop": (6, 160, 24, 20),  # two rounds of 32 lanes, one of every second lane
+    "row": (32, 1024, 32, 32),
+    "half_column": (32, 1024, 512, 32),
+    "column": (2, 64, 64, 2),
+    "padded_column": (2, 64, 2, 2),
+    "two_in_turn": (2, 64, 2, 2),
+    "two_way": (2, 64, 4, 2),
+    "broadcast": (2, 64, 2, 2),
+    "shared_packs": (2, 64, 8, 8),
+    "shared_pairs": (2, 64, 4, 4),
+    "shared_pack_column": (2, 64, 64, 8),  # 8 lanes of each phase in 4 banks
+    "ldmatrix_40": (2, 64, 8, 8),
+    "ldmatrix_32": (2, 64, 32, 8),  # 4-way
+    "ldmatrix_x2": (2, 32, 4, 4),
+    "between_barriers": (6, 160, 36, 6),  # a column by every second lane, then two rows
+    "result": (2, 64, 8, 8),
+}
+
+
+def profiled(schedule: str = "forward") -> list[emulate.Profile]:
+    x, y = torch.arange(1024.0), torch.empty(64)
+    plan = launch_of(
+        str(EMULATED / "profile.cu"), "traffic", {}, Numbers(0, 0, 0), grid=[1], block=[64], inputs=["x"],
+        outputs=["y"],
+    )  # fmt: skip
+    with emulate.schedule(schedule), emulate.profile() as launches:
+        emulate.execute(plan, [x, y])
+    return launches
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_profile_of_known_traffic(schedule: str) -> None:
+    (profile,) = profiled(schedule)
+    rows = (EMULATED / "profile.cu").read_text().splitlines()
+    marks = {f"profile.cu:{i}": row.partition("// = ")[2] for i, row in enumerate(rows, 1)}
+    found: dict[str, tuple[int, ...]] = {}
+    for t in profile.traffic:
+        if marks[t.place] == "row" and not t.shared:
+            continue  # x[k] on the same line
+        if marks[t.place]:
+            assert marks[t.place] not in found, f"{marks[t.place]} is more than one instruction"
+            found[marks[t.place]] = (t.requests, t.lanes, t.units, t.least)
+    assert found == TRAFFIC
+
+
+def test_profile_sums_up_and_prints() -> None:
+    (profile,) = profiled()
+    rows = [t for t in profile.traffic if not t.shared]
+    assert profile.global_sectors == sum(t.units for t in rows) > 150
+    assert profile.sectors_per_request == profile.global_sectors / sum(t.requests for t in rows)
+    conflicts = sum(t.units - t.least for t in profile.traffic if t.shared)
+    assert profile.bank_conflicts == conflicts >= (512 - 32) + (64 - 2) + (32 - 8)
+    assert profile.counters.mma_instructions == 2 and profile.counters.block_barriers == 4
+    assert profile.counters == emulate.last_counters()
+    text = str(profile)
+    assert f"{profile.shared_wavefronts} wavefronts, {conflicts} of them by bank conflicts" in text
+    assert re.search(r"profile\.cu:\d+ +shared read +2 +32\.0 +64 +2$", text, re.MULTILINE)
+
+
+def test_launches_are_profiled_within_the_context_only() -> None:
+    assert len(profiled("all")) == 3
+    with emulate.profile() as launches:
+        with emulate.profile() as inner:
+            winner("forward")
+        assert len(inner) == 1 and not launches
+        winner("forward")
+    winner("forward")
+    assert len(launches) == 1
 
 
 # ---- schedules and threads -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 import cnnops
 from cnnops import info
 from cnnops.config import ENGINES
-from cnnops.cuda import emulator_build, jit
+from cnnops.cuda import emulator_build, golden, jit
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -96,6 +96,20 @@ def test_gpu_is_seen_even_if_torch_cannot_use_it(
 
 def test_engines_without_needs_always_work() -> None:
     assert info.unavailable("cpu") is None and info.unavailable("aten") is None
+
+
+def test_wrappers_are_listed_by_what_hardware_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "mma": "not yet compared with hardware",
+        "ldmatrix": "agrees with X",
+        "cvt": "agrees with X",
+    }
+    monkeypatch.setattr(golden, "status", lambda: said)
+    assert info.compared_with_hardware() == {
+        "not yet compared with hardware": ["mma"],
+        "agrees with X": ["ldmatrix", "cvt"],
+    }
+    assert "agrees with X: ldmatrix, cvt" in list(info.report())
 
 
 def test_sentence() -> None:

@@ -1,57 +1,169 @@
-"""Every kernel that the rows of cases.py need compiles for real GPUs, and keeps its values in registers.
+"""Every kernel compiles for every GPU that it is for, and costs no more than tests/nvrtc_resources.csv says.
 
-The launches are collected without being run: the launchers' choices need sizes, strides and alignment only.
+tests/nvrtc.py tells how kernels are found, which of them are compiled for which architecture, and what the
+table's columns are. Registers, spills and stack must not grow unnoticed: whoever means a change rewrites the
+table, and the difference is there to be read.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import ctypes
+from pathlib import Path
 
 import pytest
 import torch
-from cases import CONV_CASES, NORM_CASES, POOL_CASES
-
-import cnnops
-from cnnops.cuda import jit
-from cnnops.cuda.kernel import Kernel
-from cnnops.cuda.launch import trace
-from cnnops.registry import GPU, ROWS
+from cases import needs_emulator
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is missing: pip install 'cnnops[test]'")
 
-ARCHITECTURES = ("80", "90a")
+import nvrtc
+from nvrtc import Cell, Table, Unit
+
+from cnnops.cuda import conv_direct, emulate, jit
+from cnnops.cuda.kernel import ACCUMULATOR, ELEMENT, launch_of
+from cnnops.registry import GPU, ROWS
+
+TABLE = nvrtc.read()
 SOURCES = sorted({f"{row.algorithm}.cu" for row in ROWS if row.engines == GPU})
+REWRITE = f"if that is meant, run: {nvrtc.COMMAND}"
 
 
-@lru_cache(None)
-def kernels() -> dict[str, list[Kernel]]:
-    """One kernel a set of constants, by source, over all rows, dtypes and algorithms."""
-    found: dict[tuple[str, object], Kernel] = {}
-    for algorithm in (None, "conv_im2col"):
-        with cnnops.engine("emulate"), cnnops.algorithm(algorithm), trace(run=False) as launches:
-            for case in CONV_CASES if algorithm else (*CONV_CASES, *POOL_CASES, *NORM_CASES):
-                for dtype in case.dtypes:
-                    tensors = [t.requires_grad_() for t in case.tensors(dtype)]
-                    y = case.ours(*tensors)
-                    torch.autograd.grad(y, tensors, torch.ones_like(y))
-        for launch in launches:
-            kernel = launch.kernel
-            found.setdefault((kernel.source, kernel.constants), kernel)
-    return {source: [k for k in found.values() if k.source == source] for source in SOURCES}
+def test_the_table_lists_what_is_compiled() -> None:
+    units = nvrtc.units()
+    wrong = [f"not in the table: {unit}" for unit in units if unit not in TABLE.cells]
+    wrong += [f"in the table, but nobody's: {unit}" for unit in TABLE.cells if unit not in units]
+    if not wrong:
+        for arch in nvrtc.ALL:
+            wanted = {u for u in units if arch in nvrtc.architectures(u)}
+            if arch in nvrtc.SAMPLED:
+                wanted = set(TABLE.sample(arch))
+            recorded = set(TABLE.recorded(arch))
+            wrong += [f"no cell for sm_{arch}: {unit}" for unit in wanted - recorded]
+            wrong += [f"unused cell for sm_{arch}: {unit}" for unit in recorded - wanted]
+    assert not wrong, "\n".join([*wrong, REWRITE])
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_registers_are_compared_where_nvrtc_is_the_tables() -> None:
+    here = jit.nvrtc_version()
+    if here != TABLE.nvrtc:
+        pytest.skip(
+            "registers are compared under NVRTC {}.{} only, this is {}.{}: just spills and stack are".format(
+                *TABLE.nvrtc, *here
+            )
+        )
+    unit = next(iter(TABLE.cells))
+    (entry, row) = next(iter(TABLE.cells[unit].items()))
+    more = row["80"]._replace(registers=row["80"].registers + nvrtc.REGISTERS_MAY_GROW + 1)
+    others = {name: other["80"] for name, other in TABLE.cells[unit].items()}
+    assert nvrtc.differences(TABLE, unit, "80", others) == []
+    (told,) = nvrtc.differences(TABLE, unit, "80", {**others, entry: more})
+    assert "registers, got" in told
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", nvrtc.ALL)
 @pytest.mark.parametrize("source", SOURCES)
-def test_compiles_without_spills(source: str, arch: str) -> None:
-    assert kernels()[source], f"no row of cases.py reaches {source}"
-    spilling = []
-    for kernel in kernels()[source]:
-        _, log = jit.compile_cubin(kernel.source, kernel.constants, arch)
-        entries = jit.resources(log)
-        assert kernel.entry in {entry.entry for entry in entries}, f"{kernel}:\n{log}"
-        spilling += [
-            f"{kernel}: {entry}"
-            for entry in entries
-            if entry.stack_bytes or entry.spill_store_bytes
-        ]
-    assert not spilling, "\n".join(spilling)
+def test_compiles_within_its_resources(source: str, arch: str) -> None:
+    if arch not in nvrtc.supported():
+        pytest.skip(f"NVRTC {jit.nvrtc_version()} does not know sm_{arch}")
+    recorded = [unit for unit in TABLE.recorded(arch) if unit.source == source]
+    assert recorded or not any(
+        arch in nvrtc.architectures(unit) for unit in nvrtc.units() if unit.source == source
+    ), f"no row of cases.py reaches {source}"
+    wrong = []
+    for unit in recorded:
+        if unit in nvrtc.units():  # else test_the_table_lists_what_is_compiled tells
+            wrong += nvrtc.differences(TABLE, unit, arch, nvrtc.compiled(unit, arch))
+    assert not wrong, "\n".join([*wrong, REWRITE])
+
+
+def test_every_tile_is_compiled() -> None:
+    """Of conv_direct's tiles, each in each type: `nvrtc.CONVOLUTIONS` must have a problem that picks it."""
+    wanted = {
+        (ELEMENT[dtype], tile.block_m, tile.block_n, tile.block_k)
+        for dtype in ELEMENT
+        for tile in conv_direct.TILES[ACCUMULATOR[dtype]]
+    }
+    for kernel, _ in nvrtc.units().values():
+        constants = dict(kernel.constants)
+        names = ("ELEMENT", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+        wanted.discard(tuple(constants.get(name) for name in names))
+    assert not wanted
+
+
+def test_every_type_and_wide_offsets_are_compiled() -> None:
+    for source in SOURCES:
+        variants = [unit.variant for unit in nvrtc.units() if unit.source == source]
+        for element in ELEMENT.values():
+            assert any(f"ELEMENT={element}" in v for v in variants), (source, element)
+        wide = any("WIDE=1" in v or "INDEX=long long" in v for v in variants)
+        assert wide or source == "conv_im2col.cu", (
+            source
+        )  # whose problems are small by its own `supports`
+
+
+# ---- the gate itself -------------------------------------------------------------------------------------
+
+
+def test_differences_are_told() -> None:
+    unit, one = Unit("a.cu", "ELEMENT=float"), Cell(40, 0, 0, 512)
+    table = Table(jit.nvrtc_version(), {unit: {"run": {"80": one}}})
+
+    def told(cells: dict[str, Cell]) -> str:
+        return "\n".join(nvrtc.differences(table, unit, "80", cells))
+
+    assert told({"run": one}) == ""
+    assert told({"run": one._replace(registers=48)}) == ""
+    assert "expected at most 48 registers, got 49" in told({"run": one._replace(registers=49)})
+    assert (
+        "a.cu:run [ELEMENT=float] for sm_80: expected at most 0 bytes spilled and 0 of stack, got 4 and 0"
+        in (told({"run": one._replace(spill=4)}))
+    )
+    assert "got 0 and 8" in told({"run": one._replace(stack=8)})
+    assert "a.cu:walk [ELEMENT=float] for sm_80: not in the table" in told(
+        {"run": one, "walk": one}
+    )
+    assert "no longer compiled" in told({})
+    table.nvrtc = (0, 0)  # of another NVRTC
+    assert told({"run": one._replace(registers=255)}) == ""
+    assert "got 4 and 0" in told({"run": one._replace(registers=255, spill=4)})
+
+
+@pytest.mark.parametrize("cell", [(64, 0, 0, 0), (96, 0, 0, 512), (255, 16, 0, 0), (10, 0, 8, 0)])
+def test_cells_are_read_as_they_were_written(cell: tuple[int, int, int, int]) -> None:
+    assert Cell.read(str(Cell(*cell))) == cell
+    assert str(Cell(64, 0, 0, 0)) == "64"
+
+
+def test_the_table_is_as_record_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = nvrtc.TABLE.read_text()
+    monkeypatch.setattr(nvrtc, "TABLE", tmp_path / "table.csv")
+    nvrtc.write(TABLE, dict.fromkeys(SOURCES, 0.0))
+
+    def content(text: str) -> list[str]:
+        lines = text.splitlines()
+        return [lines[0], *(line for line in lines if not line.startswith("#"))]
+
+    assert content(nvrtc.TABLE.read_text()) == content(before)
+
+
+class NoParams(ctypes.Structure):
+    _fields_ = []
+
+
+@needs_emulator
+def test_a_forgotten_header_is_found(tmp_path: Path) -> None:
+    """What the emulator's own header happens to define hides that a kernel includes no file that does."""
+    file = tmp_path / "copy.cu"
+    file.write_text(
+        'extern "C" __global__ void copy(const float* x, float* y) {\n'
+        "  y[threadIdx.x] = x[threadIdx.x] * EMULATOR;\n}\n"
+    )
+    plan = launch_of(
+        str(file), "copy", {}, NoParams(), grid=[1], block=[4], inputs=["x"], outputs=["y"]
+    )
+    x, y = torch.arange(4.0), torch.empty(4)
+    emulate.execute(plan, [x, y])
+    assert torch.equal(x, y)
+    with pytest.raises(jit.CompileError, match=r"copy\.cu\(2\).*EMULATOR"):
+        jit.compile_cubin(str(file), plan.kernel.constants, "80")

@@ -39,16 +39,20 @@ def cache_dir() -> Path:
     return path
 
 
-def sources(path: Path) -> list[Path]:
-    """`path` and every local header it includes, directly or not, in a fixed order."""
+def sources(path: Path, *folders: Path) -> list[Path]:
+    """`path` and every local header it includes, directly or not, in a fixed order.
+
+    A header is looked for as the compilers do: beside the file that names it, then in `folders`.
+    """
     found: dict[Path, None] = {}
     waiting = [path]
     while waiting:
         file = waiting.pop()
         if file not in found:
             found[file] = None
-            names = _LOCAL_INCLUDE.findall(file.read_text())
-            waiting += [file.parent / name for name in names if (file.parent / name).is_file()]
+            for name in _LOCAL_INCLUDE.findall(file.read_text()):
+                places = [folder / name for folder in (file.parent, *folders)]
+                waiting += [place for place in places if place.is_file()][:1]
     return sorted(found)
 
 

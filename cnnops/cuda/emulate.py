@@ -4,13 +4,15 @@
 sees every load and store, every barrier and every shuffle, and ends a launch that does what a GPU would not
 forgive: an access outside of a tensor or shared variable, a write to an input, a misaligned vector, a data
 race (in shared memory or, within and across blocks, in the outputs), a read of what nothing has written,
-warps that part before a collective, a barrier that some threads miss, undefined C++ arithmetic, a stack that
-overflows, a loop that never ends. All of these raise `KernelError` with the line of the kernel.
+warps that part before a collective, a barrier that some threads miss, an asynchronous copy or multiplication
+used before its wait, undefined C++ arithmetic, a stack that overflows, a loop that never ends. All of these
+raise `KernelError` with the line of the kernel.
 
 Kernels run on copies of their tensors: a launch that fails leaves the caller's tensors as they were.
 
     with emulate.schedule("all"): ...    every launch under three thread orders, results compared bitwise
     emulate.last_counters()              memory traffic and barriers of the last launch
+    with emulate.profile() as launches:  sectors, bank conflicts and the like, line by line
 
 What it does not model: rounding inside tensor cores, the weak ordering that `__threadfence` is for, and
 communication between blocks of one launch, which it reports as a race.
@@ -19,16 +21,17 @@ communication between blocks of one launch, which it reports as a race.
 from __future__ import annotations
 
 import ctypes
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
+from cnnops.cuda import tensor_map
 from cnnops.cuda.cache import CompileError
 from cnnops.cuda.emulator_build import (
     ANCHOR,
@@ -40,14 +43,16 @@ from cnnops.cuda.emulator_build import (
     shared_variables,
     stats,
 )
+from cnnops.cuda.emulator_profile import Counters, Profile, Traffic
 from cnnops.cuda.kernel import Kernel, Launch
 
 __all__ = [
-    "CompileError", "Counters", "KernelError", "available", "execute", "last_counters", "schedule",
-    "stats", "time_limit",
+    "CompileError", "Counters", "KernelError", "Profile", "available", "execute", "last_counters", "profile",
+    "schedule", "stats", "time_limit",
 ]  # fmt: skip
 
 SCHEDULES = ("forward", "reverse", "random")
+_WRAPPERS = re.compile(r"ptx\w*\.cuh")
 
 _lock = threading.RLock()
 
@@ -77,6 +82,7 @@ class _Settings:
     schedule = "forward"
     seed = 0
     seconds = 60.0
+    profiles: list[Profile] | None = None
 
 
 _settings = _Settings()
@@ -109,18 +115,20 @@ def time_limit(seconds: float) -> Iterator[None]:
         _settings.seconds = former
 
 
-class Counters(NamedTuple):
-    """What one launch did, counted over all its threads."""
+@contextmanager
+def profile() -> Iterator[list[Profile]]:
+    """Within the context launches are profiled: a `Profile` of each is added to the list that this yields.
 
-    global_bytes_read: int
-    global_bytes_written: int
-    shared_accesses: int
-    block_barriers: int
-    warp_operations: int
-    switches: int
+    Profiled launches take several times as long. Under ``schedule("all")`` a launch adds three profiles.
+    """
+    former, _settings.profiles = _settings.profiles, []
+    try:
+        yield _settings.profiles
+    finally:
+        _settings.profiles = former
 
 
-_counters = Counters(0, 0, 0, 0, 0, 0)
+_counters = Counters(*[0] * len(Counters._fields))
 
 
 def last_counters() -> Counters:
@@ -183,12 +191,24 @@ class _LaunchInfo(ctypes.Structure):
         ("seed", ctypes.c_uint64),
         ("seconds", ctypes.c_double),
         ("tensors", ctypes.POINTER(_Tensor)),
+        ("tensor_maps", ctypes.POINTER(ctypes.c_void_p)),
+        ("tensor_map_count", ctypes.c_uint64),
         ("params", ctypes.c_void_p),
+        ("profile", ctypes.c_uint32),
     ]
 
 
 class _Counters(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in Counters._fields]
+
+
+class _Traffic(ctypes.Structure):
+    _fields_ = [
+        ("code", ctypes.c_uint64),
+        ("shared", ctypes.c_uint32),
+        ("writes", ctypes.c_uint32),
+        *((name, ctypes.c_uint64) for name in ("requests", "lanes", "units", "least")),
+    ]
 
 
 class _Parameter(ctypes.Structure):
@@ -331,17 +351,19 @@ def _arguments(
     roles = (
         [_INPUT] * len(plan.inputs) + [_OUTPUT] * len(plan.outputs) + [_UPDATE] * len(plan.updates)
     )
-    has_params = ctypes.sizeof(plan.params) > 0
-    if signature.count != len(names) + has_params:
+    has_params, maps = ctypes.sizeof(plan.params) > 0, len(plan.tensor_maps)
+    if signature.count != len(names) + maps + has_params:
         raise ValueError(
             f"{plan.kernel}: expected the entry's {signature.count} parameters, got {len(names)} tensors"
-            f"{' and a params struct' if has_params else ''}"
+            f"{f', {maps} tensor maps' if maps else ''}{' and a params struct' if has_params else ''}"
         )
-    if has_params and signature.parameter[len(names)].bytes != ctypes.sizeof(plan.params):
-        raise ValueError(
-            f"{plan.kernel}: params: expected {signature.parameter[len(names)].bytes} bytes, got "
-            f"{ctypes.sizeof(plan.params)}"
-        )
+    by_value = [tensor_map.BYTES] * maps + [ctypes.sizeof(plan.params)] * has_params
+    for i, size in enumerate(by_value, len(names)):
+        if signature.parameter[i].bytes != size:
+            what = "params" if i == len(names) + maps else plan.tensor_maps[i - len(names)].tensor
+            raise ValueError(
+                f"{plan.kernel}: {what}: expected {signature.parameter[i].bytes} bytes, got {size}"
+            )
     arguments = [_Argument(*three) for three in zip(names, roles, tensors, strict=True)]
     _check_disjoint(plan, arguments)
     for argument, parameter in zip(arguments, signature.parameter, strict=False):
@@ -365,16 +387,38 @@ def _arguments(
     return arguments
 
 
+def _places(module: _Module, offsets: Sequence[int]) -> list[tuple[str, int]]:
+    """As `places`, without the lines inside of instruction wrappers: who called them is to blame."""
+    found = places(module.path, offsets)
+    return [place for place in found if not _WRAPPERS.fullmatch(place[0])] or found
+
+
+def _traffic(plan: Launch, module: _Module) -> tuple[Traffic, ...]:
+    """What the launch that was profiled last moved, by line: a line of the kernel's own file, if any."""
+    runtime, source = _runtime()[0], Path(plan.kernel.source).name
+    room = runtime.emulator_traffic(None, 0)
+    rows = (_Traffic * room)()
+    runtime.emulator_traffic(rows, room)
+    found = []
+    for row in rows:
+        chain = _places(module, [row.code - 1])  # of the call, not of the return address
+        own = [place for place in chain if place[0] == source] or chain or [("?", 0)]
+        kind = bool(row.shared), bool(row.writes)
+        counts = row.requests, row.lanes, row.units, row.least
+        found.append(Traffic(f"{own[0][0]}:{own[0][1]}", *kind, *counts))
+    return tuple(found)
+
+
 def _error(plan: Launch, module: _Module, report: _Report) -> KernelError:
     message = report.message.decode(errors="replace")
     if not report.in_thread:
         return KernelError(f"{plan.kernel}: {message}")
-    chain = places(module.path, report.frames[: report.frame_count])
+    chain = _places(module, report.frames[: report.frame_count])
     if report.place.file:  # a collective states its own place
         stated = (Path(report.place.file.decode()).name, report.place.line)
         chain = [stated, *(place for place in chain if place != stated)]
     if report.other:
-        other = places(module.path, [report.other])
+        other = _places(module, [report.other])
         message += "".join(f", at {file}:{line}" for file, line in other[:1])
     block, thread = tuple(report.block), tuple(report.thread)
     who = f"block ({','.join(map(str, block))}), thread ({','.join(map(str, thread))})"
@@ -390,6 +434,16 @@ class _Result:
     argument: _Argument
     content: torch.Tensor  # uint8
     written: torch.Tensor  # uint8, one an element
+
+
+class _Aligned:
+    """Bytes at an address that is a multiple of 64, as a kernel's parameters may need it."""
+
+    def __init__(self, content: bytes) -> None:
+        self.buffer = ctypes.create_string_buffer(len(content) + 64)
+        self.address = ctypes.addressof(self.buffer)
+        self.address += -self.address % 64
+        ctypes.memmove(self.address, content, len(content))
 
 
 def _run_once(
@@ -412,10 +466,12 @@ def _run_once(
             written = torch.empty(argument.elements, dtype=torch.uint8)
             row.result, row.written = content.data_ptr(), written.data_ptr()
             results.append(_Result(argument, content, written))
-    params = (ctypes.c_char * (ctypes.sizeof(plan.params) + 16))()
-    start = ctypes.addressof(params)
-    start += -start % 16
-    ctypes.memmove(start, ctypes.addressof(plan.params), ctypes.sizeof(plan.params))
+    params = _Aligned(bytes(plan.params))
+    tensors = dict(zip(plan.names, (argument.tensor for argument in arguments), strict=True))
+    maps = [
+        _Aligned(tensor_map.packed(m, tensors[m.tensor], plan.names.index(m.tensor)))
+        for m in plan.tensor_maps
+    ]
     info = _LaunchInfo(
         module=entry.module.handle,
         entry=entry.call,
@@ -428,7 +484,10 @@ def _run_once(
         seed=seed,
         seconds=_settings.seconds,
         tensors=table,
-        params=start if ctypes.sizeof(plan.params) else None,
+        tensor_maps=(ctypes.c_void_p * len(maps))(*(m.address for m in maps)),
+        tensor_map_count=len(maps),
+        params=params.address if ctypes.sizeof(plan.params) else None,
+        profile=_settings.profiles is not None,
     )
     report, counters = _Report(), _Counters()
     runtime, _ = _runtime()
@@ -437,6 +496,8 @@ def _run_once(
             ctypes.byref(info), ctypes.byref(report), ctypes.byref(counters)
         )
         _counters = Counters(*(getattr(counters, name) for name in Counters._fields))
+        if _settings.profiles is not None and not failed:
+            _settings.profiles.append(Profile(plan, _counters, _traffic(plan, entry.module)))
     if failed:
         raise _error(plan, entry.module, report)
     return results

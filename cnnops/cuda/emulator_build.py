@@ -2,7 +2,8 @@
 
 A `.cu` file is preprocessed with `kernels/emulator/cuda_on_cpu.h` in front, trampolines are added for its
 entries, and the assembly gets room between shared variables; what results is a shared library that calls the
-emulator's runtime library at every load, store, barrier and shuffle. Nothing but g++ and binutils is needed.
+emulator's runtime library at every load, store, barrier and shuffle. Nothing but g++ and binutils is needed;
+clang, named by the environment's CXX, serves too (tests/test_emulator_clang.py tells what it misses).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from cnnops.cuda.cache import CompileError, DiskCache, digest_of, sources
 from cnnops.cuda.kernel import Kernel, kernels_dir
 
-OLDEST_GCC = 11
+OLDEST = {"GCC": 11, "clang": 14}
 MAX_SHARED = 227 << 10
 # Room behind each shared variable in which no other one lies, so that running over its end is seen.
 SHARED_GAP = 1024
@@ -40,7 +41,10 @@ def stats() -> dict[str, float]:
 
 @lru_cache(None)
 def compiler() -> tuple[str, str]:
-    """Path of g++ and its version. Raises RuntimeError with what to do when there is none that serves."""
+    """Path and version of g++, or of what CXX names: "12.2.0", "clang 14.0.6".
+
+    Raises RuntimeError with what to do when there is none that serves.
+    """
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         raise RuntimeError(
             f"expected Linux on x86_64 or aarch64, got {platform.system()} on {platform.machine()}"
@@ -51,16 +55,25 @@ def compiler() -> tuple[str, str]:
         raise RuntimeError(f"{named} not found: apt install g++")
     probe = subprocess.run(
         [path, "-E", "-P", "-x", "c++", "-"],
-        input="__GNUC__ __GNUC_MINOR__ __GNUC_PATCHLEVEL__ __clang__",
+        input="__GNUC__ __GNUC_MINOR__ __GNUC_PATCHLEVEL__\n"
+        "__clang__ __clang_major__ __clang_minor__ __clang_patchlevel__",
         capture_output=True,
         text=True,
     )
-    words = probe.stdout.split()
-    if probe.returncode or len(words) != 4 or words[3] != "__clang__" or int(words[0]) < OLDEST_GCC:
+    gcc, _, clang = probe.stdout.strip().partition("\n")
+    is_clang = not clang.startswith("__clang__")
+    words = clang.split()[1:] if is_clang else gcc.split()
+    oldest = OLDEST["clang" if is_clang else "GCC"]
+    if probe.returncode or len(words) != 3 or not words[0].isdigit() or int(words[0]) < oldest:
         raise RuntimeError(
-            f"{named}: expected GCC {OLDEST_GCC} or newer (apt install g++, or set CXX)"
+            f"{named}: expected GCC {OLDEST['GCC']} or newer, or clang {OLDEST['clang']} or newer "
+            "(apt install g++, or set CXX)"
         )
-    return path, ".".join(words[:3])
+    return path, ("clang " if is_clang else "") + ".".join(words)
+
+
+def _is_clang() -> bool:
+    return compiler()[1].startswith("clang")
 
 
 def available() -> str | None:
@@ -96,23 +109,34 @@ KERNEL_FLAGS = (
     "-ffp-contract=fast",  # as NVRTC's -fmad=true
     "-fno-exceptions", "-fno-rtti", "-fsigned-char",
     # Every load and store and every undefined operation calls the runtime; no libtsan or libubsan is linked.
-    "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
-    "-fsanitize=bounds-strict,alignment,shift,signed-integer-overflow,integer-divide-by-zero,return,unreachable",
-    "-fno-tree-loop-distribute-patterns",  # or loops become memcpy and memset, which call nothing
+    "-fsanitize=thread",
+    "-fsanitize=alignment,shift,signed-integer-overflow,integer-divide-by-zero,return,unreachable",
     "-fstack-clash-protection",  # no frame can step over a stack's guard zone
     # Lines for reports; version 4 because addr2line misreads version 5 as GCC 11 and 12 write it.
     "-g1", "-gdwarf-4",
     # Shared variables are thread_local: plain storage in this library alone, found by symbol.
-    "-fvisibility=hidden", "-fno-gnu-unique", "-fno-extern-tls-init", "-fno-section-anchors",
+    "-fvisibility=hidden",
     "-w",  # nobody would read the warnings of a compilation at run time
+)  # fmt: skip
+
+# By compiler: no calls at the begin and end of functions; indices checked against an array's type; loops that
+# stay loops, since memcpy and memset call nothing; and thread_local variables that are no more than storage.
+GCC_FLAGS = (
+    "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=bounds-strict",
+    "-fno-tree-loop-distribute-patterns", "-fno-gnu-unique", "-fno-extern-tls-init", "-fno-section-anchors",
+)  # fmt: skip
+CLANG_FLAGS = (
+    "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write=1",
+    "-fsanitize=array-bounds", "-fno-builtin", "-fno-finite-loops",
 )  # fmt: skip
 
 
 def kernel_flags() -> list[str]:
-    newer = int(compiler()[1].split(".")[0]) >= 12
-    # A variable without a value is 0xFE bytes (-1.7e38 as a float), not what a register happened to hold.
-    pattern = ("-ftrivial-auto-var-init=pattern",) if newer else ()
-    return [*KERNEL_FLAGS, *machine_flags(), *pattern]
+    # A variable without a value is 0xFE bytes (GCC: -1.7e38 as a float) or 0xAA and 0xFF (clang: a NaN), not
+    # what a register happened to hold.
+    pattern = _is_clang() or int(compiler()[1].split(".")[0]) >= 12
+    filled = ("-ftrivial-auto-var-init=pattern",) if pattern else ()
+    return [*KERNEL_FLAGS, *(CLANG_FLAGS if _is_clang() else GCC_FLAGS), *machine_flags(), *filled]
 
 
 def _run(arguments: list[str], what: str, text: str | None = None) -> str:
@@ -209,6 +233,8 @@ def _compile(kernel: Kernel, path: Path, runtime: Path) -> None:
     assembly = _run([gxx, "-S", *flags, "-x", "c++-cpp-output", "-", "-o", "-"], what, text)
     assembly = _with_shared_storage(assembly, dynamic)
     link = ["-shared", "-x", "assembler", "-", "-x", "none", str(runtime), "-lm", "-o", str(path)]
+    if _is_clang():
+        link += ["-Wl,--wrap=memcpy,--wrap=memset"]  # see memory.cpp
     _run([gxx, *link], what, assembly)
 
 
@@ -217,7 +243,7 @@ def _source_name(symbol: str) -> str:
     for match in re.finditer(r"(\d+)(?=[A-Za-z_])", symbol):
         name = symbol[match.end() : match.end() + int(match[0])]
         rest = symbol[match.end() + int(match[0]) :]
-        if len(name) == int(match[0]) and re.fullmatch(r"(_\d+|__\d+_)?", rest):
+        if len(name) == int(match[0]) and re.fullmatch(r"(_\d+|__\d+_)?(\.\d+)?", rest):
             return name
     return symbol
 
@@ -253,9 +279,7 @@ def kernel_library(
     path = kernels_dir() / source
     if not path.is_file():
         raise CompileError(f"{source}: expected a file in {kernels_dir()}, got none")
-    files = sources(path)
-    if path.parent != kernels_dir():  # a file from elsewhere may include the kernels' headers
-        files += sorted(kernels_dir().glob("*.cuh"))
+    files = sources(path, kernels_dir())
     digest = digest_of(constants, kernel_flags(), SHARED_GAP, runtime.name, files=files)
     kernel = Kernel(source, "", constants)
     return _libraries.entry(f"{path.stem}-{digest}", lambda built: _compile(kernel, built, runtime))

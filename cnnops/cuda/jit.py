@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from cnnops.cuda import tensor_map
 from cnnops.cuda.cache import CompileError, DiskCache, digest_of, sources
 from cnnops.cuda.kernel import Kernel, Launch, kernels_dir
 
@@ -85,7 +86,8 @@ def compile_cubin(
 ) -> tuple[bytes, str]:
     """Compile ``kernels/<source>`` for ``sm_<arch>``: the cubin and NVRTC's log with ptxas's resource lines.
 
-    Needs no GPU and no driver. Raises CompileError with file, constants and log when NVRTC refuses.
+    A `source` from elsewhere is an absolute path; it finds the headers of kernels/ too. Needs no GPU and no
+    driver. Raises CompileError with file, constants and log when NVRTC refuses.
     """
     nvrtc, path = _nvrtc(), kernels_dir() / source
     options = [
@@ -126,7 +128,7 @@ def resources(log: str) -> list[Resources]:
 def _digest(source: str, constants: tuple[tuple[str, str | int], ...], arch: str) -> str:
     """SHA-256 of all that decides the cubin: sources with headers, constants, flags, architecture, NVRTC."""
     parts = (constants, FLAGS, arch, nvrtc_version())
-    return digest_of(*parts, files=sources(kernels_dir() / source))
+    return digest_of(*parts, files=sources(kernels_dir() / source, kernels_dir()))
 
 
 def cubin_for(kernel: Kernel, arch: str) -> bytes:
@@ -212,13 +214,21 @@ def _stream(pointer: int, device_index: int) -> Any:
     return ExternalStream(pointer, device_index)
 
 
-def _prepare(plan: Launch, device_index: int) -> tuple[Any, Any]:
-    """The kernel, and the params struct as the zero-dimensional array that CuPy passes by value."""
+def _by_value(content: bytes) -> Any:
+    """A struct as the zero-dimensional array that CuPy passes by value."""
     import numpy as np
 
-    content = bytes(plan.params)
-    params = np.frombuffer(content, dtype=f"V{len(content)}").reshape(())
-    return _function(plan.kernel, plan.shared_bytes, device_index), params
+    return np.frombuffer(content, dtype=f"V{len(content)}").reshape(())
+
+
+def _prepare(plan: Launch, device_index: int) -> tuple[Any, Any]:
+    """The kernel and the params struct."""
+    return _function(plan.kernel, plan.shared_bytes, device_index), _by_value(bytes(plan.params))
+
+
+def _tensor_maps(plan: Launch, tensors: Sequence[torch.Tensor | None]) -> list[Any]:
+    named = dict(zip(plan.names, tensors, strict=True))
+    return [_by_value(tensor_map.encoded(m, named[m.tensor])) for m in plan.tensor_maps]
 
 
 def execute(plan: Launch, tensors: Sequence[torch.Tensor | None], device_index: int) -> None:
@@ -232,5 +242,6 @@ def execute(plan: Launch, tensors: Sequence[torch.Tensor | None], device_index: 
         prepared = plan.prepared[device_index] = _prepare(plan, device_index)
     function, params = prepared
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    maps = _tensor_maps(plan, tensors) if plan.tensor_maps else ()
     stream = _stream(torch._C._cuda_getCurrentRawStream(device_index), device_index)
-    function(plan.grid, plan.block, (*pointers, params), plan.shared_bytes, stream)
+    function(plan.grid, plan.block, (*pointers, *maps, params), plan.shared_bytes, stream)

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from cnnops.cuda.tensor_map import TensorMap
+
 ELEMENT = {
     torch.float32: "float",
     torch.float64: "double",
@@ -49,7 +51,8 @@ def kernels_dir() -> Path:
 class Kernel:
     """One entry of one source under one set of compile-time constants.
 
-    Source and constants are the unit of compilation: entries that share both share one binary.
+    `source` is a name in kernels/, or the absolute path of a file from elsewhere. Source and constants are
+    the unit of compilation: entries that share both share one binary.
     """
 
     source: str
@@ -70,6 +73,7 @@ class Launch:
 
     `inputs`, `outputs` and `updates` name the pointer parameters in the entry's order: inputs are only read,
     every element of an output is written, updates are read and written. A None tensor is a null pointer.
+    `tensor_maps`, of some of these tensors, follow the pointers as parameters of type TensorMap by value.
     `params` is the trailing struct, a ctypes.Structure whose fields mirror the `.cu` file's struct; its size
     is checked there against the constant ``PARAMS_BYTES``, which `launch_of` adds; it must not change once
     the launch has run. `prepared` is for the executor: what it found out about this launch the first time.
@@ -83,6 +87,7 @@ class Launch:
     params: ctypes.Structure = field(compare=False)
     updates: tuple[str, ...] = ()
     shared_bytes: int = 0
+    tensor_maps: tuple[TensorMap, ...] = ()
     prepared: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -102,6 +107,7 @@ def launch_of(
     outputs: Sequence[str],
     updates: Sequence[str] = (),
     shared_bytes: int = 0,
+    tensor_maps: Sequence[TensorMap] = (),
 ) -> Launch:
     """A `Launch`; grid and block may have one to three axes (x first)."""
     sized = {**constants, "PARAMS_BYTES": ctypes.sizeof(params)}
@@ -115,6 +121,7 @@ def launch_of(
         params,
         tuple(updates),
         shared_bytes,
+        tuple(tensor_maps),
     )
 
 

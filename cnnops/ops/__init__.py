@@ -68,15 +68,10 @@ def eager(arguments: Sequence[Any]) -> bool:
 
 
 def compute(
-    op: str, engine: str, shape: registry.Shape, dtype: torch.dtype, x: Tensor, *arguments: Any
+    op: str, engine: str, shape: registry.Shape, dtype: torch.dtype, *arguments: Any
 ) -> None:
-    """Run the chosen kernel of `op` on its arguments; what it calls itself is kept from autocast."""
-    function = registry.choose(op, engine, shape, dtype)
-    if autocast_dtype(x) is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            function(shape, x, *arguments)
-    else:
-        function(shape, x, *arguments)
+    """Run the chosen kernel of `op` on its arguments."""
+    registry.choose(op, engine, shape, dtype)(shape, *arguments)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

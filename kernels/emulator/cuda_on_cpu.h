@@ -12,6 +12,9 @@
 
 #include "interface.h"
 
+// An access of several elements at once stays one, instead of being split into one for each element.
+#pragma GCC optimize("no-tree-sra")
+
 #define __global__
 #define __device__
 #define __host__
@@ -167,11 +170,17 @@ constexpr EmulatorSignature emulator_signature(void (*)(T...), unsigned max_thre
 }
 template <class T> struct EmulatorValue { typedef T type; };
 template <class T> struct EmulatorValue<T&> { typedef T type; };
-template <int... I> struct EmulatorIndices {};
+template <class T, T... I> struct EmulatorIndices {};
+#ifdef __clang__
+template <int n> using EmulatorCount = __make_integer_seq<EmulatorIndices, int, n>;
+#else
+template <int n> using EmulatorCount = EmulatorIndices<int, __integer_pack(n)...>;
+#endif
 template <class... T, int... I>
-EMULATOR_INLINE void emulator_call(void (*entry)(T...), void** arguments, EmulatorIndices<I...>) {
-  entry(*(typename EmulatorValue<T>::type*)arguments[I]...);
+EMULATOR_INLINE void emulator_call(void (*entry)(T...), void** arguments, EmulatorIndices<int, I...>) {
+  void (*volatile call)(T...) = entry;  // an entry that is inlined here would lose its call-backs
+  call(*(typename EmulatorValue<T>::type*)arguments[I]...);
 }
 template <class... T> EMULATOR_INLINE void emulator_call(void (*entry)(T...), void** arguments) {
-  emulator_call(entry, arguments, EmulatorIndices<__integer_pack(sizeof...(T))...>());
+  emulator_call(entry, arguments, EmulatorCount<sizeof...(T)>());
 }

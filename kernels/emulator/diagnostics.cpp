@@ -2,10 +2,13 @@
 
 #include <execinfo.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
 
+#include "collectives.h"
+#include "mbarriers.h"
 #include "schedule.h"
 #include "state.h"
 
@@ -77,55 +80,68 @@ void fail_at(EmulatorPlace place, const char* format, ...) {
 
 uint32_t code_offset(const void* pc) { return (uint32_t)((uintptr_t)pc - launch.module->code_begin); }
 
-void set_other(const Access& access) { report->other = access.code - 1; }
+void set_other(const Access& access) { report->other = access.code ? access.code - 1 : 0; }
 
 void set_interrupted(uintptr_t pc) { interrupted = pc; }
 
 std::string describe_thread(unsigned number) { return "thread " + format_index(thread_index(number)); }
 
+bool same_place(EmulatorPlace a, EmulatorPlace b) { return a.line == b.line && !strcmp(a.file, b.file); }
+
+std::string describe_place(EmulatorPlace place) {
+  const char* slash = strrchr(place.file, '/');
+  return std::string(slash ? slash + 1 : place.file) + ":" + std::to_string(place.line);
+}
+
 std::string describe_thread(const Access& access) {
+  if (access.thread >= FIRST_AGENT) return agent_name(access.thread);
   std::string text = describe_thread(access.thread);
   if (access.epoch < block.first_epoch) text += " of block " + format_index(block_index(block_of(access.epoch)));
   return text;
 }
 
+namespace {
+
+// What the threads of one group of waiting threads are doing.
+std::string describe_wait(const Thread& thread) {
+  switch (thread.state) {
+    case State::exited: return "have returned";
+    case State::at_block_barrier: return "wait at the block barrier " + describe_place(thread.waits_at);
+    case State::at_named_barrier:
+      return "wait at " + describe_named_barrier(thread.waits_for) + " " + describe_place(thread.waits_at);
+    case State::at_mbarrier:
+      return "wait at " + describe_mbarrier(thread.waits_for) + " " + describe_place(thread.waits_at);
+    case State::at_warp_operation: return "wait for their warp at " + describe_place(thread.waits_at);
+    case State::at_warpgroup_operation: return "wait for their warpgroup at " + describe_place(thread.waits_at);
+    case State::ready: break;
+  }
+  return "could run";
+}
+
+}  // namespace
+
 // Every thread that is left waits: say where, and for the block barrier also who will never come.
 void fail_deadlock() {
   struct Group {
-    State state;
-    EmulatorPlace place;
+    std::string what;
     unsigned count, first;
   };
   std::vector<Group> groups;
+  unsigned waiting = launch.threads;
   for (unsigned i = 0; i < launch.threads; i++) {
-    const Thread& thread = threads[i];
-    bool known = false;
-    for (Group& group : groups)
-      if (group.state == thread.state &&
-          (thread.state == State::exited ||
-           (group.place.line == thread.waits_at.line && !strcmp(group.place.file, thread.waits_at.file)))) {
-        group.count++;
-        known = true;
-        break;
-      }
-    if (!known) groups.push_back({thread.state, thread.waits_at, 1, i});
+    const std::string what = describe_wait(threads[i]);
+    size_t known = 0;
+    while (known < groups.size() && groups[known].what != what) known++;
+    if (known == groups.size()) groups.push_back({what, 0, i});
+    groups[known].count++;
+    if (threads[i].state != State::exited) waiting = std::min(waiting, i);
   }
   std::string text = "deadlock:";
-  const Group* waiting = nullptr;
-  for (const Group& group : groups) {
-    const char* slash = group.state == State::exited ? nullptr : strrchr(group.place.file, '/');
-    text += (&group == &groups[0] ? " " : "; ") + std::to_string(group.count) + " threads ";
-    if (group.state == State::exited) {
-      text += "have returned";
-    } else {
-      text += group.state == State::at_block_barrier ? "wait at the block barrier " : "wait for their warp at ";
-      text += std::string(slash ? slash + 1 : group.place.file) + ":" + std::to_string(group.place.line);
-      if (!waiting) waiting = &group;
-    }
-    text += ", first " + describe_thread(group.first);
-  }
-  current = &threads[waiting->first];
-  fail_at(waiting->place, "%s", text.c_str());
+  for (const Group& group : groups)
+    text += (&group == &groups[0] ? " " : "; ") + std::to_string(group.count) + " threads " + group.what + ", first " +
+            describe_thread(group.first);
+  current = &threads[waiting];
+  fail_at(current->waits_at, "%s", text.c_str());
 }
 
 }  // namespace emulator

@@ -23,6 +23,8 @@ void set_interrupted(uintptr_t pc);
 // Offset in the module of the code at `pc`; 0 for code elsewhere.
 uint32_t code_offset(const void* pc);
 
+bool same_place(EmulatorPlace a, EmulatorPlace b);
+std::string describe_place(EmulatorPlace place);    // "conv.cu:12"
 std::string describe_thread(unsigned number);       // "thread (3,0,0)"
 std::string describe_thread(const Access& access);  // and its block, where that is another one
 [[noreturn]] void fail_deadlock();

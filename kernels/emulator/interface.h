@@ -32,6 +32,63 @@ unsigned emulator_active_mask();
 // Announces an atomic read-modify-write of `bytes` at `address`, made by the code at `pc`.
 void emulator_atomic(const void* address, unsigned bytes, const void* pc);
 
+// Instructions on matrices: see kernels/ptx.cuh. All lanes of the warp must arrive in the same source line.
+// A shared address is the offset in the module's shared memory.
+enum EmulatorMma { EMULATOR_MMA_F16, EMULATOR_MMA_BF16, EMULATOR_MMA_TF32 };
+unsigned emulator_shared_address(const void* pointer, EmulatorPlace place);
+void emulator_ldmatrix(unsigned* registers, int count, bool transposed, unsigned row, EmulatorPlace place);
+void emulator_stmatrix(const unsigned* registers, int count, bool transposed, unsigned row,
+                       EmulatorPlace place);
+void emulator_mma(EmulatorMma kind, float* d, const unsigned* a, const unsigned* b, EmulatorPlace place);
+void emulator_mma_f64(double* d, double a, double b, EmulatorPlace place);
+
+void emulator_prefetch(const void* address);
+
+// Asynchronous copies and barriers: see kernels/ptx_async.cuh and kernels/ptx_sm90.cuh.
+void emulator_cp_async(unsigned shared, const void* global, unsigned bytes, unsigned source_bytes,
+                       EmulatorPlace place);
+void emulator_cp_async_commit();
+void emulator_cp_async_wait(int groups, EmulatorPlace place);  // -1: for all, committed or not
+void emulator_named_barrier(unsigned id, unsigned threads, bool waits, EmulatorPlace place);
+
+void emulator_fence_proxy_async();
+void emulator_fence_mbarrier_init();
+void emulator_mbarrier_init(unsigned barrier, unsigned count, EmulatorPlace place);
+void emulator_mbarrier_inval(unsigned barrier, EmulatorPlace place);
+void emulator_mbarrier_arrive(unsigned barrier, unsigned expected_bytes, EmulatorPlace place);
+bool emulator_mbarrier_try_wait(unsigned barrier, unsigned parity, EmulatorPlace place);
+
+struct EmulatorBox {
+  int rank;
+  int at[5];  // coordinates, innermost first
+  bool im2col;
+  unsigned short offsets[3];  // im2col: w, h, d
+};
+void emulator_tma_prefetch(const void* map, EmulatorPlace place);
+void emulator_tma_load(unsigned tile, const void* map, unsigned barrier, const EmulatorBox* box, EmulatorPlace place);
+void emulator_tma_store(const void* map, unsigned tile, const EmulatorBox* box, EmulatorPlace place);
+void emulator_bulk_load(unsigned shared, const void* global, unsigned bytes, unsigned barrier, EmulatorPlace place);
+void emulator_bulk_store(void* global, unsigned shared, unsigned bytes, EmulatorPlace place);
+void emulator_bulk_commit();
+void emulator_bulk_wait(int groups, bool for_reads_only, EmulatorPlace place);
+
+// Warpgroups.
+struct EmulatorWgmma {
+  int type;  // WgmmaType
+  int n;
+  float* d;
+  const unsigned* a_registers;  // null: A is in shared memory
+  unsigned long long a, b;      // descriptors
+  int a_major, b_major;         // Major
+  bool accumulate;
+};
+void emulator_wgmma(const EmulatorWgmma* operands, EmulatorPlace place);
+void emulator_wgmma_fence(EmulatorPlace place);
+void emulator_wgmma_commit(EmulatorPlace place);
+void emulator_wgmma_wait(int groups, EmulatorPlace place);
+void emulator_setmaxnreg(unsigned count, EmulatorPlace place);
+bool emulator_elect(unsigned mask, EmulatorPlace place);
+
 // The kernel gives up: __trap() and a failed assert().
 [[noreturn]] void emulator_trap(const char* what, EmulatorPlace place);
 

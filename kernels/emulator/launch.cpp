@@ -9,12 +9,17 @@
 #include <memory>
 #include <new>
 
+#include "async_copies.h"
 #include "collectives.h"
 #include "diagnostics.h"
 #include "guards.h"
+#include "mbarriers.h"
 #include "memory.h"
+#include "profile.h"
 #include "schedule.h"
 #include "state.h"
+#include "tensor_maps.h"
+#include "wgmma.h"
 
 using namespace emulator;
 
@@ -54,7 +59,10 @@ struct LaunchInfo {
   uint64_t seed;
   double seconds;
   const TensorInfo* tensors;
+  PackedTensorMap* const* tensor_maps;  // addresses are offsets in their tensors
+  uint64_t tensor_map_count;
   void* params;  // null: the entry takes none
+  uint32_t profile;
 };
 
 int find_segments(dl_phdr_info* info, size_t, void* data) {
@@ -183,7 +191,12 @@ bool run_all_blocks(const LaunchInfo& info) {
     launch.blocks_by_epoch.push_back({epoch, (unsigned)number});
     poison_shared();
     reset_collectives();
+    reset_agents();
+    reset_mbarriers();
+    reset_copies();
+    reset_warpgroups();
     if (!run_block()) return false;
+    if (launch.profiled) end_requests();
     if (turn == 0 && !shared_within_limits(info)) return false;
   }
   return true;
@@ -208,6 +221,8 @@ bool run(const LaunchInfo& info) {
   launch.grid_size = pack({info.grid[0], info.grid[1], info.grid[2]});
   launch.schedule = info.schedule;
   launch.counters = {};
+  launch.profiled = info.profile;
+  reset_profile();
   launch.blocks_by_epoch.clear();
   seed_random(info.seed);
   number_threads(info.block);
@@ -216,6 +231,14 @@ bool run(const LaunchInfo& info) {
   std::vector<void*> pointers, arguments;
   place_tensors(info, pointers);
   for (void*& pointer : pointers) arguments.push_back(&pointer);
+  launch.tensor_maps.clear();
+  for (uint64_t i = 0; i < info.tensor_map_count; i++) {
+    PackedTensorMap& map = *info.tensor_maps[i];
+    map.address += launch.tensors[map.tensor].begin;
+    map.number = (uint32_t)i;
+    launch.tensor_maps.push_back(&map);
+    arguments.push_back(&map);
+  }
   if (info.params) arguments.push_back(info.params);
   launch.arguments = arguments.data();
   advance_epoch();

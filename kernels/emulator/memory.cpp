@@ -7,8 +7,11 @@
 #include <new>
 
 #include "diagnostics.h"
+#include "mbarriers.h"
+#include "profile.h"
 #include "schedule.h"
 #include "state.h"
+#include "wgmma.h"
 
 namespace emulator {
 
@@ -38,7 +41,16 @@ std::string shared_place(uint64_t offset) {
     fail("%s of %s before anything has written it", verb(kind), place.c_str());
   const char* earlier = conflict == Conflict::write_after_read ? "read" : other.atomic ? "atomic update" : "write";
   const bool same_block = other.epoch >= block.first_epoch;
+  if (other.thread == MBARRIER) fail("%s of %s, which is an mbarrier", verb(kind), place.c_str());
   set_other(other);
+  if (other.clock == UNDER_WAY) {
+    const char* copy = other.thread >= FIRST_AGENT ? "" : place[0] == '\'' ? "a bulk store of " : "a cp.async of ";
+    fail("race: %s of %s while %s%s writes it: no wait has covered that yet", verb(kind), place.c_str(), copy,
+         describe_thread(other).c_str());
+  }
+  if (conflict == Conflict::unfenced)
+    fail("missing fence_proxy_async: %s of %s by TMA or wgmma after the write by %s, which has not fenced since",
+         verb(kind), place.c_str(), describe_thread(other).c_str());
   fail("race: %s of %s is not ordered after the %s by %s%s", verb(kind), place.c_str(), earlier,
        describe_thread(other).c_str(),
        same_block ? "" : " (blocks of one launch cannot wait for each other)");
@@ -59,7 +71,7 @@ std::string shared_place(uint64_t offset) {
 
 template <Kind kind>
 __attribute__((always_inline)) inline void check_shared(uintptr_t offset, unsigned bytes, unsigned alignment,
-                                                        const void* pc) {
+                                                        const Access& now, const Thread& thread) {
   Module& module = *launch.module;
   launch.counters.shared_accesses++;
   const unsigned owner = module.owner[offset];
@@ -70,8 +82,8 @@ __attribute__((always_inline)) inline void check_shared(uintptr_t offset, unsign
   module.touched[owner] = 1;
   Access other;
   uint64_t at;
-  const Conflict conflict = module.shadow.access<kind>(offset, bytes, code_offset(pc), *current,
-                                                       block.first_epoch, true, &other, &at);
+  const Conflict conflict =
+      module.shadow.access<kind>(offset, bytes, now, thread, block.first_epoch, true, &other, &at);
   if (conflict != Conflict::none) fail_race(conflict, kind, shared_place(at), other);
 }
 
@@ -113,7 +125,8 @@ inline Tensor* tensor_at(uintptr_t address) {
 }
 
 template <Kind kind>
-inline void check_global(uintptr_t address, unsigned bytes, unsigned alignment, const void* pc) {
+inline void check_global(uintptr_t address, unsigned bytes, unsigned alignment, const Access& now,
+                         const Thread& thread) {
   Tensor* tensor = tensor_at(address);
   if (!tensor || address + bytes > tensor->end) fail_global_bounds(address, bytes, kind);
   const uint64_t offset = address - tensor->begin;
@@ -127,10 +140,14 @@ inline void check_global(uintptr_t address, unsigned bytes, unsigned alignment, 
   }
   Access other;
   uint64_t at;
-  const Conflict conflict = tensor->shadow->access<kind>(
-      offset, bytes, code_offset(pc), *current, launch.first_epoch, tensor->role == Role::output, &other, &at);
+  const Conflict conflict = tensor->shadow->access<kind>(offset, bytes, now, thread, launch.first_epoch,
+                                                         tensor->role == Role::output, &other, &at);
   if (conflict != Conflict::none)
     fail_race(conflict, kind, "'" + tensor->name + "' byte " + std::to_string(at), other);
+}
+
+inline Access access_by(const Thread& thread, Kind kind, uint32_t code) {
+  return {epoch, thread.clock, code, thread.number, kind == Kind::atomic, 0, thread.fences};
 }
 
 // `alignment` is what the access needs; accesses that the compiler will split need none.
@@ -138,13 +155,27 @@ template <Kind kind>
 inline void check(const void* pointer, unsigned bytes, unsigned alignment, const void* pc) {
   if (!current) return;
   const uintptr_t address = (uintptr_t)pointer;
+  if (__builtin_expect(launch.profiled, false)) note_access(kind, address, bytes, pc);
   const uintptr_t offset = address - launch.shared_base;
-  if (offset < launch.shared_bytes) return check_shared<kind>(offset, bytes, alignment, pc);
-  if (address - (uintptr_t)arena.begin < arena.bytes) return check_global<kind>(address, bytes, alignment, pc);
-  if (address - (uintptr_t)stack(current->number) < STACK_BYTES) return;
+  const Access now = access_by(*current, kind, code_offset(pc));
+  if (offset < launch.shared_bytes) return check_shared<kind>(offset, bytes, alignment, now, *current);
+  if (address - (uintptr_t)arena.begin < arena.bytes)
+    return check_global<kind>(address, bytes, alignment, now, *current);
+  if (address - (uintptr_t)stack(current->number) < STACK_BYTES) {
+    if (current->has_fragments) touch_registers(address, bytes, kind);
+    return;
+  }
   // Constants and tables of the module itself.
   if (kind == Kind::read && launch.module->contains(address)) return;
-  check_global<kind>(address, bytes, alignment, pc);
+  check_global<kind>(address, bytes, alignment, now, *current);
+}
+
+// The same for an address in the shared window, which wraps around like any unsigned number.
+template <Kind kind>
+inline void check_at(uint32_t address, unsigned bytes, unsigned alignment, const void* pc) {
+  if (address >= launch.shared_bytes) fail_shared_bounds((int32_t)address, bytes, kind);
+  if (launch.profiled) note_access(kind, launch.shared_base + address, bytes, pc);
+  check_shared<kind>(address, bytes, alignment, access_by(*current, kind, code_offset(pc)), *current);
 }
 
 }  // namespace
@@ -169,6 +200,40 @@ std::string describe_address(uintptr_t address) {
   char text[40];
   snprintf(text, sizeof text, "address 0x%lx", address);
   return text;
+}
+
+std::string describe_shared(uint32_t address) { return shared_place(address); }
+
+const char* read_shared(uint32_t address, unsigned bytes, unsigned alignment, const void* pc) {
+  check_at<Kind::read>(address, bytes, alignment, pc);
+  return (const char*)launch.shared_base + address;
+}
+
+char* write_shared(uint32_t address, unsigned bytes, unsigned alignment, const void* pc) {
+  check_at<Kind::write>(address, bytes, alignment, pc);
+  return (char*)launch.shared_base + address;
+}
+
+void access_shared(Kind kind, uint32_t address, unsigned bytes, const Access& now, const Thread& thread) {
+  if (address >= launch.shared_bytes) fail_shared_bounds((int32_t)address, bytes, kind);
+  if (kind == Kind::read) return check_shared<Kind::read>(address, bytes, 1, now, thread);
+  check_shared<Kind::write>(address, bytes, 1, now, thread);
+}
+
+void access_global(Kind kind, uintptr_t address, unsigned bytes, const Access& now, const Thread& thread) {
+  if (kind == Kind::read) return check_global<Kind::read>(address, bytes, 1, now, thread);
+  check_global<Kind::write>(address, bytes, 1, now, thread);
+}
+
+Access access_now(Kind kind, const void* pc) { return access_by(*current, kind, code_offset(pc)); }
+
+void settle_shared(uint32_t address, unsigned bytes, const Access& write) {
+  launch.module->shadow.settle(address, bytes, write);
+}
+
+void settle_global(uintptr_t address, unsigned bytes, const Access& write) {
+  const Tensor& tensor = *tensor_at(address);
+  tensor.shadow->settle(address - tensor.begin, bytes, write);
 }
 
 void prepare_shared(Module& module, uint32_t dynamic_bytes) {
@@ -231,6 +296,30 @@ void __tsan_write_range(const void* address, size_t bytes) {
   check_unusual<Kind::write>(address, (unsigned)bytes, 1, __builtin_return_address(0));
 }
 void __tsan_init() {}
+
+unsigned emulator_shared_address(const void* pointer, EmulatorPlace place) {
+  const uintptr_t offset = (uintptr_t)pointer - emulator::launch.shared_base;
+  // Just outside is no error yet: an address may be computed with before it is used.
+  if (offset + emulator::SHARED_MARGIN >= emulator::launch.shared_bytes + 2 * emulator::SHARED_MARGIN)
+    emulator::fail_at(place, "shared_address: expected a pointer to shared memory, got %s",
+                      emulator::describe_address((uintptr_t)pointer).c_str());
+  return (unsigned)offset;
+}
+
+void emulator_prefetch(const void* address) {
+  if (!emulator::tensor_at((uintptr_t)address)) emulator::fail_global_bounds((uintptr_t)address, 1, Kind::read);
+}
+
+// clang copies and fills large structures by calls that nothing announces: the linker sends them here.
+void* __wrap_memcpy(void* to, const void* from, size_t bytes) {
+  check_unusual<Kind::read>(from, (unsigned)bytes, 1, __builtin_return_address(0));
+  check_unusual<Kind::write>(to, (unsigned)bytes, 1, __builtin_return_address(0));
+  return memcpy(to, from, bytes);
+}
+void* __wrap_memset(void* to, int byte, size_t bytes) {
+  check_unusual<Kind::write>(to, (unsigned)bytes, 1, __builtin_return_address(0));
+  return memset(to, byte, bytes);
+}
 
 void emulator_atomic(const void* address, unsigned bytes, const void* pc) {
   emulator::let_others_run();  // a thread that waits for an atomic to change must not keep the others from it

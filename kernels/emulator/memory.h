@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <string>
 
+#include "shadow.h"
+
 namespace emulator {
 
 // Tensors are copied into an arena, this far apart, so that an index that leaves one tensor cannot land in
@@ -16,6 +18,21 @@ void release_arena();
 
 // "'x' byte 12", "shared 'tile' byte 4", or the bare address.
 std::string describe_address(uintptr_t address);
+std::string describe_shared(uint32_t address);
+
+// Checks what an instruction does with `bytes` at a shared address, on behalf of the running thread and as for
+// an access through a pointer; `pc` is in the kernel. Returns where the bytes are.
+const char* read_shared(uint32_t address, unsigned bytes, unsigned alignment, const void* pc);
+char* write_shared(uint32_t address, unsigned bytes, unsigned alignment, const void* pc);
+
+// The same for what an asynchronous operation does: the record says `now`, and order is judged by what `thread`
+// knows. Writes that were under way are settled when they have been done.
+void access_shared(Kind kind, uint32_t address, unsigned bytes, const Access& now, const Thread& thread);
+void access_global(Kind kind, uintptr_t address, unsigned bytes, const Access& now, const Thread& thread);
+void settle_shared(uint32_t address, unsigned bytes, const Access& write);
+void settle_global(uintptr_t address, unsigned bytes, const Access& write);
+// The record of an access that the running thread makes now, from the code at `pc`.
+Access access_now(Kind kind, const void* pc);
 
 // Sets the size of the module's dynamic shared array and prepares its shared memory for a launch.
 struct Module;

@@ -1,8 +1,10 @@
 #include "schedule.h"
 
+#include "async_copies.h"
 #include "collectives.h"
 #include "diagnostics.h"
 #include "guards.h"
+#include "wgmma.h"
 
 namespace emulator {
 
@@ -22,7 +24,8 @@ std::vector<Thread*> queue;
 size_t head;
 
 Thread& next() {
-  if (head == queue.size()) fail_deadlock();
+  while (head == queue.size())
+    if (!complete_a_load()) fail_deadlock();
   if (overdue) fail_overdue();
   Thread* chosen = nullptr;
   switch (launch.schedule) {
@@ -63,10 +66,13 @@ void switch_to(Thread& thread) {
 void run_thread() {
   launch.entry(launch.arguments);
   Thread& self = *current;
+  check_copies_of(self);
+  leave_warpgroup(self);
   self.state = State::exited;
   block.live--;
   leave_warp(self);
   if (block.live == 0) {
+    finish_copies();
     current = nullptr;
     switch_fiber(self.fiber, scheduler);
   }

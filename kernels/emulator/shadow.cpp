@@ -11,16 +11,63 @@ uint32_t epoch = 1;
 
 namespace {
 
+static_assert(FIRST_AGENT == MAX_THREADS, "agents are numbered behind the threads");
+constexpr unsigned MAX_AGENTS = 64;
+constexpr size_t MAX_FENCES = (1 << 14) - 1;  // of one thread; then it counts as having fenced
+
 // known[w][me][other]: accesses of lane `other` with a lower clock are ordered before what lane `me` does now.
 uint32_t known[MAX_WARPS][WARP][WARP];
 
+// The same for threads of other warps and agents, a row a thread. Most kernels synchronise their warps by block
+// barriers alone; the rows exist from the first time that one does otherwise.
+std::vector<uint32_t> known_afar;
+unsigned row_length;  // threads of the block and MAX_AGENTS
+
+struct Agent {
+  std::string name;
+  uint32_t clock;
+};
+Agent agents[MAX_AGENTS];
+unsigned agent_count;
+
+// When each thread executed its fences between the proxies.
+struct Time {
+  uint32_t epoch, clock;
+};
+std::vector<Time> fence_times[MAX_THREADS];
+
+unsigned agent_index(uint16_t agent) { return (agent - FIRST_AGENT) / WARP; }
+unsigned column(uint16_t thread) { return thread < FIRST_AGENT ? thread : launch.threads + agent_index(thread); }
+uint32_t* row(const Thread& thread) { return &known_afar[thread.number * (size_t)row_length]; }
+
+void know_afar() {
+  if (!known_afar.empty()) return;
+  row_length = launch.threads + MAX_AGENTS;
+  known_afar.assign(launch.threads * (size_t)row_length, 0);
+}
+
+inline bool known_from_afar(const Access& earlier, const Thread& thread) {
+  return !known_afar.empty() && earlier.clock < row(thread)[column(earlier.thread)];
+}
+
 // Accesses in epochs below `oldest` do not count; see Shadow::access.
 inline bool ordered_before_now(const Access& earlier, const Thread& thread, uint32_t oldest) {
+  if (earlier.asynchronous)
+    return earlier.epoch < oldest || (earlier.clock != UNDER_WAY && known_from_afar(earlier, thread));
   // Before the last barrier of this block, or gone; but not in another block of this launch.
   if (earlier.epoch < epoch) return earlier.epoch >= block.first_epoch || earlier.epoch < oldest;
   if (earlier.thread == thread.number) return true;
-  if (earlier.thread / WARP != thread.warp) return false;
+  if (earlier.thread / WARP != thread.warp) return known_from_afar(earlier, thread);
   return earlier.clock < known[thread.warp][thread.lane][earlier.thread % WARP];
+}
+
+// Whether a write is the async proxy's own, or its thread has fenced since, before what `thread` does now.
+bool visible_to_async_proxy(const Access& write, const Thread& thread, uint32_t oldest) {
+  if (write.epoch < oldest || write.thread >= FIRST_AGENT) return true;
+  const std::vector<Time>& fences = fence_times[write.thread];
+  if (write.fences >= fences.size()) return fences.size() == MAX_FENCES;
+  const Time& time = fences[write.fences];
+  return ordered_before_now({time.epoch, time.clock, 0, write.thread, 0, 0, 0}, thread, oldest);
 }
 
 }  // namespace
@@ -50,7 +97,15 @@ void Shadow::refine(uint32_t log2_place) {
   log2_place_ = log2_place;
 }
 
-void Shadow::note_read(Reads& reads, const Access& now, uint32_t oldest) {
+void Shadow::note_read(Reads& reads, const Access& now, const Thread& thread, uint32_t oldest) {
+  if (!known_afar.empty()) {
+    // What is ordered after this read is ordered after every read before it, too.
+    const bool last = ordered_before_now(reads.last, thread, oldest);
+    const bool apart = ordered_before_now(reads.apart, thread, oldest);
+    if (apart) reads.apart = last ? Access{} : reads.last;
+    if (last || apart || reads.last.thread / WARP == reads.apart.thread / WARP) reads.last = now;
+    return;
+  }
   // How far an earlier read is from this one; 0: this one stands for it in every later comparison.
   auto distance = [&](const Access& read) {
     if (read.epoch < oldest) return 0;
@@ -64,17 +119,22 @@ void Shadow::note_read(Reads& reads, const Access& now, uint32_t oldest) {
 }
 
 template <Kind KIND>
-inline Conflict Shadow::access_place(uint64_t place, uint32_t code, const Thread& thread, uint32_t oldest,
+inline Conflict Shadow::access_place(uint64_t place, const Access& now, const Thread& thread, uint32_t oldest,
                                      bool must_be_written, Access* other) {
   Access& write = writes_[place];
+  const bool async_proxy = now.thread >= FIRST_AGENT;
   if (KIND == Kind::read) {
     if (!ordered_before_now(write, thread, oldest)) {
       *other = write;
       return Conflict::read_after_write;
     }
     if (must_be_written && write.epoch < oldest) return Conflict::never_written;
+    if (async_proxy && !visible_to_async_proxy(write, thread, oldest)) {
+      *other = write;
+      return Conflict::unfenced;
+    }
     Reads& reads = reads_[place];
-    if (reads.last.epoch == epoch && reads.apart.epoch == epoch) {
+    if (reads.last.epoch == epoch && reads.apart.epoch == epoch && known_afar.empty()) {
       // Two reads of this epoch are kept already. If they are by two warps, any write of this epoch races with
       // one of them. If they are by two lanes of the reader's own warp since its last __syncwarp, so too.
       const unsigned one = reads.last.thread / WARP, two = reads.apart.thread / WARP;
@@ -82,7 +142,7 @@ inline Conflict Shadow::access_place(uint64_t place, uint32_t code, const Thread
           (one == thread.warp && reads.last.clock == thread.clock && reads.apart.clock == thread.clock))
         return Conflict::none;
     }
-    note_read(reads, {epoch, thread.clock, code, thread.number, 0}, oldest);
+    note_read(reads, now, thread, oldest);
     return Conflict::none;
   }
   constexpr bool atomic = KIND == Kind::atomic;
@@ -91,6 +151,10 @@ inline Conflict Shadow::access_place(uint64_t place, uint32_t code, const Thread
     return Conflict::write_after_write;
   }
   if (atomic && must_be_written && write.epoch < oldest) return Conflict::never_written;
+  if (async_proxy && !visible_to_async_proxy(write, thread, oldest)) {
+    *other = write;
+    return Conflict::unfenced;
+  }
   if (!reads_.empty()) {
     Reads& reads = reads_[place];
     for (const Access* read : {&reads.last, &reads.apart})
@@ -100,12 +164,12 @@ inline Conflict Shadow::access_place(uint64_t place, uint32_t code, const Thread
       }
     reads.last.epoch = reads.apart.epoch = 0;
   }
-  write = {epoch, thread.clock, code, thread.number, atomic};
+  write = now;
   return Conflict::none;
 }
 
 template <Kind KIND>
-__attribute__((always_inline)) inline Conflict Shadow::access(uint64_t offset, unsigned bytes, uint32_t code,
+__attribute__((always_inline)) inline Conflict Shadow::access(uint64_t offset, unsigned bytes, const Access& now,
                                                               const Thread& thread, uint32_t oldest,
                                                               bool must_be_written, Access* other, uint64_t* at) {
   const uint64_t ends = offset | bytes;
@@ -113,7 +177,7 @@ __attribute__((always_inline)) inline Conflict Shadow::access(uint64_t offset, u
   if (KIND == Kind::read && __builtin_expect(reads_.empty(), false)) reads_.resize(writes_.size());
   const uint64_t last = (offset + bytes - 1) >> log2_place_;
   for (uint64_t place = offset >> log2_place_; place <= last; place++) {
-    const Conflict conflict = access_place<KIND>(place, code, thread, oldest, must_be_written, other);
+    const Conflict conflict = access_place<KIND>(place, now, thread, oldest, must_be_written, other);
     if (__builtin_expect(conflict != Conflict::none, false)) {
       *at = std::max(place << log2_place_, offset);
       return conflict;
@@ -122,7 +186,21 @@ __attribute__((always_inline)) inline Conflict Shadow::access(uint64_t offset, u
   return Conflict::none;
 }
 
-void advance_epoch() { epoch++; }
+void Shadow::settle(uint64_t offset, unsigned bytes, const Access& write) {
+  for (uint64_t place = offset >> log2_place_; place <= (offset + bytes - 1) >> log2_place_; place++)
+    writes_[place] = write;
+}
+
+void advance_epoch() {
+  epoch++;
+  if (known_afar.empty()) return;
+  // All threads have met. Threads are ordered by the epoch; what some know of agents, now all do.
+  for (unsigned agent = launch.threads; agent < launch.threads + agent_count; agent++) {
+    uint32_t most = 0;
+    for (unsigned i = 0; i < launch.threads; i++) most = std::max(most, row(threads[i])[agent]);
+    for (unsigned i = 0; i < launch.threads; i++) row(threads[i])[agent] = most;
+  }
+}
 
 void synchronise_lanes(unsigned warp, uint32_t mask) {
   uint32_t joined[WARP] = {};
@@ -137,6 +215,65 @@ void synchronise_lanes(unsigned warp, uint32_t mask) {
   }
   for (uint32_t rest = mask; rest; rest &= rest - 1)
     memcpy(known[warp][__builtin_ctz(rest)], joined, sizeof joined);
+  if (known_afar.empty()) return;
+  Clocks afar(row_length);
+  auto lane = [&](uint32_t rest) -> uint32_t* { return row(threads[warp * WARP + (unsigned)__builtin_ctz(rest)]); };
+  for (uint32_t rest = mask; rest; rest &= rest - 1)
+    for (unsigned i = 0; i < row_length; i++) afar[i] = std::max(afar[i], lane(rest)[i]);
+  for (uint32_t rest = mask; rest; rest &= rest - 1) memcpy(lane(rest), afar.data(), row_length * sizeof(uint32_t));
+}
+
+// ---- order without a block barrier ----------------------------------------------------------------------
+
+void release(Thread& thread, Clocks& to) {
+  know_afar();
+  to.resize(row_length);
+  for (unsigned i = 0; i < row_length; i++) to[i] = std::max(to[i], row(thread)[i]);
+  const unsigned first = thread.warp * WARP, lanes = std::min(WARP, launch.threads - first);
+  for (unsigned lane = 0; lane < lanes; lane++)
+    to[first + lane] = std::max(to[first + lane], known[thread.warp][thread.lane][lane]);
+  to[thread.number] = ++thread.clock;
+}
+
+void acquire(const Thread& thread, const Clocks& from) {
+  know_afar();
+  for (size_t i = 0; i < from.size(); i++) row(thread)[i] = std::max(row(thread)[i], from[i]);
+  const unsigned first = thread.warp * WARP, lanes = std::min(WARP, launch.threads - first);
+  uint32_t(&mine)[WARP] = known[thread.warp][thread.lane];
+  if (!from.empty())
+    for (unsigned lane = 0; lane < lanes; lane++) mine[lane] = std::max(mine[lane], from[first + lane]);
+}
+
+uint16_t new_agent(std::string name) {
+  know_afar();
+  const unsigned index = std::min(agent_count, MAX_AGENTS - 1);
+  agent_count = index + 1;
+  agents[index].name = std::move(name);
+  return (uint16_t)(FIRST_AGENT + WARP * index);  // so that each counts as a warp of its own
+}
+
+const std::string& agent_name(uint16_t agent) { return agents[agent_index(agent)].name; }
+
+uint32_t tick(uint16_t agent) { return agents[agent_index(agent)].clock++; }
+
+void include(Clocks& to, uint16_t agent, uint32_t clock) {
+  to.resize(row_length);
+  to[column(agent)] = std::max(to[column(agent)], clock + 1);
+}
+
+void acquire(const Thread& thread, uint16_t agent, uint32_t clock) {
+  uint32_t& mine = row(thread)[column(agent)];
+  mine = std::max(mine, clock + 1);
+}
+
+void fence_proxies(Thread& thread) {
+  std::vector<Time>& times = fence_times[thread.number];
+  if (times.size() < MAX_FENCES) times.push_back({epoch, thread.clock});
+  thread.fences = (uint16_t)times.size();
+}
+
+bool ordered(const Access& earlier, const Thread& thread) {
+  return ordered_before_now(earlier, thread, block.first_epoch);
 }
 
 unsigned block_of(uint32_t of) {
@@ -149,6 +286,16 @@ unsigned block_of(uint32_t of) {
 void reset_clocks() {
   memset(known, 0, sizeof known);
   for (Thread& thread : threads) thread.clock = 0;
+  known_afar.clear();
+  for (Agent& agent : agents) agent.clock = 0;
+}
+
+void reset_agents() {
+  agent_count = 0;
+  for (unsigned i = 0; i < launch.threads; i++) {
+    if (threads[i].fences) fence_times[i].clear();
+    threads[i].fences = 0;
+  }
 }
 
 }  // namespace emulator

@@ -4,8 +4,13 @@
 // blocks run one after the other, so that "an earlier epoch of this block" is "before a barrier". Within an
 // epoch only __syncwarp orders the threads of a warp; for that every thread keeps a clock for each lane of
 // its warp (a vector clock). Shuffles and votes order no memory, as CUDA states.
+//
+// Named barriers and mbarriers order threads of different warps without a new epoch: they hand clocks of all
+// threads from one to the other. Asynchronous work is done by agents, which have clocks as threads do; it is
+// ordered by these alone, since no block barrier waits for it.
 #pragma once
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace emulator {
@@ -17,14 +22,24 @@ struct Access {
   uint32_t epoch;
   uint32_t clock;   // the thread's own clock
   uint32_t code;    // offset of the instruction in the module
-  uint16_t thread;  // within its block
-  uint16_t atomic;
+  uint16_t thread;  // within its block; from FIRST_AGENT on, an agent
+  uint16_t atomic : 1;
+  uint16_t asynchronous : 1;  // block barriers do not order it, clocks do
+  uint16_t fences : 14;       // between the proxies, executed by the thread before
 };
+constexpr uint32_t UNDER_WAY = UINT32_MAX;  // the clock of a write that nobody can know yet
 
 enum class Kind : uint8_t { read, write, atomic };
 
-// How an access collides with the one before it.
-enum class Conflict : uint8_t { none, read_after_write, write_after_write, write_after_read, never_written };
+// How an access collides with the one before it. `unfenced`: the async proxy may not see the write.
+enum class Conflict : uint8_t {
+  none,
+  read_after_write,
+  write_after_write,
+  write_after_read,
+  never_written,
+  unfenced
+};
 
 class Shadow {
  public:
@@ -35,11 +50,15 @@ class Shadow {
   void clear() { *this = Shadow(); }
   uint64_t record_bytes() const { return writes_.size() * sizeof(Access) + reads_.size() * sizeof(Reads); }
 
-  // Records an access of `bytes` at `offset` by `thread` from `code`. Epochs below `oldest` do not count: they
-  // are older than the content of the region. On a conflict, *other is the earlier access and *at its place.
+  // Records the access `now` of `bytes` at `offset`, made by or on behalf of `thread`. Epochs below `oldest` do
+  // not count: they are older than the content of the region. On a conflict, *other is the earlier access and
+  // *at its place.
   template <Kind KIND>
-  Conflict access(uint64_t offset, unsigned bytes, uint32_t code, const Thread& thread, uint32_t oldest,
+  Conflict access(uint64_t offset, unsigned bytes, const Access& now, const Thread& thread, uint32_t oldest,
                   bool must_be_written, Access* other, uint64_t* at);
+
+  // A write that was under way has been done: from now on the record says `write`.
+  void settle(uint64_t offset, unsigned bytes, const Access& write);
 
   // Whether a record says that `offset` has been written since `oldest`.
   bool written(uint64_t offset, uint32_t oldest) const { return writes_[offset >> log2_place_].epoch >= oldest; }
@@ -52,10 +71,10 @@ class Shadow {
     Access last, apart;
   };
   template <Kind KIND>
-  Conflict access_place(uint64_t place, uint32_t code, const Thread& thread, uint32_t oldest, bool must_be_written,
-                        Access* other);
+  Conflict access_place(uint64_t place, const Access& now, const Thread& thread, uint32_t oldest,
+                        bool must_be_written, Access* other);
   void refine(uint32_t log2_place);
-  void note_read(Reads& reads, const Access& now, uint32_t oldest);
+  void note_read(Reads& reads, const Access& now, const Thread& thread, uint32_t oldest);
 
   uint32_t log2_place_ = 0;
   std::vector<Access> writes_;
@@ -71,7 +90,32 @@ void synchronise_lanes(unsigned warp, uint32_t mask);
 // The number of the block that was running in `epoch`.
 unsigned block_of(uint32_t epoch);
 
+// ---- order without a block barrier ----------------------------------------------------------------------
+// For each thread and each agent, the clock up to which its accesses are known.
+using Clocks = std::vector<uint32_t>;
+// All that `thread` has done and knows is ordered before what a thread does that acquires `to` later.
+void release(Thread& thread, Clocks& to);
+void acquire(const Thread& thread, const Clocks& from);
+
+// Agents: the copies that complete on one mbarrier, the wgmma of one warpgroup, the stores of one thread. There
+// are few; from the 64th on they share a clock, and a race between two of those may be missed.
+constexpr uint16_t FIRST_AGENT = 1024;
+uint16_t new_agent(std::string name);  // numbered as in Access::thread
+const std::string& agent_name(uint16_t agent);
+// The clock of what the agent does next; it then moves on.
+uint32_t tick(uint16_t agent);
+// What the agent did at `clock` and before is known: to whoever acquires `to`, or to `thread`.
+void include(Clocks& to, uint16_t agent, uint32_t clock);
+void acquire(const Thread& thread, uint16_t agent, uint32_t clock);
+
+// `thread` makes what it has written visible to the async proxy.
+void fence_proxies(Thread& thread);
+// Whether `earlier`, an event in the life of a thread of this block, is ordered before what `thread` does now.
+bool ordered(const Access& earlier, const Thread& thread);
+
 // For a new launch: no thread knows anything of another.
 void reset_clocks();
+// For a new block: no agents, no fences.
+void reset_agents();
 
 }  // namespace emulator

@@ -18,7 +18,15 @@ constexpr unsigned MAX_STATIC_SHARED = 48 << 10;
 constexpr unsigned MAX_SHARED = 227 << 10;
 
 // ---- a thread -------------------------------------------------------------------------------------------
-enum class State : uint8_t { ready, at_block_barrier, at_warp_operation, exited };
+enum class State : uint8_t {
+  ready,
+  at_block_barrier,
+  at_named_barrier,
+  at_mbarrier,
+  at_warp_operation,
+  at_warpgroup_operation,
+  exited
+};
 
 struct Thread {
   uint16_t number;  // within the block, x fastest
@@ -27,6 +35,9 @@ struct Thread {
   uint32_t clock;  // grows at every __syncwarp the thread takes part in
   unsigned long index;
   EmulatorPlace waits_at;  // where, in the states at_…
+  uint32_t waits_for;      // number of a named barrier, address of an mbarrier
+  uint16_t fences;         // between the proxies that it has executed; see Access
+  bool has_fragments;      // some of its variables are, or were, registers of a wgmma
   Fiber fiber;
 };
 
@@ -64,8 +75,11 @@ struct Module {
 // ---- the launch -----------------------------------------------------------------------------------------
 enum class Schedule : uint32_t { forward, reverse, random };
 
+struct PackedTensorMap;
+
 struct Counters {
   uint64_t global_bytes_read, global_bytes_written, shared_accesses, block_barriers, warp_operations, switches;
+  uint64_t mma_instructions;  // a warp's counted once
 };
 
 struct Block {
@@ -84,7 +98,9 @@ struct Launch {
   unsigned long block_size, grid_size;
   unsigned threads;
   Schedule schedule;
+  bool profiled;
   std::vector<Tensor> tensors;
+  std::vector<const PackedTensorMap*> tensor_maps;
   uint32_t first_epoch;
   std::vector<std::pair<uint32_t, unsigned>> blocks_by_epoch;  // (first epoch, number), in the order they ran
   Counters counters;

@@ -1,0 +1,358 @@
+"""The table of what every kernel costs on every architecture: ``python -m tests.nvrtc record`` rewrites it.
+
+A kernel is compiled together with the entries that share its constants: a `Unit`. The units are found by
+tracing launches without running them: over the rows of cases.py in every algorithm, and over `beyond`, the
+problems that no test has the time to run but whose tiles and 64-bit offsets a user gets.
+
+``tests/nvrtc_resources.csv`` has a line for each entry of each unit, and a column for each architecture. A
+cell is ``registers:spill:stack:shared``, the bytes spilled by a thread (stores and loads), of its stack frame
+and of the block's static shared memory; zeros at its end are left off. Of `FULL` every unit is recorded; of
+`SAMPLED`, of all units of one source, element type and set of entries the one with the most registers on
+`FULL`'s first, so that compiling all of it again takes minutes and not a quarter of an hour.
+
+A launcher that serves fewer architectures says so in a constant ``ARCHITECTURES``: a tuple like `ALL` for the
+whole module, or a dict from an entry's name to such a tuple (entries that it does not name: all).
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import mmap
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import cnnops
+from cnnops import functional as C
+from cnnops.cuda import jit
+from cnnops.cuda.kernel import Kernel
+from cnnops.cuda.launch import trace
+from cnnops.registry import CONV, GPU, NORM, POOL, ROWS
+
+TABLE = Path(__file__).with_name("nvrtc_resources.csv")
+COMMAND = "python -m tests.nvrtc record"
+FULL = ("80", "90a")
+SAMPLED = ("86", "89", "100a")
+ALL = ("80", "86", "89", "90a", "100a")
+REGISTERS_MAY_GROW = 8
+"""Registers are allotted to a warp's threads by eights: this much may come and go with an edit."""
+
+
+@lru_cache(None)
+def supported() -> tuple[str, ...]:
+    """Those of `ALL` that the installed NVRTC can compile for."""
+    from cuda.bindings import nvrtc
+
+    _, count = nvrtc.nvrtcGetNumSupportedArchs()
+    _, numbers = nvrtc.nvrtcGetSupportedArchs()
+    return tuple(arch for arch in ALL if int(arch.rstrip("a")) in numbers[:count])
+
+
+class Unit(NamedTuple):
+    """One compilation: a source, and its constants as the table writes them (`variant`)."""
+
+    source: str
+    variant: str
+
+
+def variant(kernel: Kernel) -> str:
+    """The constants but for zeros and the size of the params struct, which any edit of it changes."""
+    return " ".join(f"{n}={v}" for n, v in kernel.constants if n != "PARAMS_BYTES" and v != 0)
+
+
+# ---- which kernels there are -----------------------------------------------------------------------------
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Chosen so that every tile of conv_direct.py is somebody's: N C H W, K C/g R S, stride, padding, groups.
+CONVOLUTIONS = (
+    ((32, 64, 56, 56), (64, 64, 3, 3), 1, 1, 1),
+    ((32, 256, 14, 14), (256, 256, 3, 3), 1, 1, 1),
+    ((32, 256, 28, 28), (256, 8, 3, 3), 1, 1, 32),
+    ((32, 256, 28, 28), (256, 32, 3, 3), 1, 1, 8),
+    ((64, 16, 112, 112), (4, 16, 3, 3), 1, 1, 1),
+)
+FAR = 2**31
+"""Elements between the images of a tensor that 32-bit offsets cannot walk."""
+
+
+@lru_cache(None)
+def _address_space() -> Tensor:
+    """Bytes that nobody touches: address space without memory behind it."""
+    no_reserve = 0x4000  # MAP_NORESERVE, which the mmap module does not name
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, (FAR + 2**20) * 8, flags=flags), dtype=torch.uint8)
+
+
+def far_apart(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of two images, `FAR` apart."""
+    dense = torch.empty(size, device="meta").stride()
+    return _address_space().view(dtype).as_strided(size, (FAR, *dense[1:]))
+
+
+def _backward(y: Tensor, leaves: Sequence[Tensor], far: bool = False) -> None:
+    grad = far_apart(y.shape, y.dtype) if far else torch.empty_like(y)
+    torch.autograd.grad(y, leaves, grad)
+
+
+def beyond(family: Sequence[str]) -> None:
+    """Problems of the sizes that networks have, and of more than 2^31 elements, without their numbers."""
+    for dtype in DTYPES:
+        # The layout in which the type is mostly met.
+        last = dtype in (torch.float16, torch.bfloat16)
+        form = torch.channels_last if last else torch.contiguous_format
+        if family == CONV:
+            for size, filters, stride, padding, groups in CONVOLUTIONS:
+                x, w = (torch.empty(s, dtype=dtype, memory_format=form) for s in (size, filters))
+                leaves = x.requires_grad_(), w.requires_grad_()
+                _backward(C.conv2d(x, w, None, stride, padding, 1, groups), leaves)
+            for filters, groups in (((8, 8, 3, 3), 1), ((8, 1, 3, 3), 8)):
+                x = far_apart((2, 8, 8, 8), dtype).requires_grad_()
+                w = torch.empty(filters, dtype=dtype, requires_grad=True)
+                bias = torch.empty(8, dtype=dtype, requires_grad=True)
+                _backward(C.conv2d(x, w, bias, 1, 1, 1, groups), (x, w, bias), far=True)
+            continue
+        x = far_apart((2, 8, 8, 8), dtype).requires_grad_()
+        if family == POOL:
+            for y in (C.max_pool2d(x, 2), C.avg_pool2d(x, 3, 2), C.adaptive_avg_pool2d(x, 1)):
+                _backward(y, (x,), far=True)
+        elif family == NORM:
+            for training in (True, False):
+                statistics = torch.empty(8, dtype=dtype), torch.empty(8, dtype=dtype)
+                _backward(C.batch_norm(x, *statistics, training=training), (x,), far=True)
+
+
+def _rows(family: Sequence[str]) -> None:
+    """The rows of cases.py: forward, every gradient, and for max pooling the second backward."""
+    from cases import CONV_CASES, NORM_CASES, POOL_CASES, PoolCase, run
+
+    cases = {CONV: CONV_CASES, POOL: POOL_CASES, NORM: NORM_CASES}[tuple(family)]
+    for case in cases:
+        for dtype in case.dtypes:
+            tensors = case.tensors(dtype)
+            run(case.ours, tensors, case.grad)
+            if isinstance(case, PoolCase) and case.kind == "max":
+                leaf = tensors[0].requires_grad_()
+                y = case.ours(leaf)
+                grad = torch.ones_like(y).requires_grad_()
+                (first,) = torch.autograd.grad(y, leaf, grad, create_graph=True)
+                torch.autograd.grad(first, grad, torch.ones_like(first))
+
+
+MODULES = {row.algorithm: row.module for row in ROWS if row.engines == GPU}
+
+
+@lru_cache(None)
+def units() -> dict[Unit, tuple[Kernel, frozenset[str]]]:
+    """Every unit: one of its kernels, and all entries that are launched from it."""
+    found: dict[Unit, Kernel] = {}
+    entries: dict[Unit, set[str]] = defaultdict(set)
+    with cnnops.engine("emulate"), cnnops.fallback("silent"):
+        for algorithm in MODULES:
+            ops = {row.op for row in ROWS if row.algorithm == algorithm}
+            with cnnops.algorithm(algorithm), trace(run=False) as launches:
+                for family in (CONV, POOL, NORM):
+                    if ops & set(family):
+                        _rows(family)
+                        beyond(family)
+            for launch in launches:
+                unit = Unit(launch.kernel.source, variant(launch.kernel))
+                found.setdefault(unit, launch.kernel)
+                entries[unit].add(launch.kernel.entry)
+    return {unit: (found[unit], frozenset(entries[unit])) for unit in sorted(found)}
+
+
+def architectures(unit: Unit) -> tuple[str, ...]:
+    """What the launcher of the unit's source claims for the entries that it launches from it, in `ALL`."""
+    stem = Path(unit.source).stem
+    stated = (
+        getattr(importlib.import_module(MODULES[stem]), "ARCHITECTURES", ALL)
+        if stem in MODULES
+        else ALL
+    )
+    if isinstance(stated, Mapping):
+        claims = [stated.get(entry, ALL) for entry in units()[unit][1]]
+        return tuple(arch for arch in ALL if any(arch in claim for claim in claims))
+    return tuple(arch for arch in ALL if arch in stated)
+
+
+# ---- what they cost --------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """What one entry takes on one architecture; bytes but for the registers."""
+
+    registers: int
+    spill: int
+    stack: int
+    shared: int
+
+    @classmethod
+    def read(cls, text: str) -> Cell:
+        numbers = [int(n) for n in text.split(":")]
+        return cls(*numbers, *(0,) * (4 - len(numbers)))
+
+    def __str__(self) -> str:
+        return ":".join(map(str, self)).removesuffix(":0").removesuffix(":0").removesuffix(":0")
+
+
+def compiled(unit: Unit, arch: str) -> dict[str, Cell]:
+    """Each entry's cell. Raises CompileError where NVRTC refuses the unit."""
+    kernel, launched = units()[unit]
+    _, log = jit.compile_cubin(kernel.source, kernel.constants, arch)
+    cells = {
+        e.entry: Cell(
+            e.registers, e.spill_store_bytes + e.spill_load_bytes, e.stack_bytes, e.shared_bytes
+        )
+        for e in jit.resources(log)
+    }
+    assert launched <= set(cells), f"{kernel} for sm_{arch}:\n{log}"
+    return cells
+
+
+@dataclass
+class Table:
+    """Cells by unit, entry and architecture; `nvrtc` is the version that they are of."""
+
+    nvrtc: tuple[int, int]
+    cells: dict[Unit, dict[str, dict[str, Cell]]] = field(default_factory=dict)
+
+    def put(self, unit: Unit, arch: str, cells: Mapping[str, Cell]) -> None:
+        for entry, cell in cells.items():
+            self.cells.setdefault(unit, {}).setdefault(entry, {})[arch] = cell
+
+    def recorded(self, arch: str) -> list[Unit]:
+        return [u for u, rows in self.cells.items() if any(arch in row for row in rows.values())]
+
+    def sample(self, arch: str) -> list[Unit]:
+        """The units that stand for all on `arch`, which is one of `SAMPLED`."""
+        kinds: dict[object, list[Unit]] = defaultdict(list)
+        for unit, rows in self.cells.items():
+            if arch in architectures(unit):
+                element = next((w for w in unit.variant.split() if w.startswith("ELEMENT=")), "")
+                kinds[unit.source, element, tuple(sorted(rows))].append(unit)
+
+        def registers(unit: Unit) -> int:
+            return max(next(iter(row.values())).registers for row in self.cells[unit].values())
+
+        return sorted(max(kind, key=registers) for kind in kinds.values())
+
+
+def read() -> Table:
+    with TABLE.open(newline="") as file:
+        major, minor = file.readline().split()[2].rstrip(";").split(".")
+        table = Table((int(major), int(minor)))
+        for row in csv.DictReader(line for line in file if not line.startswith("#")):
+            unit = Unit(row["source"], row["constants"])
+            table.cells.setdefault(unit, {})[row["entry"]] = {
+                arch: Cell.read(row[arch]) for arch in ALL if row[arch]
+            }
+    return table
+
+
+def write(table: Table, seconds: Mapping[str, float]) -> None:
+    """`seconds`: of compiling the units of a source, for one architecture of `FULL`."""
+    counts = defaultdict(int)
+    for unit in table.cells:
+        counts[unit.source] += 1
+    with TABLE.open("w", newline="") as file:
+        print(
+            "# NVRTC {}.{}; written by `{}`; a cell is registers:spill:stack:shared".format(
+                *table.nvrtc, COMMAND
+            ),
+            file=file,
+        )
+        for source, count in sorted(counts.items()):
+            time_ = f"{seconds[source]:.0f} s of CPU time an architecture"
+            print(f"# {source}: {count} sets of constants, {time_}", file=file)
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["source", "entry", *ALL, "constants"])
+        lines = (
+            [unit.source, entry, *(row.get(arch, "") for arch in ALL), unit.variant]
+            for unit, entries in table.cells.items()
+            for entry, row in entries.items()
+        )
+        rows.writerows(sorted(lines, key=lambda line: (line[0], line[1], line[-1])))
+
+
+# ---- comparing and recording -----------------------------------------------------------------------------
+
+
+def differences(table: Table, unit: Unit, arch: str, cells: Mapping[str, Cell]) -> list[str]:
+    """What is worse than in the table, or not in it, a line each."""
+    wrong = []
+    rows = table.cells.get(unit, {})
+    for entry in sorted({*cells, *rows}):
+        what = f"{unit.source}:{entry} [{unit.variant}] for sm_{arch}"
+        before, now = rows.get(entry, {}).get(arch), cells.get(entry)
+        if before is None or now is None:
+            wrong.append(
+                f"{what}: {'not in the table' if now else 'in the table, but no longer compiled'}"
+            )
+            continue
+        if now.spill > before.spill or now.stack > before.stack:
+            wrong.append(
+                f"{what}: expected at most {before.spill} bytes spilled and {before.stack} of stack, got "
+                f"{now.spill} and {now.stack}"
+            )
+        most = before.registers + REGISTERS_MAY_GROW
+        if table.nvrtc == jit.nvrtc_version() and now.registers > most:
+            wrong.append(f"{what}: expected at most {most} registers, got {now.registers}")
+    return wrong
+
+
+def record() -> None:
+    """Compile everything and rewrite the table. Takes some minutes of CPU time, on all cores."""
+    table, seconds = Table(jit.nvrtc_version()), defaultdict(float)
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def timed(unit: Unit, arch: str) -> tuple[dict[str, Cell], float]:
+        began = time.thread_time()
+        return compiled(unit, arch), time.thread_time() - began
+
+    def compile_all(
+        arch: str, chosen: Iterable[Unit]
+    ) -> Iterator[tuple[Unit, dict[str, Cell], float]]:
+        chosen = list(chosen)
+        print(f"sm_{arch}: {len(chosen)} sets of constants", flush=True)
+        for unit, (cells, took) in zip(
+            chosen, pool.map(lambda u: timed(u, arch), chosen), strict=True
+        ):
+            table.put(unit, arch, cells)
+            yield unit, cells, took
+
+    for arch in FULL:
+        for unit, _, took in compile_all(arch, [u for u in units() if arch in architectures(u)]):
+            seconds[unit.source] += took / len(FULL)
+    for arch in SAMPLED:
+        for _ in compile_all(arch, table.sample(arch)):
+            pass
+    write(table, seconds)
+    spilling = [
+        f"  {unit.source}:{entry} for sm_{arch}: {cell.spill} and {cell.stack} bytes [{unit.variant}]"
+        for unit, rows in table.cells.items()
+        for entry, row in rows.items()
+        for arch, cell in row.items()
+        if cell.spill or cell.stack
+    ]
+    print(
+        f"{TABLE.name}: {TABLE.stat().st_size >> 10} KiB, {len(spilling)} entries spill or have a stack"
+    )
+    print(*spilling, sep="\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["record"]:
+        raise SystemExit(f"expected `{COMMAND}`, got {' '.join(sys.argv[1:]) or 'no command'}")
+    sys.path.insert(0, str(Path(__file__).parent))
+    record()
