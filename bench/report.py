@@ -36,6 +36,7 @@ from bench.runs import (  # noqa: E402
     Run,
     conditions,
     duration,
+    failed,
     groups,
     load,
     newest_of_each_device,
@@ -52,7 +53,7 @@ from bench.runs import (  # noqa: E402
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "duration", "load", "main", "readme", "table"]
+__all__ = ["console", "duration", "failed", "load", "main", "readme", "table"]
 
 README, PAGE = ROOT / "README.md", "cnnops_bench.html"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"

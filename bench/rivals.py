@@ -28,6 +28,9 @@ RIVALS = CNNOPS + TORCH
 """cnnops: own kernels only. cnnops-auto: policy "auto", where a table of cnnops.tune speaks of the problem.
 eager-benchmark: with torch.backends.cudnn.benchmark. compile: torch.compile, by default and max-autotune."""
 
+UNTUNED = "no table of cnnops.tune speaks of it"
+"""Why cnnops-auto is absent where nothing was measured: it would be cnnops."""
+
 TOLERANCE = {"float64": 1e-11, "float32": 5e-5, "tf32": 2e-3, "float16": 3e-3, "bfloat16": 2e-2}
 """Largest |result - reference| / |reference| (norms over a tensor) with which a time counts."""
 
@@ -232,7 +235,7 @@ def call(
     with around():
         run = runner(row, f, sets)
         if rival == "cnnops-auto" and not any(c.measured for c in cnnops.explain(run, 0)):
-            raise Absent("no table of cnnops.tune speaks of it")
+            raise Absent(UNTUNED)
         run(0)
     return Call(run, around)
 
@@ -297,9 +300,9 @@ def raised(error: Exception) -> str:
     return f"raised {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def wrong(error: float, limit: float) -> str:
+def wrong(error: float, limit: float, what: str = "result") -> str:
     """Why a rival whose result is too far off is absent."""
-    return f"wrong result: {error:.2g} from the reference, at most {limit:.2g} allowed"
+    return f"wrong {what}: {error:.2g} from the reference, at most {limit:.2g} allowed"
 
 
 def _poison(results: Sequence[Tensor], t: Inputs) -> None:
