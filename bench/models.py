@@ -84,8 +84,8 @@ def _call(
         model: nn.Module = MODELS[row.model](layers=cnnops.nn).to(device)
         around = partial(rivals.our_settings, "own" if rival == "cnnops" else "auto", None)
     else:
-        if rival == "eager-benchmark" and device.type != "cuda":
-            raise Absent("cudnn.benchmark concerns GPUs only")
+        if rival == "cudnn-graph" or (rival == "eager-benchmark" and device.type != "cuda"):
+            raise Absent("cuDNN's graphs are asked of single layers, its benchmark of GPUs")
         model = MODELS[row.model](layers=nn).to(device)
         around = partial(rivals.torch_settings, rival == "eager-benchmark", False)
     model.load_state_dict(copy.deepcopy(stock.state_dict()))

@@ -20,13 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cnnops
+from bench import cudnn_graph
 from bench.suites import Row
 
 CNNOPS = ("cnnops", "cnnops-auto")
-TORCH = ("eager", "eager-benchmark", "compile", "compile-max-autotune")
+TORCH = ("eager", "eager-benchmark", "cudnn-graph", "compile", "compile-max-autotune")
 RIVALS = CNNOPS + TORCH
 """cnnops: own kernels only. cnnops-auto: policy "auto", where a table of cnnops.tune speaks of the problem.
-eager-benchmark: with torch.backends.cudnn.benchmark. compile: torch.compile, by default and max-autotune."""
+eager-benchmark: with torch.backends.cudnn.benchmark. cudnn-graph: see `bench.cudnn_graph`. compile:
+torch.compile, by default and max-autotune."""
 
 UNTUNED = "no table of cnnops.tune speaks of it"
 """Why cnnops-auto is absent where nothing was measured: it would be cnnops."""
@@ -224,8 +226,15 @@ def call(
         f = function(row, ours=True)
     else:
         on_gpu = sets[0].x.is_cuda
-        if rival == "eager-benchmark" and not on_gpu:
-            raise Absent("cudnn.benchmark concerns GPUs only")
+        if rival in ("eager-benchmark", "cudnn-graph") and not on_gpu:
+            raise Absent("cuDNN concerns GPUs only")
+        if rival == "cudnn-graph":
+            try:
+                run = cudnn_graph.convolution(row, sets)
+            except cudnn_graph.Unavailable as reason:
+                raise Absent(str(reason)) from None
+            run(0)
+            return Call(run)
         around = partial(torch_settings, rival == "eager-benchmark", tf32)
         f = function(row, ours=False)
         if rival.startswith("compile"):

@@ -105,14 +105,16 @@ def _backward(y: Tensor, leaves: Sequence[Tensor], far: bool = False) -> None:
     torch.autograd.grad(y, leaves, grad)
 
 
-def beyond(family: Sequence[str]) -> None:
+def beyond(family: Sequence[str], algorithm: str) -> None:
     """Problems of the sizes that networks have, and of more than 2^31 elements, without their numbers."""
+    one_image = algorithm == "conv_im2col"  # whose products PyTorch does compute
     for dtype in DTYPES:
         # The layout in which the type is mostly met.
         last = dtype in (torch.float16, torch.bfloat16)
         form = torch.channels_last if last else torch.contiguous_format
         if family == CONV:
             for size, filters, stride, padding, groups in CONVOLUTIONS:
+                size = (1, *size[1:]) if one_image else size
                 x, w = (torch.empty(s, dtype=dtype, memory_format=form) for s in (size, filters))
                 leaves = x.requires_grad_(), w.requires_grad_()
                 _backward(C.conv2d(x, w, None, stride, padding, 1, groups), leaves)
@@ -164,7 +166,7 @@ def units() -> dict[Unit, tuple[Kernel, frozenset[str]]]:
                 for family in (CONV, POOL, NORM):
                     if ops & set(family):
                         _rows(family)
-                        beyond(family)
+                        beyond(family, algorithm)
             for launch in launches:
                 unit = Unit(launch.kernel.source, variant(launch.kernel))
                 found.setdefault(unit, launch.kernel)

@@ -11,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 import cnnops
-from bench import lab, machine, models, report, rivals, suites, timing
+from bench import cudnn_graph, lab, machine, models, report, rivals, suites, timing
 from bench.rivals import Call, Inputs
 from bench.suites import Case, Row
 
@@ -117,6 +118,114 @@ def test_functions_that_do_not_exist_yet_are_absent(monkeypatch: pytest.MonkeyPa
     )
     assert entry["absent"]["cnnops"] == "cnnops.functional has no max_pool2d"
     assert entry["times"].keys() == {"eager"}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad"])
+def test_cudnn_is_asked_for_the_row(
+    monkeypatch: pytest.MonkeyPatch, direction: str, layout: str
+) -> None:
+    """Against a stand-in for NVIDIA's package that computes by torch what it is asked for."""
+    stand_in = FakeCudnn()
+    monkeypatch.setitem(sys.modules, "cudnn", stand_in)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    row = Row(CONV.case, direction, "float32", layout)
+    sets = [rivals.inputs(row, CPU, seed) for seed in range(2)]
+    run = cudnn_graph.convolution(row, sets)
+    for i, t in enumerate(sets):
+        expected = rivals.reference(row, t, 1e9)
+        (result,) = run(i)
+        assert (
+            rivals.distance([result], expected) < 1e-6 and result.stride() == expected[0].stride()
+        )
+    assert stand_in.streams == [7, 7]
+
+
+class FakeCudnn:
+    """cudnn.pygraph for one convolution, with the names and keywords of nvidia-cudnn-frontend 1.32."""
+
+    data_type = SimpleNamespace(FLOAT="f", HALF="h", BFLOAT16="b", DOUBLE="d")
+    heur_mode = SimpleNamespace(A="A", FALLBACK="fallback")
+
+    def __init__(self) -> None:
+        self.streams: list[int] = []
+
+    def create_handle(self) -> str:
+        return "handle"
+
+    def set_stream(self, *, handle: str, stream: int) -> None:
+        self.streams.append(stream)
+
+    def pygraph(self, **options: Any) -> FakeGraph:
+        assert options == dict.fromkeys(
+            ("io_data_type", "intermediate_data_type", "compute_data_type"), "f"
+        ) | {"handle": "handle"}
+        return FakeGraph()
+
+
+class FakeGraph:
+    def tensor(self, *, dim: list[int], stride: list[int], data_type: str) -> FakeTensor:
+        return FakeTensor(dim, stride)
+
+    def _conv(self, what: str, a: FakeTensor, b: FakeTensor, options: Any) -> FakeTensor:
+        self.what, self.a, self.b, self.options, self.added = what, a, b, options, None
+        self.result = FakeTensor([], [])
+        return self.result
+
+    def conv_fprop(self, *, image: FakeTensor, weight: FakeTensor, **options: Any) -> FakeTensor:
+        return self._conv("fprop", image, weight, options)
+
+    def conv_dgrad(self, *, loss: FakeTensor, filter: FakeTensor, **options: Any) -> FakeTensor:
+        return self._conv("dgrad", loss, filter, options)
+
+    def conv_wgrad(self, *, image: FakeTensor, loss: FakeTensor, **options: Any) -> FakeTensor:
+        return self._conv("wgrad", image, loss, options)
+
+    def bias(self, *, input: FakeTensor, bias: FakeTensor, compute_data_type: str) -> FakeTensor:
+        self.added = bias
+        return self.result
+
+    def build(self, heuristics: list[str]) -> None:
+        assert heuristics == ["A", "fallback"]
+
+    def get_workspace_size(self) -> int:
+        return 0
+
+    def execute(self, pack: dict[FakeTensor, Tensor], workspace: Tensor, handle: str) -> None:
+        for declared, tensor in pack.items():
+            assert (declared.dim, declared.stride) == (list(tensor.shape), list(tensor.stride()))
+        a, b, out = pack[self.a], pack[self.b], pack[self.result]
+        pads = self.options["pre_padding"]
+        assert pads == self.options["post_padding"]
+        rest = (self.options["stride"], pads, self.options["dilation"])
+        if self.what == "fprop":
+            added = None if self.added is None else pack[self.added].flatten()
+            out.copy_(torch.nn.functional.conv2d(a, b, added, *rest, a.shape[1] // b.shape[1]))
+        elif self.what == "dgrad":
+            groups = out.shape[1] // b.shape[1]
+            out.copy_(torch.nn.grad.conv2d_input(out.shape, b, a, *rest, groups))
+        else:
+            groups = a.shape[1] // out.shape[1]
+            out.copy_(torch.nn.grad.conv2d_weight(a, out.shape, b, *rest, groups))
+
+
+class FakeTensor:
+    def __init__(self, dim: list[int], stride: list[int]) -> None:
+        self.dim, self.stride = dim, stride
+
+    def set_output(self, value: bool) -> FakeTensor:
+        return self
+
+    def set_data_type(self, value: str) -> FakeTensor:
+        return self
+
+    def set_dim(self, dim: list[int]) -> FakeTensor:
+        self.dim = dim
+        return self
+
+    def set_stride(self, stride: list[int]) -> FakeTensor:
+        self.stride = stride
+        return self
 
 
 def test_settings_are_put_back() -> None:
