@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import cnnops
 from cnnops.cuda import jit
 from cnnops.cuda.cache import DiskCache
 from cnnops.cuda.kernel import FastDiv, Kernel, kernels_dir, launch_of
+from cnnops.cuda.launch import trace
 
 pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is missing: pip install 'cnnops[test]'")
 
@@ -214,3 +216,13 @@ def test_unavailable_says_what_to_do() -> None:
     assert reason is not None
     if torch.version.cuda is None:
         assert "pip install 'cnnops[cuda13]'" in reason
+
+
+def test_traces_end_one_by_one() -> None:
+    """Also where two of them have collected the same: the inner one goes, the outer one stays."""
+    x = torch.randn(1, 2, 4, 4)
+    with cnnops.engine("emulate"), trace(run=False) as outer:
+        with trace(run=False) as inner:
+            pass
+        cnnops.functional.avg_pool2d(x, 2)
+    assert len(outer) == 1 and not inner

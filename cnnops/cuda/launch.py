@@ -52,4 +52,4 @@ def trace(run: bool = True) -> Iterator[list[Launch]]:
     try:
         yield entry[0]
     finally:
-        _traces.remove(entry)
+        _traces[:] = [other for other in _traces if other is not entry]
