@@ -479,8 +479,28 @@ def assemble(options: Options, troubles: Sequence[str]) -> Path:
         "sanitizer": checks, "profile": found(options, "profile"), "failures": failures,
     }  # fmt: skip
     path = Path(options.out) / f"{machine.slug(what)}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    path.write_text(text_of(content), encoding="utf-8")
     return path
+
+
+def text_of(content: dict[str, Any]) -> str:
+    """A result file's text: floats to five digits, a line for every row, as git likes it."""
+
+    def rounded(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.5g}")
+        if isinstance(value, dict):
+            return {key: rounded(v) for key, v in value.items()}
+        return [rounded(v) for v in value] if isinstance(value, list) else value
+
+    entries = []
+    for key, value in rounded(content).items():
+        if isinstance(value, list) and value:
+            lines = ",\n".join(json.dumps(element) for element in value)
+            entries.append(f"{json.dumps(key)}: [\n{lines}\n]")
+        else:
+            entries.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,8 +33,9 @@ torch.compile, by default and max-autotune."""
 UNTUNED = "no table of cnnops.tune speaks of it"
 """Why cnnops-auto is absent where nothing was measured: it would be cnnops."""
 
-TOLERANCE = {"float64": 1e-11, "float32": 5e-5, "tf32": 2e-3, "float16": 3e-3, "bfloat16": 2e-2}
-"""Largest |result - reference| / |reference| (norms over a tensor) with which a time counts."""
+TOLERANCE = {"float64": 1e-11, "float32": 5e-5, "tf32": 2e-3, "float16": 1e-2, "bfloat16": 6e-2}
+"""Largest |result - reference| / |reference| (norms over a tensor) with which a time counts. Half types have
+room for a rival that rounds between a norm and its ReLU, which then cuts elsewhere."""
 
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu_,

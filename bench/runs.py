@@ -406,6 +406,8 @@ def conditions(run: Run) -> str:
     """How the times were taken, for a reader of the table."""
     cold = any(row.variant == "cold" for row in run.measured)
     text = "Medians, the L2 cache flushed before every sample" if cold else "Medians, on warm data"
+    if run.machine["kind"] == "cpu":
+        text += "; layers scaled down to what a CPU does in milliseconds"
     if run.machine["kind"] == "gpu" and "allow_tf32" in run.settings:
         text += f"; TF32 {'on' if run.settings['allow_tf32'] else 'off'}"
     return text

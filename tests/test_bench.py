@@ -393,6 +393,20 @@ def test_without_a_gpu_the_lab_says_so(capsys: pytest.CaptureFixture[str], tmp_p
     assert "expected an NVIDIA GPU" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
+def test_result_files_have_a_line_for_every_row() -> None:
+    content = {
+        "schema": 1,
+        "machine": {"a": [1 / 3]},
+        "rows": [{"t": 2 / 3}, {"t": 1e-9 / 7}],
+        "tests": [],
+    }
+    text = lab.text_of(content)
+    assert len(text.splitlines()) == 9
+    assert json.loads(text) == {
+        "schema": 1, "machine": {"a": [0.33333]}, "rows": [{"t": 0.66667}, {"t": 1.4286e-10}], "tests": [],
+    }  # fmt: skip
+
+
 def test_inputs_change_together() -> None:
     t = Inputs(torch.ones(1), w=torch.ones(2), norm=(torch.ones(3),))
     doubled = t.each(lambda v: v * 2)
