@@ -4,8 +4,8 @@ The compiler is chosen by CXX when the emulator is first used, so that this runs
 
 What differs from g++: clang copies a structure without a check of its alignment, so that a misaligned pack
 goes unseen (`MISSED`); an endless loop is reported without its line where it holds nothing but assembly, or
-where time runs out inside the runtime (`WITHOUT_LINE`); and a local variable without a value is a NaN (an int:
-0xAAAAAAAA), where GCC 12 has -1.7e38 and GCC 11 whatever was there.
+where time runs out inside the runtime (`WITHOUT_LINE`); and a local variable without a value is a NaN (an
+int: 0xAAAAAAAA), where GCC 12 has -1.7e38 and GCC 11 whatever was there.
 """
 
 from __future__ import annotations
