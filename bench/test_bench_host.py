@@ -7,7 +7,7 @@ Recorded calls build a graph, which is dropped again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +31,14 @@ CALLS: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    former = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(former)
+
+
 @pytest.mark.parametrize("rival", NAMES)
 @pytest.mark.parametrize("recorded", [False, True], ids=["", "recorded"])
 @pytest.mark.parametrize("name", CALLS)
@@ -38,12 +46,9 @@ def test_host(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, name: str, recorded: bool, rival: str
 ) -> None:
     monkeypatch.setattr(emulate, "execute", lambda *_: None)
-    former = torch.get_num_threads()
-    torch.set_num_threads(1)
     functions = cnnops.functional if rival == "cnnops" else F
     tensors = [t.clone().requires_grad_(recorded) for t in (X, W, C)]
     call = CALLS[name]
     benchmark.group = f"host time: {name}{', recorded' if recorded else ''}"
     with cnnops.engine("emulate"), cnnops.fallback("error"), torch.set_grad_enabled(recorded):
         benchmark(call, functions, *tensors)
-    torch.set_num_threads(former)
