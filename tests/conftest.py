@@ -1,7 +1,7 @@
 """What holds for every test.
 
 Tests marked `gpu` need an NVIDIA GPU and do not exist where there is none. Where g++ is missing, the CUDA
-kernels cannot run on the CPU, and the tests that would are skipped with that reason. Rows are in cases.py.
+kernels cannot run on the CPU, and the tests that would are skipped with that reason. Rows are in tests/cases.
 """
 
 from __future__ import annotations

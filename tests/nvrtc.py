@@ -1,7 +1,7 @@
 """The table of what every kernel costs on every architecture: ``python -m tests.nvrtc record`` rewrites it.
 
 A kernel is compiled together with the entries that share its constants: a `Unit`. The units are found by
-tracing launches without running them: over the rows of cases.py in every algorithm, and over `beyond`, the
+tracing launches without running them: over the rows of tests/cases in every algorithm, and over `beyond`, the
 problems that no test has the time to run but whose tiles and 64-bit offsets a user gets.
 
 ``tests/nvrtc_resources.csv`` has a line for each entry of each unit, and a column for each architecture. A
@@ -135,7 +135,7 @@ def beyond(family: Sequence[str], algorithm: str) -> None:
 
 
 def _rows(family: Sequence[str]) -> None:
-    """The rows of cases.py: forward, every gradient, and for max pooling the second backward."""
+    """The rows of tests/cases: forward, every gradient, and for max pooling the second backward."""
     from cases import CONV_CASES, NORM_CASES, POOL_CASES, PoolCase, run
 
     cases = {CONV: CONV_CASES, POOL: POOL_CASES, NORM: NORM_CASES}[tuple(family)]

@@ -1,4 +1,4 @@
-"""Convolution in every engine: the rows of cases.py, the worked examples, and what convolution must obey."""
+"""Convolution in every engine: its rows, the worked examples, and what convolution must obey."""
 
 from __future__ import annotations
 

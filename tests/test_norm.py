@@ -1,4 +1,4 @@
-"""Batch norm in every engine: the rows of cases.py, running statistics, and the switch to evaluation."""
+"""Batch norm in every engine: the rows of tests/cases, running statistics, and the switch to evaluation."""
 
 from __future__ import annotations
 

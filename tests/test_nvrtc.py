@@ -69,7 +69,7 @@ def test_compiles_within_its_resources(source: str, arch: str) -> None:
     recorded = [unit for unit in TABLE.recorded(arch) if unit.source == source]
     assert recorded or not any(
         arch in nvrtc.architectures(unit) for unit in nvrtc.units() if unit.source == source
-    ), f"no row of cases.py reaches {source}"
+    ), f"no row of tests/cases reaches {source}"
     wrong = []
     for unit in recorded:
         if unit in nvrtc.units():  # else test_the_table_lists_what_is_compiled tells

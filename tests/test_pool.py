@@ -1,4 +1,4 @@
-"""Pooling in every engine: the rows of cases.py, the worked examples, and what PyTorch's choices are."""
+"""Pooling in every engine: the rows of tests/cases, the worked examples, and what PyTorch's choices are."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_minus_infinity_is_found_inside_of_the_padding(engine: str) -> None:
 def test_window_of_nothing_but_padding(engine: str) -> None:
     """A dilated window can step over the whole input: -inf, whose gradient goes nowhere, to any order.
 
-    Not a row of cases.py: PyTorch's own backward writes outside of the gradient here.
+    Not a row of tests/cases: PyTorch's own backward writes outside of the gradient here.
     """
     x = torch.ones(1, 1, 2, 2, device=device_of(engine), requires_grad=True)
     grad = torch.ones(1, 1, 1, 1, device=x.device, requires_grad=True)

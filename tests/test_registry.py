@@ -1,4 +1,4 @@
-"""The table of kernels: every row is reached by a row of cases.py, and how one is chosen."""
+"""The table of kernels: every row is reached by a row of tests/cases, and how one is chosen."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _problems(case: Case) -> Iterator[tuple[str, registry.Shape]]:
 
 
 def test_every_row_is_reached_by_a_case() -> None:
-    """Each (operation, engine, module) is what `choose` picks for a problem that a row of cases.py poses.
+    """Each (operation, engine, module) is what `choose` picks for a problem that a row of tests/cases poses.
 
     The tests of that row's family run it in each engine that this machine has; im2col under its own name.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cnnops import registry
-from cnnops.aten import ACTIVATIONS, activate
+from cnnops.aten.norm import ACTIVATIONS, activate
 from cnnops.ops import (
     DTYPES,
     cached,

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cnnops import registry
-from cnnops.aten import flat_indices
+from cnnops.aten.pool import flat_indices
 from cnnops.ops import (
     DTYPES,
     cached,

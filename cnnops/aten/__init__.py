@@ -1,0 +1,42 @@
+"""Engine "aten": every operation by PyTorch's own, under the same signatures as the kernels.
+
+It is the reference that kernels are measured against, what runs where no kernel takes a problem, and the way
+to cuDNN on a GPU. Max-pooling offsets are converted to and from PyTorch's flat indices, so that a forward in
+one engine and its backward in another fit together.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from cnnops.aten.conv import conv_bgrad, conv_dgrad, conv_fprop, conv_wgrad
+from cnnops.aten.norm import batch_norm_bwd, batch_norm_infer, batch_norm_train
+from cnnops.aten.pool import (
+    avg_pool_bwd,
+    avg_pool_fwd,
+    max_pool_bwd,
+    max_pool_fwd,
+    max_pool_gather,
+)
+from cnnops.shapes import ConvShape, NormShape, PoolShape
+
+__all__ = [
+    "avg_pool_bwd",
+    "avg_pool_fwd",
+    "batch_norm_bwd",
+    "batch_norm_infer",
+    "batch_norm_train",
+    "conv_bgrad",
+    "conv_dgrad",
+    "conv_fprop",
+    "conv_wgrad",
+    "max_pool_bwd",
+    "max_pool_fwd",
+    "max_pool_gather",
+    "supports",
+]
+
+
+def supports(op: str, shape: ConvShape | PoolShape | NormShape, dtype: torch.dtype) -> str | None:
+    """Nothing is refused here: what PyTorch cannot do, it says itself."""
+    return None

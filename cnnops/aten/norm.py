@@ -1,0 +1,97 @@
+"""Batch norm by PyTorch's own operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cnnops.shapes import NormShape
+
+aten = torch.ops.aten
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+ACTIVATIONS = tuple(_ACTIVATIONS)
+
+_ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "relu": lambda grad, z: aten.threshold_backward(grad, z, 0),
+    "relu6": lambda grad, z: aten.hardtanh_backward(grad, z, 0, 6),
+    "silu": aten.silu_backward,
+    "gelu": aten.gelu_backward,
+    "hardswish": aten.hardswish_backward,
+    "leaky_relu": lambda grad, z: aten.leaky_relu_backward(grad, z, 0.01, False),
+    "sigmoid": lambda grad, z: aten.sigmoid_backward(grad, torch.sigmoid(z)),
+    "tanh": lambda grad, z: aten.tanh_backward(grad, torch.tanh(z)),
+}
+
+
+def activate(z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
+    """``activation(z + residual)``, differentiable."""
+    return _ACTIVATIONS[activation](z if residual is None else z + residual)
+
+
+def _to(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.to(dtype) for t in tensors)
+
+
+def batch_norm_train(
+    shape: NormShape, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float, activation: str,
+    y: Tensor, mean: Tensor, rstd: Tensor,
+) -> None:  # fmt: skip
+    # Per-channel tensors go in as wide as mean and rstd come out, or a half type would round both.
+    gamma, beta, average, variance = _to(mean.dtype, weight, bias, running_mean, running_var)
+    z, batch_mean, batch_rstd = aten.native_batch_norm(
+        x, gamma, beta, average, variance, True, momentum, eps
+    )
+    y.copy_(activate(z, residual, activation))
+    mean.copy_(batch_mean)
+    rstd.copy_(batch_rstd)
+    for running, updated in ((running_mean, average), (running_var, variance)):
+        if running is not None and updated is not None and running is not updated:
+            running.copy_(updated)
+
+
+def batch_norm_infer(
+    shape: NormShape, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    running_mean: Tensor, running_var: Tensor, eps: float, activation: str, y: Tensor,
+) -> None:  # fmt: skip
+    z = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    y.copy_(activate(z, residual, activation))
+
+
+def batch_norm_bwd(
+    shape: NormShape, grad_y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, mean: Tensor, rstd: Tensor, activation: str, training: bool,
+    grad_x: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None,
+    grad_residual: Tensor | None,
+) -> None:  # fmt: skip
+    gamma, beta = _to(mean.dtype, weight, bias)
+    grad_z = grad_y
+    if activation != "none":
+        per_channel = (-1, *(1,) * len(shape.spatial))
+        x = x.to(mean.dtype)
+        z = (x - mean.view(per_channel)) * rstd.view(per_channel)
+        z = z if gamma is None else z * gamma.view(per_channel)
+        z = z if beta is None else z + beta.view(per_channel)
+        z = z if residual is None else z + residual
+        grad_z = _ACTIVATION_GRADS[activation](grad_y.to(mean.dtype), z)
+    results = (grad_x, grad_weight, grad_bias)
+    wanted = [g is not None for g in results]
+    statistics = (mean, rstd.pow(-2), mean, rstd)
+    grads = aten.native_batch_norm_backward(grad_z, x, gamma, *statistics, training, 0.0, wanted)
+    for result, grad in zip((*results, grad_residual), (*grads, grad_z), strict=True):
+        if result is not None:
+            result.copy_(grad)

@@ -1,0 +1,69 @@
+"""Normalisation under the names of ``torch.nn.functional``."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cnnops.ops import expect_tensor
+from cnnops.ops.norm import batch_norm as _batch_norm
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalisation, as ``F.batch_norm(input, running_mean, running_var, weight, bias, …)``.
+
+    `batch_norm_act` without residual and activation.
+    """
+    return batch_norm_act(
+        input, running_mean, running_var, weight, bias, training, momentum, eps, None, "none"
+    )
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str = "relu",
+) -> Tensor:
+    """Batch normalisation, residual addition and activation in one pass over memory:
+    ``act(F.batch_norm(input, …) + residual)``.
+
+    input ``N C *``, residual of the same size and dtype; the other tensors ``C``, all of the input's dtype,
+    or all float32 beside a half-type input. When `training`, mean and biased variance of each channel come
+    from the batch, and ``running = (1 - momentum)·running + momentum·batch`` with the unbiased variance, in
+    place; otherwise from `running_mean` and `running_var`. `activation` is one of none, relu, relu6, silu,
+    gelu (exact), hardswish, leaky_relu (slope 0.01), sigmoid, tanh. An empty input leaves the running
+    statistics as they are.
+
+    The backward is a kernel; the backward's own backward is composed of PyTorch's operations.
+
+    Raises ValueError when training on one value a channel, with eps <= 0, or with only one running
+    statistic, and for an unknown activation; RuntimeError for sizes, dtypes or devices that do not fit or
+    missing statistics in evaluation; TypeError for arguments of a wrong type.
+    """
+    expect_tensor("input", input)
+    for tensor in (running_mean, running_var, weight, bias, residual):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            optional = {
+                "running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias,
+                "residual": residual,
+            }  # fmt: skip
+            expect_tensor(next(name for name, t in optional.items() if t is tensor), tensor)
+    statistics = (running_mean, running_var)
+    return _batch_norm(
+        input, *statistics, weight, bias, training, momentum, eps, residual, activation
+    )

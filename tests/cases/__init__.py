@@ -1,0 +1,48 @@
+"""The problems that every engine is held to: frozen rows, each with the reason it is here.
+
+A row knows its tensors (`tensors`), how this package computes it (`ours`) and how PyTorch does (`theirs`).
+`run` gives the output and every gradient; `assert_close` compares them with the one table of tolerances.
+All rows run in float32; those with ``dtypes=ALL`` in the other types too.
+"""
+
+from cases.base import (
+    ALL,
+    ENGINES,
+    TOLERANCE,
+    Case,
+    assert_close,
+    check,
+    device_of,
+    grid,
+    laid_out,
+    needs_emulator,
+    normal,
+    run,
+)
+from cases.conv import CONV_CASES, ConvCase
+from cases.norm import NORM_CASES, NormCase
+from cases.pool import POOL_CASES, PoolCase
+
+CASES: tuple[Case, ...] = (*CONV_CASES, *POOL_CASES, *NORM_CASES)
+
+__all__ = [
+    "ALL",
+    "CASES",
+    "CONV_CASES",
+    "ENGINES",
+    "NORM_CASES",
+    "POOL_CASES",
+    "TOLERANCE",
+    "Case",
+    "ConvCase",
+    "NormCase",
+    "PoolCase",
+    "assert_close",
+    "check",
+    "device_of",
+    "grid",
+    "laid_out",
+    "needs_emulator",
+    "normal",
+    "run",
+]
