@@ -249,7 +249,7 @@ def _norms() -> Iterator[_Problem]:
 _PROBLEMS = {
     registry.CONV: _convolutions,
     registry.POOL: _poolings,
-    registry.NORM: _norms,
+    registry.BATCH_NORM: _norms,
 }
 
 

@@ -12,20 +12,36 @@ Every function gets the problem's shape first and its result tensors last, alloc
 layout that PyTorch would give, never empty, and fills them:
 
     conv_fprop(shape, x, w, bias | None, y)
-    conv_dgrad(shape, grad_y, w, grad_x)
+    conv_dgrad(shape, grad_y, w, bias | None, grad_x)     zeros outside of grad_x; the bias, C long, is added:
+                                                          transposed convolution
     conv_wgrad(shape, grad_y, x, grad_w)
-    conv_bgrad(shape, grad_y, grad_bias)
-    max_pool_fwd(shape, x, y, offsets)             offsets: place in the window, row by row; uint8 or int32
+    conv_bgrad(shape, grad_y, grad_bias)           shape: of any convolution whose y is as large as grad_y
+    conv_fold(shape, padded, grad_x)               grad_x = the sum of `padded`, as large as the padded input,
+                                                   over all places that the padding mode reads this one for
+    max_pool_fwd(shape, x, y, offsets)             offsets: place in the window, row by row; uint8 or int32.
+                                                   Adaptive windows too, here and below
     max_pool_bwd(shape, grad_y, offsets, grad_x)
     max_pool_gather(shape, x, offsets, y)          y = x at the kept places: the backward's own backward
-    avg_pool_fwd(shape, x, y)                      adaptive windows too
+    max_unpool_fwd(shape, x, indices, y)           int64 places in y's planes; of several values with one place
+                                                   the last wins, row by row; zero where there is none
+    max_unpool_bwd(shape, grad_y, indices, grad_x) grad_x = grad_y at the indices
+    avg_pool_fwd(shape, x, y)
     avg_pool_bwd(shape, grad_y, grad_x)
+    batch_norm_stats(shape, x, mean, var)          var: biased
     batch_norm_train(shape, x, weight | None, bias | None, residual | None, running_mean | None,
                      running_var | None, momentum, eps, activation, y, mean, rstd)
     batch_norm_infer(shape, x, weight | None, bias | None, residual | None, running_mean, running_var,
                      eps, activation, y)
-    batch_norm_bwd(shape, grad_y, x, weight | None, bias | None, residual | None, mean, rstd, activation,
-                   training, grad_x | None, grad_weight | None, grad_bias | None, grad_residual | None)
+    batch_norm_bwd(shape, grad_y, x, weight | None, bias | None, residual | None, y | None, mean, rstd,
+                   activation, training, grad_x | None, grad_weight | None, grad_bias | None,
+                   grad_residual | None)           y: in place of the residual, for an activation whose
+                                                   derivative its result tells
+    group_norm_fwd(shape, x, weight | None, bias | None, eps, activation, y, mean, rstd)
+    group_norm_bwd(shape, grad_y, x, weight | None, bias | None, mean, rstd, activation, grad_x | None,
+                   grad_weight | None, grad_bias | None)
+    layer_norm_fwd(shape, x, weight | None, bias | None, eps, y, mean, rstd)
+    layer_norm_bwd(shape, grad_y, x, weight | None, mean, rstd, grad_x | None, grad_weight | None,
+                   grad_bias | None)
 """
 
 from __future__ import annotations
@@ -43,8 +59,7 @@ from torch import Tensor
 
 from cnnops import tuned
 from cnnops.config import Setting, settings
-
-Shape = tuned.Shape
+from cnnops.shapes import Shape
 
 
 class UnsupportedError(RuntimeError):
@@ -104,17 +119,26 @@ class Row:
 GPU = ("cuda", "emulate")
 CONV = ("conv_fprop", "conv_dgrad", "conv_wgrad", "conv_bgrad")
 POOL = ("max_pool_fwd", "max_pool_bwd", "max_pool_gather", "avg_pool_fwd", "avg_pool_bwd")
-NORM = ("batch_norm_train", "batch_norm_infer", "batch_norm_bwd")
+UNPOOL = ("max_unpool_fwd", "max_unpool_bwd")
+BATCH_NORM = ("batch_norm_train", "batch_norm_infer", "batch_norm_bwd", "batch_norm_stats")
+GROUP_NORM = ("group_norm_fwd", "group_norm_bwd", "layer_norm_fwd", "layer_norm_bwd")
 
 ROWS: tuple[Row, ...] = (
     *(Row(op, GPU, "cnnops.cuda.conv_direct") for op in CONV),
     *(Row(op, GPU, "cnnops.cuda.conv_im2col", by_torch=True) for op in CONV[:3]),
+    Row("conv_fold", GPU, "cnnops.cuda.conv_fold"),
     *(Row(op, GPU, "cnnops.cuda.pool") for op in POOL),
-    *(Row(op, GPU, "cnnops.cuda.batch_norm") for op in NORM),
-    *(Row(op, ("cpu",), "cnnops.cpu.conv") for op in CONV),
-    *(Row(op, ("cpu",), "cnnops.cpu.pool") for op in POOL),
-    *(Row(op, ("cpu",), "cnnops.cpu.norm") for op in NORM),
-    *(Row(op, ("aten",), "cnnops.aten", by_torch=True) for op in CONV + POOL + NORM),
+    *(Row(op, GPU, "cnnops.cuda.unpool") for op in UNPOOL),
+    *(Row(op, GPU, "cnnops.cuda.batch_norm") for op in BATCH_NORM),
+    *(Row(op, GPU, "cnnops.cuda.group_norm") for op in GROUP_NORM),
+    *(Row(op, ("cpu",), "cnnops.cpu.conv") for op in (*CONV, "conv_fold")),
+    *(Row(op, ("cpu",), "cnnops.cpu.pool") for op in POOL + UNPOOL),
+    *(Row(op, ("cpu",), "cnnops.cpu.norm") for op in BATCH_NORM),
+    *(Row(op, ("cpu",), "cnnops.cpu.group_norm") for op in GROUP_NORM),
+    *(
+        Row(op, ("aten",), "cnnops.aten", by_torch=True)
+        for op in (*CONV, "conv_fold", *POOL, *UNPOOL, *BATCH_NORM, *GROUP_NORM)
+    ),
 )
 
 

@@ -16,13 +16,15 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
 Direction = Literal["fprop", "dgrad", "wgrad"]
 Axes = tuple[int, ...]
 Padding = tuple[tuple[int, int], ...]
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 class Gemm(NamedTuple):
@@ -72,7 +74,8 @@ def padding_pairs(
 
     Takes an int, one int an axis, one (before, after) pair an axis, "valid" or "same". "same" keeps the
     output as large as the input; where its total p is odd (an even kernel span), ``floor(p / 2)`` goes
-    before and ``ceil(p / 2)`` after, as PyTorch has it. Raises RuntimeError for anything else.
+    before and ``ceil(p / 2)`` after, as PyTorch has it. In a pair a negative value crops the input.
+    Raises RuntimeError for anything else.
     """
     dims = len(kernel)
     if isinstance(padding, str):
@@ -88,12 +91,29 @@ def padding_pairs(
         sides = [axes(p, 2, "padding") for p in padding]
         if len(sides) != dims:
             raise RuntimeError(f"padding: expected {dims} (before, after) pairs, got {sides}")
-        pairs = tuple((before, after) for before, after in sides)
-    else:
-        pairs = tuple((p, p) for p in axes(padding, dims, "padding"))  # type: ignore[arg-type]
-    if any(p < 0 for pair in pairs for p in pair):
-        raise RuntimeError(f"padding: expected no negative value, got {list(pairs)}")
-    return pairs
+        return tuple((before, after) for before, after in sides)
+    values = axes(padding, dims, "padding")  # type: ignore[arg-type]
+    if any(p < 0 for p in values):
+        raise RuntimeError(f"padding: expected no negative value, got {list(values)}")
+    return tuple((p, p) for p in values)
+
+
+def _check_padding_mode(mode: str, spatial: Axes, padding: Padding) -> None:
+    if mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode: expected one of {', '.join(PADDING_MODES)}, got {mode!r}")
+    if mode == "zeros":
+        return
+    for size, pair in zip(spatial, padding, strict=True):
+        if any(p < 0 for p in pair):
+            raise RuntimeError(
+                f"padding: expected no negative value for padding_mode {mode!r}, got {list(padding)}"
+            )
+        most = {"reflect": size - 1, "circular": size}.get(mode, max(pair))
+        if max(pair) > most:
+            raise RuntimeError(
+                f"padding: expected at most {most} on each side of an axis of {size} for padding_mode "
+                f"{mode!r}, got {list(padding)}"
+            )
 
 
 def conv_output(size: int, kernel: int, stride: int, pad: tuple[int, int], dilation: int) -> int:
@@ -172,7 +192,12 @@ class ConvShape(_Spatial):
     """One convolution (cross-correlation), forward or either gradient.
 
     ``y[n,k,p,q] = b[k] + sum_{c,r,s} w[k,c,r,s] * x[n, c, p*stride + r*dilation - pad, …]`` with c over
-    the C/groups channels of k's group, and x zero outside.
+    the C/groups channels of k's group. Outside of its plane x is zero, or what `padding_mode` continues it
+    with: for a coordinate h of an axis of size H, x at
+
+        reflect     -h below 0, 2·(H - 1) - h from H on
+        replicate   0 below 0, H - 1 from H on
+        circular    h modulo H
     """
 
     N: int
@@ -184,6 +209,7 @@ class ConvShape(_Spatial):
     padding: Padding
     dilation: Axes
     groups: int = 1
+    padding_mode: str = "zeros"
 
     __hash__ = _Hashed.__hash__  # a dataclass would write its own
 
@@ -197,10 +223,12 @@ class ConvShape(_Spatial):
         padding: int | str | Sequence[int] | Sequence[tuple[int, int]] = 0,
         dilation: int | Sequence[int] = 1,
         groups: int = 1,
+        padding_mode: str = "zeros",
     ) -> ConvShape:
         """From tensor sizes and torch's arguments: x ``N C *spatial``, w ``K C/groups *kernel``, bias ``K``.
 
-        Raises RuntimeError, as ``torch.nn.functional.conv2d`` does, when they do not fit together.
+        Raises RuntimeError, as ``torch.nn.functional.conv2d`` and, for its modes, ``pad`` do, when they do
+        not fit together; ValueError for an unknown `padding_mode`.
         """
         dims = len(w) - 2
         if not 1 <= dims <= 3:
@@ -231,7 +259,8 @@ class ConvShape(_Spatial):
             raise RuntimeError(f"bias: expected size [{K}], got {list(bias)}")
         kernel = tuple(w[2:])
         pairs = padding_pairs(padding, kernel, steps, spans)
-        shape = cls(x[0], x[1], K, tuple(x[2:]), kernel, steps, pairs, spans, groups)
+        _check_padding_mode(padding_mode, tuple(x[2:]), pairs)
+        shape = cls(x[0], x[1], K, tuple(x[2:]), kernel, steps, pairs, spans, groups, padding_mode)
         padded = [h + a + b for h, (a, b) in zip(shape.spatial, pairs, strict=True)]
         span = [r * (k - 1) + 1 for k, r in zip(kernel, spans, strict=True)]
         if any(s > h for s, h in zip(span, padded, strict=True)):
@@ -239,6 +268,79 @@ class ConvShape(_Spatial):
                 f"input: expected padded sizes of at least the kernel's span {span}, got {padded}"
             )
         return shape
+
+    @classmethod
+    def transposed(
+        cls,
+        x: Sequence[int],
+        w: Sequence[int],
+        bias: Sequence[int] | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: int | Sequence[int] = 0,
+        output_padding: int | Sequence[int] = 0,
+        groups: int = 1,
+        dilation: int | Sequence[int] = 1,
+    ) -> ConvShape:
+        """The convolution whose input gradient is this transposed convolution: x ``N K *output`` is its
+        grad_y, w ``K C/groups *kernel`` its filters, and the result ``N C *spatial`` its grad_x, of size
+        ``(P - 1)·stride - 2·padding + dilation·(R - 1) + output_padding + 1``.
+
+        Raises RuntimeError, as ``torch.nn.functional.conv_transpose2d`` does, when they do not fit together.
+        """
+        dims = len(w) - 2
+        if not 1 <= dims <= 3:
+            raise RuntimeError(f"weight: expected 3 to 5 dimensions, got {len(w)} ({list(w)})")
+        if len(x) != dims + 2:
+            raise RuntimeError(f"input: expected {dims + 2} dimensions, got {len(x)} ({list(x)})")
+        if groups <= 0:
+            raise RuntimeError(f"groups: expected a positive int, got {groups}")
+        steps, spans = axes(stride, dims, "stride"), axes(dilation, dims, "dilation")
+        pads, extra = axes(padding, dims, "padding"), axes(output_padding, dims, "output_padding")
+        _positive(steps, "stride")
+        _positive(spans, "dilation")
+        for values, name in ((pads, "padding"), (extra, "output_padding")):
+            if any(v < 0 for v in values):
+                raise RuntimeError(f"{name}: expected no negative value, got {list(values)}")
+        kernel = tuple(w[2:])
+        _positive(kernel, "kernel size")
+        if any(e >= max(s, d) for e, s, d in zip(extra, steps, spans, strict=True)):
+            raise RuntimeError(
+                f"output_padding: expected less than stride {list(steps)} or dilation {list(spans)}, "
+                f"got {list(extra)}"
+            )
+        if math.prod(x[:2]) and not math.prod(x[2:]):
+            raise RuntimeError(
+                f"input: expected no empty axis but batch or channels, got {list(x)}"
+            )
+        if w[0] % groups:
+            raise RuntimeError(
+                f"weight: expected dimension 0 to be a multiple of groups={groups}, got {w[0]}"
+            )
+        if x[1] != w[0]:
+            raise RuntimeError(
+                f"input: expected {w[0]} channels for weight {list(w)}, got {x[1]} channels ({list(x)})"
+            )
+        C = w[1] * groups
+        if bias is not None and tuple(bias) != (C,):
+            raise RuntimeError(f"bias: expected size [{C}], got {list(bias)}")
+        out = tuple(
+            (p - 1) * s - 2 * pad + r * (k - 1) + e + 1
+            for p, s, pad, r, k, e in zip(x[2:], steps, pads, spans, kernel, extra, strict=True)
+        )
+        if any(o <= 0 for o in out):
+            raise RuntimeError(
+                f"input: expected sizes that leave an output, got {list(x)} -> {list(out)}"
+            )
+        # Rows that only output_padding adds are beyond every window. Whole strides of them would be windows of
+        # the convolution: they are taken from its padding, which may so become negative.
+        pairs = tuple((pad, pad - e // s * s) for pad, e, s in zip(pads, extra, steps, strict=True))
+        return cls(x[0], C, x[1], out, kernel, steps, pairs, spans, groups)
+
+    @property
+    def padded(self) -> ConvShape:
+        """The same convolution of an input that has its padding already."""
+        spatial = tuple(h + a + b for h, (a, b) in zip(self.spatial, self.padding, strict=True))
+        return replace(self, spatial=spatial, padding=((0, 0),) * self.dims, padding_mode="zeros")
 
     @cached_property
     def output(self) -> Axes:
@@ -306,7 +408,8 @@ class PoolShape(_Spatial):
     """Max or average pooling over windows of each channel's plane.
 
     ``adaptive`` windows of output p cover ``floor(p·H/P) … ceil((p+1)·H/P)`` (PyTorch's rule); for them
-    `kernel` is the largest window and stride, padding and dilation are not used. ``count_include_pad`` and
+    `kernel` is the largest window, in which offsets count, too, and stride, padding and dilation are not
+    used. ``count_include_pad`` and
     ``divisor_override`` concern averages only.
     """
 
@@ -431,6 +534,43 @@ def _pool_dims(x: Sequence[int], filled_from: int) -> int:
 
 
 @dataclass(frozen=True)
+class UnpoolShape(_Hashed):
+    """Values ``N C *spatial`` put at given places of planes ``N C *output`` that are zero elsewhere."""
+
+    N: int
+    C: int
+    spatial: Axes
+    output: Axes
+
+    __hash__ = _Hashed.__hash__  # a dataclass would write its own
+
+    @classmethod
+    def of(cls, x: Sequence[int], indices: Sequence[int], output: Sequence[int]) -> UnpoolShape:
+        """From the sizes of the values ``N C *spatial``, of their indices and of an output plane.
+
+        Raises RuntimeError, as ``torch.nn.functional.max_unpool2d`` does, when they do not fit together.
+        """
+        dims = _pool_dims(x, 1)
+        if tuple(indices) != tuple(x):
+            raise RuntimeError(f"indices: expected the input's size {list(x)}, got {list(indices)}")
+        if len(output) != dims or any(o <= 0 for o in output):
+            raise RuntimeError(f"output_size: expected {dims} positive ints, got {list(output)}")
+        return cls(x[0], x[1], tuple(x[2:]), tuple(output))
+
+    @property
+    def x_size(self) -> Axes:
+        return (self.N, self.C, *self.spatial)
+
+    @property
+    def y_size(self) -> Axes:
+        return (self.N, self.C, *self.output)
+
+    def bytes_moved(self, itemsize: int) -> int:
+        """Values and their int64 indices once, the output once."""
+        return math.prod(self.x_size) * (itemsize + 8) + math.prod(self.y_size) * itemsize
+
+
+@dataclass(frozen=True)
 class NormShape(_Hashed):
     """Normalisation of ``N C *spatial`` (spatial may be empty); statistics over N and every spatial axis."""
 
@@ -490,6 +630,125 @@ class NormShape(_Hashed):
     def bytes_moved(self, itemsize: int, reads: int, writes: int) -> int:
         """`reads` plus `writes` passes over a tensor of the input's size, without per-channel vectors."""
         return (reads + writes) * itemsize * math.prod(self.x_size)
+
+
+@dataclass(frozen=True)
+class GroupShape(_Hashed):
+    """Normalisation of ``N C *spatial`` in `groups` of neighbouring channels; statistics of every image and
+    group over the group's C/groups channels and all spatial axes. ``groups == C`` is instance norm.
+    """
+
+    N: int
+    C: int
+    spatial: Axes
+    groups: int
+
+    __hash__ = _Hashed.__hash__  # a dataclass would write its own
+
+    @classmethod
+    def of(
+        cls,
+        x: Sequence[int],
+        groups: int,
+        weight: Sequence[int] | None = None,
+        bias: Sequence[int] | None = None,
+    ) -> GroupShape:
+        """From tensor sizes: weight and bias are ``C`` long.
+
+        Raises RuntimeError for a size that does not fit, as ``torch.nn.functional.group_norm`` does.
+        """
+        if len(x) < 2:
+            raise RuntimeError(f"input: expected at least 2 dimensions, got {len(x)} ({list(x)})")
+        if groups <= 0:
+            raise RuntimeError(f"num_groups: expected a positive int, got {groups}")
+        if x[1] % groups:
+            raise RuntimeError(
+                f"input: expected channels in a multiple of num_groups={groups}, got {x[1]} ({list(x)})"
+            )
+        for name, size in (("weight", weight), ("bias", bias)):
+            if size is not None and tuple(size) != (x[1],):
+                raise RuntimeError(f"{name}: expected size [{x[1]}], got {list(size)}")
+        return cls(x[0], x[1], tuple(x[2:]), groups)
+
+    @property
+    def L(self) -> int:
+        """Places of one channel's plane."""
+        return math.prod(self.spatial)
+
+    @property
+    def count(self) -> int:
+        """Values that one mean is taken over."""
+        return self.C // self.groups * self.L
+
+    @property
+    def x_size(self) -> Axes:
+        return (self.N, self.C, *self.spatial)
+
+    @property
+    def statistics_size(self) -> Axes:
+        return (self.N, self.groups)
+
+    def bytes_moved(self, itemsize: int, reads: int, writes: int) -> int:
+        """`reads` plus `writes` passes over a tensor of the input's size, without vectors."""
+        return (reads + writes) * itemsize * math.prod(self.x_size)
+
+
+@dataclass(frozen=True)
+class LayerShape(_Hashed):
+    """Normalisation of rows: statistics over the last axes, of size `normalized`, of every row of `outer`."""
+
+    outer: Axes
+    normalized: Axes
+
+    __hash__ = _Hashed.__hash__  # a dataclass would write its own
+
+    @classmethod
+    def of(
+        cls,
+        x: Sequence[int],
+        normalized: Sequence[int],
+        weight: Sequence[int] | None = None,
+        bias: Sequence[int] | None = None,
+    ) -> LayerShape:
+        """From tensor sizes: x ends with `normalized`, weight and bias have just that size.
+
+        Raises RuntimeError for a size that does not fit, as ``torch.nn.functional.layer_norm`` does.
+        """
+        row, split = tuple(normalized), len(x) - len(normalized)
+        if not row:
+            raise RuntimeError("normalized_shape: expected at least 1 dimension, got []")
+        if split < 0 or tuple(x[split:]) != row:
+            raise RuntimeError(f"input: expected size [*, {str(list(row))[1:-1]}], got {list(x)}")
+        for name, size in (("weight", weight), ("bias", bias)):
+            if size is not None and tuple(size) != row:
+                raise RuntimeError(f"{name}: expected size {list(row)}, got {list(size)}")
+        return cls(tuple(x[:split]), row)
+
+    @property
+    def N(self) -> int:
+        """Rows."""
+        return math.prod(self.outer)
+
+    @property
+    def D(self) -> int:
+        """Values of a row."""
+        return math.prod(self.normalized)
+
+    @property
+    def x_size(self) -> Axes:
+        return (*self.outer, *self.normalized)
+
+    @property
+    def statistics_size(self) -> Axes:
+        return self.outer
+
+    def bytes_moved(self, itemsize: int, reads: int, writes: int) -> int:
+        """`reads` plus `writes` passes over a tensor of the input's size, without vectors."""
+        return (reads + writes) * itemsize * math.prod(self.x_size)
+
+
+Shape = ConvShape | PoolShape | UnpoolShape | NormShape | GroupShape | LayerShape
+"""Every kind of problem."""
 
 
 def receptive_field(layers: Iterable[tuple[int, int]]) -> int:

@@ -37,9 +37,8 @@ import torch
 from torch import Tensor
 
 from cnnops import system
-from cnnops.shapes import ConvShape, NormShape, PoolShape
+from cnnops.shapes import Shape
 
-Shape = ConvShape | PoolShape | NormShape
 Header = dict[str, Any]
 Axes = Sequence[int]
 P = ParamSpec("P")
@@ -64,7 +63,9 @@ def problem(shape: Shape) -> str:
     for field in fields(shape):
         value = getattr(shape, field.name)
         text = _text(value)
-        if value != field.default and text != _text((_USUAL.get(field.name),) * len(shape.spatial)):
+        if value != field.default and text != _text(
+            (_USUAL.get(field.name),) * len(getattr(shape, "spatial", ()))
+        ):
             parts.append(f"{field.name}={text}")
     return " ".join(parts)
 

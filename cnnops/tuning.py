@@ -31,7 +31,8 @@ from torch import Tensor
 
 from cnnops import registry, tuned
 from cnnops.config import settings
-from cnnops.registry import CONV, ROWS, Choice, Row, Shape
+from cnnops.registry import CONV, ROWS, Choice, Row
+from cnnops.shapes import Shape
 
 Call = Callable[[], None]
 Measure = Callable[[Mapping[str, Call], float], dict[str, float]]

@@ -18,7 +18,7 @@ from cnnops.aten.pool import (
     max_pool_fwd,
     max_pool_gather,
 )
-from cnnops.shapes import ConvShape, NormShape, PoolShape
+from cnnops.shapes import Shape
 
 __all__ = [
     "avg_pool_bwd",
@@ -37,6 +37,6 @@ __all__ = [
 ]
 
 
-def supports(op: str, shape: ConvShape | PoolShape | NormShape, dtype: torch.dtype) -> str | None:
+def supports(op: str, shape: Shape, dtype: torch.dtype) -> str | None:
     """Nothing is refused here: what PyTorch cannot do, it says itself."""
     return None

@@ -24,8 +24,7 @@ from cnnops.cuda.kernel import (
     launch_of,
 )
 from cnnops.cuda.launch import launch
-from cnnops.registry import Shape
-from cnnops.shapes import NormShape
+from cnnops.shapes import NormShape, Shape
 
 SOURCE = "batch_norm.cu"
 THREADS = 256

@@ -24,8 +24,7 @@ from cnnops.cuda.kernel import (
     launch_of,
 )
 from cnnops.cuda.launch import launch
-from cnnops.registry import Shape
-from cnnops.shapes import PoolShape
+from cnnops.shapes import PoolShape, Shape
 
 SOURCE = "pool.cu"
 THREADS = 256

@@ -39,6 +39,6 @@ def conv2d(
         raise RuntimeError(
             f"weight: expected 4 dimensions, got {weight.dim()} ({list(weight.shape)})"
         )
-    x, alone = batched(input)
+    x, alone = batched(input, 2)
     y = conv(x, weight, bias, stride, padding, dilation, groups)
     return y.squeeze(0) if alone else y

@@ -32,7 +32,7 @@ def max_pool2d(
     arguments of a wrong type.
     """
     expect_tensor("input", input)
-    x, alone = batched(input)
+    x, alone = batched(input, 2)
     y, indices = max_pool(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     y = y.squeeze(0) if alone else y
     if indices is None:
@@ -58,7 +58,7 @@ def avg_pool2d(
     TypeError for arguments of a wrong type.
     """
     expect_tensor("input", input)
-    x, alone = batched(input)
+    x, alone = batched(input, 2)
     y = avg_pool(x, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
     return y.squeeze(0) if alone else y
 
@@ -73,6 +73,6 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None]) 
     Raises RuntimeError for sizes that do not fit, TypeError for arguments of a wrong type.
     """
     expect_tensor("input", input)
-    x, alone = batched(input)
+    x, alone = batched(input, 2)
     y = adaptive_avg_pool(x, output_size)
     return y.squeeze(0) if alone else y

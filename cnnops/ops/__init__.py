@@ -31,6 +31,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from cnnops import registry
+from cnnops.shapes import Shape
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 """Element types that kernels may take; PyTorch's own operations take all others."""
@@ -67,9 +68,7 @@ def eager(arguments: Sequence[Any]) -> bool:
     return True
 
 
-def compute(
-    op: str, engine: str, shape: registry.Shape, dtype: torch.dtype, *arguments: Any
-) -> None:
+def compute(op: str, engine: str, shape: Shape, dtype: torch.dtype, *arguments: Any) -> None:
     """Run the chosen kernel of `op` on its arguments."""
     registry.choose(op, engine, shape, dtype)(shape, *arguments)
 
@@ -232,15 +231,15 @@ def expect_same(x: Tensor, dtype: torch.dtype, **others: Tensor | None) -> None:
             )
 
 
-def batched(x: Tensor) -> tuple[Tensor, bool]:
-    """A 3-D `x` with a batch of one in front, and whether it was added.
+def batched(x: Tensor, dims: int) -> tuple[Tensor, bool]:
+    """An `x` of `dims` spatial axes with a batch of one in front where it has none, and whether it was added.
 
-    Raises RuntimeError unless `x` is ``C H W`` or ``N C H W``.
+    Raises RuntimeError unless `x` is ``C *spatial`` or ``N C *spatial``.
     """
-    if x.dim() == 4:
+    if x.dim() == dims + 2:
         return x, False
-    if x.dim() == 3:
+    if x.dim() == dims + 1:
         return x.unsqueeze(0), True
     raise RuntimeError(
-        f"input: expected 3 (unbatched) or 4 dimensions, got {x.dim()} ({list(x.shape)})"
+        f"input: expected {dims + 1} (unbatched) or {dims + 2} dimensions, got {x.dim()} ({list(x.shape)})"
     )
