@@ -73,6 +73,9 @@ from cnnops import functional as C
 from cnnops import registry
 from cnnops.cuda import emulate, jit
 from cnnops.cuda.kernel import Kernel, Launch, kernels_dir
+from cnnops.ops.conv import conv
+from cnnops.ops.norm import batch_norm_stats
+from cnnops.shapes import PADDING_MODES
 
 ARCHITECTURES = ("80", "90a")
 
@@ -197,6 +200,25 @@ def _convolutions() -> Iterator[_Problem]:
     yield _Problem(*strided, ((2, 8, 11, 9), (12, 8, 3, 3), (12,)), torch.float16, True)
     yield _Problem(*_named("conv2d", groups=7, padding=1), ((2, 7, 8, 7), (7, 1, 3, 3), (7,)))
     yield _Problem(*_named("conv2d"), ((2, 33, 5, 7), (17, 33, 1, 1), (17,)))
+    transposed = _named("conv_transpose2d", stride=2, padding=1, output_padding=1)
+    yield _Problem(*transposed, ((2, 3, 5, 4), (3, 4, 3, 3), (4,)))
+    yield _Problem(*_named("conv1d", stride=2), ((2, 3, 17), (4, 3, 5), (4,)))
+    yield _Problem(*_named("conv3d", padding=1), ((1, 3, 4, 5, 6), (4, 3, 3, 3, 3), (4,)))
+    yield from _folded()
+
+
+def _folded() -> Iterator[_Problem]:
+    for mode in PADDING_MODES[1:]:
+
+        def ours(x: Tensor, w: Tensor, mode: str = mode) -> Tensor:
+            return conv(x, w, padding=2, padding_mode=mode)
+
+        def theirs(x: Tensor, w: Tensor, mode: str = mode) -> Tensor:
+            return F.conv2d(F.pad(x, [2] * 4, mode), w)
+
+        for channels, dtype, last in ((3, torch.float32, False), (8, torch.float16, True)):
+            sizes = ((2, channels, 9, 8), (4, channels, 3, 3))
+            yield _Problem(f"conv2d(padding_mode={mode})", ours, theirs, sizes, dtype, last)
 
 
 def _poolings() -> Iterator[_Problem]:
@@ -207,7 +229,18 @@ def _poolings() -> Iterator[_Problem]:
         yield _Problem(*_named(name, kernel_size=2), ((2, 8, 8, 6),), torch.float32, True)
         yield _Problem(*_named(name, kernel_size=7), ((2, 3, 7, 7),))
     for size in (1, (3, 4)):
-        yield _Problem(*_named("adaptive_avg_pool2d", output_size=size), ((2, 5, 7, 11),))
+        for name in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):
+            yield _Problem(*_named(name, output_size=size), ((2, 5, 7, 11),))
+
+
+def _unpoolings() -> Iterator[_Problem]:
+    for dims, last in ((2, False), (2, True), (3, False)):
+        size = (2, 8, *(4,) * dims)
+        plane = 8**dims
+        places = torch.arange(4**dims).mul(7).remainder(plane).view(1, 1, *size[2:]).expand(size)
+        named = _named(f"max_unpool{dims}d", indices=places.contiguous(), kernel_size=2)
+        for dtype in _DTYPES:
+            yield _Problem(f"max_unpool{dims}d(kernel_size=2)", *named[1:], (size,), dtype, last)
 
 
 def _norms() -> Iterator[_Problem]:
@@ -240,16 +273,36 @@ def _norms() -> Iterator[_Problem]:
             yield _Problem(*named, ((4, 3, 6, 5), (3,), (3,), (4, 3, 6, 5)), dtype)
         size = (3, 8, 6, 5)
         yield _Problem(*named, (size, (8,), (8,), size), torch.float32, True)
+    for last in (False, True):
+        yield _Problem(
+            "batch_norm_stats()", lambda x: torch.stack(batch_norm_stats(x, "emulate")[::-1]),
+            lambda x: torch.stack(torch.var_mean(x, (0, 2, 3), correction=0)).detach(),
+            ((4, 8, 6, 5),), channels_last=last,
+        )  # fmt: skip
     size = (2, 2, 67, 65)  # several blocks a channel
     yield _Problem(
         "batch_norm_act(training=True)", ours(True), theirs(True), (size, (2,), (2,), size)
     )
 
 
+def _group_norms() -> Iterator[_Problem]:
+    group, layer = _named("group_norm", num_groups=2), _named("layer_norm", normalized_shape=[8])
+    for dtype in _DTYPES:
+        yield _Problem(*group, ((3, 8, 6, 5), (8,), (8,)), dtype)
+        yield _Problem(*layer, ((3, 4, 5, 8), (8,), (8,)), dtype)
+    yield _Problem(*group, ((3, 8, 6, 5), (8,), (8,)), torch.float32, True)
+    yield _Problem(*group, ((1, 4, 67, 65), (4,), (4,)))  # several blocks a group
+    yield _Problem(*_named("instance_norm"), ((2, 3, 9, 7),))
+    yield _Problem(*_named("layer_norm", normalized_shape=[5000]), ((3, 5000),))
+
+
 _PROBLEMS = {
     registry.CONV: _convolutions,
+    ("conv_fold",): _folded,
     registry.POOL: _poolings,
+    registry.UNPOOL: _unpoolings,
     registry.BATCH_NORM: _norms,
+    registry.GROUP_NORM: _group_norms,
 }
 
 
@@ -259,6 +312,8 @@ def _results(
     """The output, every gradient, and with `twice` the second derivative that max pooling's gather gives."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     y = function(*leaves)
+    if not y.requires_grad:
+        return {"output": y}
     steps = torch.arange(y.numel()).remainder(7).view(y.shape) - 3  # exact in every type
     grad = torch.empty_like(y).copy_(steps).requires_grad_(twice)
     gradients = torch.autograd.grad(y, leaves, grad, create_graph=twice)
@@ -277,7 +332,7 @@ def _run_problem(problem: _Problem, report: Report) -> None:
         for size in problem.sizes
     ]
     tensors = [t.contiguous(memory_format=form) if t.dim() == 4 else t for t in tensors]
-    twice = problem.name.startswith("max_pool")
+    twice = "max_pool" in problem.name
     ours = _results(problem.ours, tensors, twice)
     theirs = _results(problem.theirs, [t.double() for t in tensors], twice)
     for name, got in ours.items():

@@ -22,8 +22,8 @@ layout that PyTorch would give, never empty, and fills them:
                                                    Adaptive windows too, here and below
     max_pool_bwd(shape, grad_y, offsets, grad_x)
     max_pool_gather(shape, x, offsets, y)          y = x at the kept places: the backward's own backward
-    max_unpool_fwd(shape, x, indices, y)           int64 places in y's planes; of several values with one place
-                                                   the last wins, row by row; zero where there is none
+    max_unpool_fwd(shape, x, indices, y)           int64 places in y's planes; of several values with one
+                                                   place the last wins, row by row; zero where there is none
     max_unpool_bwd(shape, grad_y, indices, grad_x) grad_x = grad_y at the indices
     avg_pool_fwd(shape, x, y)
     avg_pool_bwd(shape, grad_y, grad_x)

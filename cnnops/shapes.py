@@ -20,6 +20,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Literal, NamedTuple
 
+from torch import SymInt
+
 Direction = Literal["fprop", "dgrad", "wgrad"]
 Axes = tuple[int, ...]
 Padding = tuple[tuple[int, int], ...]
@@ -36,12 +38,13 @@ class Gemm(NamedTuple):
 
 
 def whole(value: object, name: str) -> int:
-    """`value` as an int: ints and what stands for one (a 0-d integer tensor), but no bool, as in torch.
+    """`value` as an int: ints and what stands for one (a 0-d integer tensor), but no bool, as in torch. A
+    size that torch.compile or torch.export leaves open stays so.
 
     Raises TypeError for anything else.
     """
-    if type(value) is int:
-        return value
+    if type(value) is int or isinstance(value, SymInt):
+        return value  # type: ignore[return-value]
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     return operator.index(value)
@@ -260,6 +263,10 @@ class ConvShape(_Spatial):
         kernel = tuple(w[2:])
         pairs = padding_pairs(padding, kernel, steps, spans)
         _check_padding_mode(padding_mode, tuple(x[2:]), pairs)
+        if any(h + min(a, 0) + min(b, 0) < 0 for h, (a, b) in zip(x[2:], pairs, strict=True)):
+            raise RuntimeError(
+                f"padding: expected to crop at most the input's {list(x[2:])}, got {list(pairs)}"
+            )
         shape = cls(x[0], x[1], K, tuple(x[2:]), kernel, steps, pairs, spans, groups, padding_mode)
         padded = [h + a + b for h, (a, b) in zip(shape.spatial, pairs, strict=True)]
         span = [r * (k - 1) + 1 for k, r in zip(kernel, spans, strict=True)]
@@ -312,9 +319,9 @@ class ConvShape(_Spatial):
             raise RuntimeError(
                 f"input: expected no empty axis but batch or channels, got {list(x)}"
             )
-        if w[0] % groups:
+        if w[0] < groups or w[0] % groups:
             raise RuntimeError(
-                f"weight: expected dimension 0 to be a multiple of groups={groups}, got {w[0]}"
+                f"weight: expected dimension 0 to be a positive multiple of groups={groups}, got {w[0]}"
             )
         if x[1] != w[0]:
             raise RuntimeError(
@@ -331,8 +338,8 @@ class ConvShape(_Spatial):
             raise RuntimeError(
                 f"input: expected sizes that leave an output, got {list(x)} -> {list(out)}"
             )
-        # Rows that only output_padding adds are beyond every window. Whole strides of them would be windows of
-        # the convolution: they are taken from its padding, which may so become negative.
+        # Rows that only output_padding adds are beyond every window. Whole strides of them would be windows
+        # of the convolution: they are taken from its padding, which may so become negative.
         pairs = tuple((pad, pad - e // s * s) for pad, e, s in zip(pads, extra, steps, strict=True))
         return cls(x[0], C, x[1], out, kernel, steps, pairs, spans, groups)
 
@@ -550,11 +557,13 @@ class UnpoolShape(_Hashed):
 
         Raises RuntimeError, as ``torch.nn.functional.max_unpool2d`` does, when they do not fit together.
         """
-        dims = _pool_dims(x, 1)
+        dims = _pool_dims(x, 2)
         if tuple(indices) != tuple(x):
             raise RuntimeError(f"indices: expected the input's size {list(x)}, got {list(indices)}")
-        if len(output) != dims or any(o <= 0 for o in output):
-            raise RuntimeError(f"output_size: expected {dims} positive ints, got {list(output)}")
+        if len(output) != dims or any(o < 0 for o in output):
+            raise RuntimeError(
+                f"output_size: expected {dims} ints of at least 0, got {list(output)}"
+            )
         return cls(x[0], x[1], tuple(x[2:]), tuple(output))
 
     @property

@@ -9,7 +9,9 @@
 //               grad_x = γ·rstd·(g - Σg / M - x̂·Σ(g·x̂) / M)       in training
 //               grad_x = γ·rstd·g                                  with running statistics, which are constants
 //
-// z is computed again in the backward pass instead of being stored: x is read there anyway.
+// No activation's input is stored for the backward pass. Without a residual z is computed again: x is read there
+// anyway. With one, the residual would have to be kept for that; where y tells the derivative (FROM_RESULT: relu,
+// relu6, leaky_relu, sigmoid, tanh) y is read in its place, which whatever comes next keeps in any case.
 //
 // Layout. Both of PyTorch's layouts are one picture here, a matrix of sites by slots whose cells are packs of V
 // elements, V·sizeof(T) <= 16 bytes:
@@ -29,6 +31,7 @@
 //
 // Passes.
 //     training      stats: one (count, mean, M2) a channel and split → merge: one warp a channel → apply
+//     statistics    stats → stats_merge, for batches that are spread over several processes
 //     inference     infer alone
 //     backward      bwd_sums: three sums a channel and split → bwd_merge: one warp a channel → bwd_apply
 //     small         train and bwd hold a channel in one block (a few thousand values) and need one launch
@@ -38,7 +41,8 @@
 //
 // Bytes, for a tensor of X bytes: training reads x twice and writes y, 3X; the floor is 2X, reached when x fits
 // in L2 (50 MB on an H100) or in one block. Backward reads grad_y and x twice and writes grad_x, 5X; floor 3X.
-// A residual adds one read to each pass that needs z, and its gradient one write. Inference is at its floor, 2X.
+// A residual, or y in its place, adds one read to each pass that needs z, and its gradient one write. Inference is
+// at its floor, 2X, statistics at theirs, X.
 //
 // Why this way: the variance. Σx² - (Σx)²/M is lost when |mean| >> std. Here every value is first taken relative
 // to the channel's first element (exact when they are near each other). That element lies within sqrt(M)·std of
@@ -51,8 +55,8 @@
 //
 // Constants: ELEMENT, ACCUMULATOR, PARAMETER (weight, bias, running statistics), INDEX (int, or long long where
 // a tensor spans 2^31 elements), VECTOR = V, UNROLL, CHANNELS_INNER (1: channels-last packs), LANES, THREADS,
-// ACTIVATION, PARAMS_BYTES; and TRAIN, INFER or BACKWARD, whichever entries are wanted. Everything else is known
-// at run time.
+// ACTIVATION, FROM_RESULT (1: what lies beside x in the backward pass is y, not the residual), PARAMS_BYTES; and
+// TRAIN, INFER or BACKWARD, whichever entries are wanted. Everything else is known at run time.
 #include "epilogue.cuh"
 
 using T = ELEMENT;
@@ -64,8 +68,8 @@ constexpr int K = CHANNELS_INNER ? V : 1;  // channels of a slot
 constexpr int ROWS = THREADS / LANES;
 constexpr int WARPS = THREADS / 32;
 constexpr Activation ACT = Activation::ACTIVATION;
-constexpr bool TRANSCENDENTAL = ACT == Activation::silu || ACT == Activation::gelu || ACT == Activation::sigmoid ||
-                                ACT == Activation::tanh;
+constexpr bool TRANSCENDENTAL = !FROM_RESULT && (ACT == Activation::silu || ACT == Activation::gelu ||
+                                                 ACT == Activation::sigmoid || ACT == Activation::tanh);
 // Packs that a thread has in flight in the passes that may read several tensors: fewer than UNROLL, and few enough
 // values for exp and erf to find registers.
 constexpr int VALUES = !TRANSCENDENTAL ? 16 : sizeof(A) == 4 ? 8 : 2;
@@ -73,11 +77,13 @@ constexpr int UNROLL_Z = VALUES / V < 1 ? 1 : VALUES / V < UNROLL / 2 ? VALUES /
 static_assert(THREADS % 32 == 0 && 32 % LANES == 0, "a warp holds whole rows of lanes");
 static_assert((V & (V - 1)) == 0 && V * sizeof(T) <= 16, "a pack is one access");
 static_assert(CHANNELS_INNER || LANES == 1, "in NCHW a block works on one channel");
+static_assert(!FROM_RESULT || TOLD_BY_RESULT<ACT>, "y must tell the derivative");
 
 struct Strides { long long image, site, slot; };
 
 struct BatchNormParams {
-  Strides x, residual, y, grad_x, grad_residual;  // grad_y has y's place
+  // In the backward pass `residual` may be where y lies, and `y` is where grad_y lies.
+  Strides x, residual, y, grad_x, grad_residual;
   FastDiv sites_per_image;
   int sites, split_sites, splits;  // sites in all, sites of one split, splits
   int channels, training;
@@ -253,21 +259,27 @@ struct Normalise {
   }
 };
 
-// What the backward passes share: g = grad_y · act'(z) and d = x - mean of U packs.
+// What the backward passes share: g = grad_y · act'(z) and d = x - mean of U packs. `beside` is the residual or
+// null, with FROM_RESULT it is y.
 struct Gradient {
   const BatchNormParams& p;
-  const T *grad_y, *x, *residual;
+  const T *grad_y, *x, *beside;
   Index slot;
   A mean[K], scale[K], bias[K];
 
   template <int U> __device__ __forceinline__ void load(int site, bool with_x, A (&g)[U][V], A (&d)[U][V]) const {
-    constexpr bool WITH_Z = ACT != Activation::none;
+    constexpr bool WITH_Z = ACT != Activation::none && !FROM_RESULT;
     A r[U][V];
 #pragma unroll
     for (int u = 0; u < U; u++) {
       load_as(g[u], at(grad_y, p.y, slot, site + u * ROWS, p));
       if (WITH_Z || with_x) load_as(d[u], at(x, p.x, slot, site + u * ROWS, p));
-      if (WITH_Z && residual) load_as(r[u], at(residual, p.residual, slot, site + u * ROWS, p));
+      if (FROM_RESULT || (WITH_Z && beside)) load_as(r[u], at(beside, p.residual, slot, site + u * ROWS, p));
+    }
+    if (FROM_RESULT) {
+#pragma unroll
+      for (int i = 0; i < U * V; i++)
+        g[i / V][i % V] = activation_grad_of_result<ACT>(r[i / V][i % V], g[i / V][i % V]);
     }
     if (!WITH_Z && !with_x) return;
 #pragma unroll
@@ -276,7 +288,7 @@ struct Gradient {
       for (int i = 0; i < V; i++) {
         d[u][i] -= mean[i % K];
         const A z = d[u][i] * scale[i % K] + bias[i % K];
-        if (WITH_Z) g[u][i] = activation_grad<ACT>(residual ? z + r[u][i] : z, g[u][i]);
+        if (WITH_Z) g[u][i] = activation_grad<ACT>(beside ? z + r[u][i] : z, g[u][i]);
       }
     }
   }
@@ -363,16 +375,12 @@ batch_norm_train_stats(const T* __restrict__ x, A* __restrict__ partials, BatchN
   }
 }
 
-// One warp a channel. centre[c] is the mean relative to the channel's first element.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-batch_norm_train_merge(const T* __restrict__ x, const A* __restrict__ partials, A* __restrict__ mean,
-                       A* __restrict__ rstd, A* __restrict__ centre, P* __restrict__ running_mean,
-                       P* __restrict__ running_var, BatchNormParams p) {
-  const int c = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
+// A channel's moments over all splits, in the first lane of its warp. All 32 lanes must take part.
+DEVICE Moments<1> merge_splits(const A* partials, int c, const BatchNormParams& p) {
   Moments<1> moments, next;
   moments.clear();
   if (c < p.channels) {
-    for (int split = lane; split < p.splits; split += 32) {
+    for (int split = threadIdx.x % 32; split < p.splits; split += 32) {
       const A* partial = partials + ((Index)c * p.splits + split) * 3;
       next.count = partial[0];
       next.mean[0] = partial[1];
@@ -381,8 +389,34 @@ batch_norm_train_merge(const T* __restrict__ x, const A* __restrict__ partials, 
     }
   }
   merge_warp(moments, 1);
-  if (c >= p.channels || lane != 0) return;
-  const A first = convert<A>(x[c / K * (Index)p.x.slot + c % K]);
+  return moments;
+}
+
+// The channel's first element.
+DEVICE A first_of(const T* x, int c, const BatchNormParams& p) {
+  return convert<A>(x[c / K * (Index)p.x.slot + c % K]);
+}
+
+// One warp a channel.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+batch_norm_stats_merge(const T* __restrict__ x, const A* __restrict__ partials, A* __restrict__ mean,
+                       A* __restrict__ var, BatchNormParams p) {
+  const int c = blockIdx.x * WARPS + threadIdx.x / 32;
+  const Moments<1> moments = merge_splits(partials, c, p);
+  if (c >= p.channels || threadIdx.x % 32 != 0) return;
+  mean[c] = first_of(x, c, p) + moments.mean[0];
+  var[c] = moments.m2[0] / A(p.count);
+}
+
+// One warp a channel. centre[c] is the mean relative to the channel's first element.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+batch_norm_train_merge(const T* __restrict__ x, const A* __restrict__ partials, A* __restrict__ mean,
+                       A* __restrict__ rstd, A* __restrict__ centre, P* __restrict__ running_mean,
+                       P* __restrict__ running_var, BatchNormParams p) {
+  const int c = blockIdx.x * WARPS + threadIdx.x / 32;
+  const Moments<1> moments = merge_splits(partials, c, p);
+  if (c >= p.channels || threadIdx.x % 32 != 0) return;
+  const A first = first_of(x, c, p);
   const Normaliser result = finish_channel(c, first, moments.mean[0], moments.m2[0], running_mean, running_var, p);
   mean[c] = result.mean;
   rstd[c] = result.rstd;
@@ -503,11 +537,11 @@ DEVICE void load_gradient(Gradient& gradient, A (&inverse)[K], const P* weight, 
 // partials[c][split] = (Σg, Σ g·(x - mean), Σ(x - mean))
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 batch_norm_bwd_sums(const T* __restrict__ grad_y, const T* __restrict__ x, const P* __restrict__ weight,
-                    const P* __restrict__ bias, const T* __restrict__ residual, const A* __restrict__ mean,
+                    const P* __restrict__ bias, const T* __restrict__ beside, const A* __restrict__ mean,
                     const A* __restrict__ rstd, A* __restrict__ partials, BatchNormParams p) {
   __shared__ Sums<K> scratch[WARPS][LANES];
   const Owner own = owner(p);
-  Gradient gradient{p, grad_y, x, residual, own.slot};
+  Gradient gradient{p, grad_y, x, beside, own.slot};
   A inverse[K];
   load_gradient(gradient, inverse, weight, bias, mean, rstd, own);
   GradientSums pass{gradient};
@@ -553,11 +587,11 @@ batch_norm_bwd_merge(const A* __restrict__ partials, const P* __restrict__ weigh
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 batch_norm_bwd_apply(const T* __restrict__ grad_y, const T* __restrict__ x, const P* __restrict__ weight,
-                     const P* __restrict__ bias, const T* __restrict__ residual, const A* __restrict__ mean,
+                     const P* __restrict__ bias, const T* __restrict__ beside, const A* __restrict__ mean,
                      const A* __restrict__ rstd, const A* __restrict__ coefficients, T* __restrict__ grad_x,
                      T* __restrict__ grad_residual, BatchNormParams p) {
   const Owner own = owner(p);
-  Gradient gradient{p, grad_y, x, residual, own.slot};
+  Gradient gradient{p, grad_y, x, beside, own.slot};
   A inverse[K];
   load_gradient(gradient, inverse, weight, bias, mean, rstd, own);
   InputGradient pass{gradient, grad_x, grad_residual, p.training && grad_x};
@@ -574,14 +608,14 @@ batch_norm_bwd_apply(const T* __restrict__ grad_y, const T* __restrict__ x, cons
 // All of the above for channels that one block can hold.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 batch_norm_bwd(const T* __restrict__ grad_y, const T* __restrict__ x, const P* __restrict__ weight,
-               const P* __restrict__ bias, const T* __restrict__ residual, const A* __restrict__ mean,
+               const P* __restrict__ bias, const T* __restrict__ beside, const A* __restrict__ mean,
                const A* __restrict__ rstd, T* __restrict__ grad_x, P* __restrict__ grad_weight,
                P* __restrict__ grad_bias, T* __restrict__ grad_residual, BatchNormParams p) {
   __shared__ Sums<K> scratch[WARPS][LANES];
   __shared__ A slopes[LANES][K], offsets[LANES][K];
   const Owner own = owner(p);
   const int last = own.active ? p.sites : 0, lane = threadIdx.x % LANES;
-  Gradient gradient{p, grad_y, x, residual, own.slot};
+  Gradient gradient{p, grad_y, x, beside, own.slot};
   A inverse[K];
   load_gradient(gradient, inverse, weight, bias, mean, rstd, own);
   GradientSums gather{gradient};

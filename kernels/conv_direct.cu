@@ -1,11 +1,12 @@
 // Direct convolution over one to three axes: the output, both gradients and the bias's, for any stride, padding,
 // dilation, groups and element type. Operands are read in place whatever their strides; nothing is materialised.
 //
-// Maths. In two dimensions, with c over the channels of k's group and x zero outside of the image:
+// Maths. In two dimensions, with c over the channels of k's group, and x outside of the image zero or as PADDING says:
 //
 //     fprop  y[n,k,p,q]      = b[k] + Σ c,r,s  w[k,c,r,s] · x[n, c, p·stride - pad + r·dilation, …]
-//     dgrad  grad_x[n,c,h,w] = Σ k,r,s  w[k,c,r,s] · grad_y[n, k, (h + pad - r·dilation) / stride, …]
-//                              over the r and s for which the division leaves no rest
+//     dgrad  grad_x[n,c,h,w] = b[c] + Σ k,r,s  w[k,c,r,s] · grad_y[n, k, (h + pad - r·dilation) / stride, …]
+//                              over the r and s for which the division leaves no rest; with b, which gradients have
+//                              none of, this is transposed convolution
 //     wgrad  grad_w[k,c,r,s] = Σ n,p,q  grad_y[n,k,p,q] · x[n, c, p·stride - pad + r·dilation, …]
 //     bgrad  grad_b[k]       = Σ n,p,q  grad_y[n,k,p,q]
 //
@@ -21,6 +22,12 @@
 // places and in the filter. So only M + K numbers are ever decoded into axes, not M·K: a block decodes its rows
 // once and each step once, into shared memory, and an element then costs additions, one comparison an axis and its
 // load. A place or entry beyond the end has a coordinate FAR outside, and needs no check of its own.
+//
+// Padding. A coordinate outside reads zero, or under another PADDING the element that continued() names (padding.cuh),
+// a `detour` away from the address that the halves add up to; only FAR coordinates then have nothing to read. Packs of
+// channels take their detours together, and packs of places exist only where no axis is padded. dgrad knows zeros
+// alone: under the other modes it is asked for the gradient of the padded input, which conv_fold.cu adds up. A negative
+// pad crops: no place and entry meet there, in either direction.
 //
 // Phases (dgrad). Elements h with one remainder by the stride are fed by the same taps: first, first + tap_step, …
 // with tap_step = stride / gcd(stride, dilation). Within such a phase dgrad is a correlation of stride 1 with these
@@ -44,12 +51,14 @@
 //
 // Sums. A result is summed by one thread in the order of steps. Where rows x columns are too few to fill a GPU
 // (wgrad, small images), `splits` blocks take parts of the steps and write partial results, each laid out as the
-// result itself, and conv_reduce_direct adds them up. The order depends on the problem's sizes alone.
+// result itself, and conv_reduce_direct adds them up, and the bias to the whole. The order depends on the problem's
+// sizes alone.
 //
 // Grid. One axis: column tiles fastest, then groups, phases, splits, and row tiles slowest, so that blocks reading
 // the same gathered rows run together and meet in L2. (thin: group tiles, then phases, then places.)
 //
 // Constants. PASS FORM ELEMENT ACCUMULATOR RESULT DIMS; WIDE: offsets take 64 bits (a tensor spans 2^31 elements)
+//   PADDING ZEROS, for fprop and wgrad also REFLECT REPLICATE CIRCULAR
 //   tiled   BLOCK_M BLOCK_N BLOCK_K THREAD_M THREAD_N; RESIDENT: blocks a multiprocessor, to budget registers for
 //           CHANNELS_FAST: entries are numbered with the channel fastest, else with the taps
 //           GATHER_ALONG_STEPS GATHER_VECTOR, PLAIN_ALONG_STEPS PLAIN_VECTOR: how the operands are fetched
@@ -68,11 +77,14 @@
 //   depthwise 3x3, 144 channels @ 56x56   116 MB: the floor is 0.035 ms. Some 130 instructions an output in NCHW,
 //           65 in packs of channels: 0.06 and 0.04 ms. Keeping rows in registers from one place to the next would
 //           reach the floor; that takes the stride as a constant and is a kernel of its own.
+//   another PADDING than zeros   some 3 to 6 instructions more an axis for every gathered element or pack. By size of
+//           the compiled entries: 2 % to 5 % in channels-last packs and 8 % to 15 % in NCHW in the first example, 18 %
+//           to 43 % in the thin form. A padded copy would read and write x once more, before anything else begins.
 //
 // Why FFMA, not tensor cores: float32 and float64 keep all their bits, every shape and alignment is served, and
 // other kernels may fall back on this one. Why elements pass through registers, not cp.async: half types are
 // widened on the way, padding becomes zero without a branch, and in NCHW the copies would be of single elements.
-#include "common.cuh"
+#include "padding.cuh"
 
 #define FPROP 0  // values of PASS
 #define DGRAD 1
@@ -199,11 +211,28 @@ DEVICE Half entry_at(const Params& p, const Work& work, int c, const int (&tap)[
   return h;
 }
 
+// Whether coordinate `at` of source axis a can be read: it is inside, or PADDING continues the axis and the place and
+// the entry that make it up exist.
+DEVICE bool inside(const Params& p, int a, int at) {
+  return PADDING == ZEROS ? (unsigned)at < (unsigned)p.size[a] : a < DIMS - 1 || at > FAR / 2;
+}
 DEVICE bool inside(const Params& p, const Half& one, const Half& two, int axes = DIMS) {
   bool in = true;
 #pragma unroll
-  for (int a = 0; a < axes; a++) in &= (unsigned)(one.at[a] + two.at[a]) < (unsigned)p.size[a];
+  for (int a = 0; a < axes; a++) in &= inside(p, a, one.at[a] + two.at[a]);
   return in;
+}
+
+// From the address that coordinate `at` of axis a would have to that of the element that is read for it.
+DEVICE Offset detour(const Params& p, int a, int at) {
+  return PADDING == ZEROS ? 0 : (Offset)(continued(at, p.size[a]) - at) * (Offset)p.source.axis[a];
+}
+// The address of a place's and an entry's element, as far as the first `axes` axes decide it.
+DEVICE Offset address(const Params& p, const Half& one, const Half& two, int axes = DIMS) {
+  Offset offset = one.source + two.source;
+#pragma unroll
+  for (int a = 0; a < axes; a++) offset += detour(p, a, one.at[a] + two.at[a]);
+  return offset;
 }
 
 #if PASS == REDUCE
@@ -348,7 +377,7 @@ conv_wgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ x, Result* _
         const bool exists = chunk_tap(work, base, t, tap);
         const Half entry = entry_at(p, work, c, tap);
         const bool in = exists && inside(p, place, entry);
-        const Pack<T, V> pack = in ? load_pack<V>(x + (place.source + entry.source)) : Pack<T, V>{};
+        const Pack<T, V> pack = in ? load_pack<V>(x + address(p, place, entry)) : Pack<T, V>{};
 #pragma unroll
         for (int v = 0; v < V; v++)
 #pragma unroll
@@ -401,7 +430,7 @@ DEVICE void thin(const T* __restrict__ source, const T* __restrict__ filter, con
         int at[U];
 #pragma unroll
         for (int u = 0; u < U; u++) {
-          line[u] = place[u].source + entry.source;
+          line[u] = address(p, place[u], entry, LAST);
           at[u] = inside(p, place[u], entry, LAST) ? place[u].at[LAST] : FAR;
         }
 #pragma unroll 1
@@ -420,9 +449,10 @@ DEVICE void thin(const T* __restrict__ source, const T* __restrict__ filter, con
                                  : A(0);
 #pragma unroll
             for (int u = 0; u < U; u++) {
-              const bool in = exists && (unsigned)(at[u] + step) < (unsigned)p.size[LAST];
+              const bool in = exists && inside(p, LAST, at[u] + step);
               const Offset offset = line[u] + (Offset)step * (Offset)p.source.axis[LAST];
-              const Pack<T, V> pack = in ? load_pack<V>(source + offset) : Pack<T, V>{};
+              const Pack<T, V> pack =
+                  in ? load_pack<V>(source + (offset + detour(p, LAST, at[u] + step))) : Pack<T, V>{};
 #pragma unroll
               for (int v = 0; v < V; v++)
 #pragma unroll
@@ -462,8 +492,9 @@ conv_fprop_thin(const T* __restrict__ x, const T* __restrict__ w, const T* __res
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-conv_dgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ w, T* __restrict__ grad_x, const Params p) {
-  thin(grad_y, w, nullptr, grad_x, p);
+conv_dgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ w, const T* __restrict__ bias,
+                T* __restrict__ grad_x, const Params p) {
+  thin(grad_y, w, bias, grad_x, p);
 }
 #endif
 #endif
@@ -591,7 +622,7 @@ DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, c
       for (int j = 0; j < Gather::STEPS; j++) {
         const Half step = tiles.steps[s & 1][Gather::known_step(j)];
         gather[i][j] = Gather::has(i, j) && inside(p, row, step)
-                           ? load_pack<GV>(gathered + (row.source + step.source)) : Pack<T, GV>{};
+                           ? load_pack<GV>(gathered + address(p, row, step)) : Pack<T, GV>{};
       }
     }
 #pragma unroll
@@ -688,9 +719,9 @@ conv_fprop_direct(const T* __restrict__ x, const T* __restrict__ w, const T* __r
 }
 #elif PASS == DGRAD
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-conv_dgrad_direct(const T* __restrict__ grad_y, const T* __restrict__ w, Result* __restrict__ grad_x,
-                  const Params p) {
-  tiled(grad_y, w, nullptr, grad_x, p);
+conv_dgrad_direct(const T* __restrict__ grad_y, const T* __restrict__ w, const T* __restrict__ bias,
+                  Result* __restrict__ grad_x, const Params p) {
+  tiled(grad_y, w, bias, grad_x, p);
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)

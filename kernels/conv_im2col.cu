@@ -1,11 +1,13 @@
 // Convolution as a matrix product over stored columns: this file lays the columns out (im2col) and adds their
 // gradients up again (col2im); torch.matmul is the product in between (cnnops/cuda/conv_im2col.py).
 //
-// MATHS      col[(c, tap), place] = x[n, c, place * stride - pad + tap * dilation], zero outside of x
+// MATHS      col[(c, tap), place] = x[n, c, place * stride - pad + tap * dilation]; outside of x zero, or under another
+//            PADDING x at the coordinate that continued() names (padding.cuh). A negative pad crops.
 //            fprop  y = w . col          wgrad  grad_w = grad_y . col^T                     (conv_im2col)
 //            dgrad  grad_x = col2im(w^T . grad_y): the sum of the columns that hold an input element. The
 //            element gathers them itself: tap r holds input h at place (h + pad - r * dilation) / stride, where
-//            that divides and exists. No atomics, and the order of the sum is that of the taps.
+//            that divides and exists, and at last the bias of its channel (transposed convolution). No atomics, and
+//            the order of the sum is that of the taps. dgrad knows no other padding than zeros (see conv_fold.cu).
 //
 // LAYOUT     Columns lie so that the product reads and writes the other tensors as they are:
 //              CHANNELS_FAST 0   col[n][c][tap][place]                     beside NCHW
@@ -19,6 +21,7 @@
 //            conv_col2im: an element of grad_x (or VECTOR channels of it) and the taps that hold it.
 //
 // CONSTANTS  PASS IM2COL | COL2IM   ELEMENT ACCUMULATOR types   DIMS spatial axes   WIDE 64-bit offsets in x
+//            PADDING ZEROS, for conv_im2col also REFLECT REPLICATE CIRCULAR: a few instructions more a tap and axis
 //            CHANNELS_FAST   VECTOR elements of an access to columns   X_VECTOR of an access to x: VECTOR or 1
 //            Sizes, strides, taps, stride, padding and dilation are run-time: a network needs few binaries.
 //
@@ -30,7 +33,7 @@
 //
 // WHY SO     Taps inside the thread, not across threads: T*R*S reads of one input element come from
 //            neighbouring threads in consecutive turns and meet in L1, and there is one decode for all of them.
-#include "common.cuh"
+#include "padding.cuh"
 
 #define IM2COL 0  // values of PASS
 #define COL2IM 1
@@ -50,6 +53,7 @@ static_assert(CHANNELS_FAST || XV == 1, "neighbouring places are no neighbours i
 // Arrays over axes hold DIMS values, slowest axis first.
 struct Params {
   long long batch, channel, axis[3];  // strides of x
+  long long bias;                     // and of the bias
   FastDiv fast, slow;                 // a thread's number: packs of the fast index, then of the slow one
   FastDiv extent[3];                  // along each axis: places (conv_im2col), input elements (conv_col2im)
   FastDiv group;                      // channels of a group
@@ -123,8 +127,11 @@ conv_im2col(const T* __restrict__ x, T* __restrict__ col, const Params p) {
           Offset offset = origin[v];
 #pragma unroll
           for (int a = 0; a < DIMS; a++) {
-            const int moved = tap[a] * p.dilation[a];
-            inside &= (unsigned)(at[v][a] + moved) < (unsigned)p.size[a];
+            int moved = tap[a] * p.dilation[a];
+            if (PADDING == ZEROS)
+              inside &= (unsigned)(at[v][a] + moved) < (unsigned)p.size[a];
+            else
+              moved = continued(at[v][a] + moved, p.size[a]) - at[v][a];
             offset += (Offset)moved * (Offset)p.axis[a];
           }
 #pragma unroll
@@ -142,7 +149,7 @@ conv_im2col(const T* __restrict__ x, T* __restrict__ col, const Params p) {
 
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-conv_col2im(const T* __restrict__ col, T* __restrict__ grad_x, const Params p) {
+conv_col2im(const T* __restrict__ col, const T* __restrict__ bias, T* __restrict__ grad_x, const Params p) {
   static_assert(CHANNELS_FAST || V == 1, "neighbouring elements lie in different places");
   const int i = (int)blockIdx.x * THREADS + (int)threadIdx.x;
   if (i >= p.threads) return;
@@ -177,6 +184,9 @@ conv_col2im(const T* __restrict__ col, T* __restrict__ grad_x, const Params p) {
         }
       }
 
+  if (bias)
+#pragma unroll
+    for (int v = 0; v < V; v++) sum[v] += convert<A>(bias[(own.c + v) * p.bias]);
   T* to = grad_x + (own.n * p.batch + own.c * p.channel);
 #pragma unroll
   for (int v = 0; v < V; v += XV) {

@@ -1,5 +1,6 @@
 // What may follow an operation's own arithmetic while its result is still in registers: an activation of an
-// accumulator value (float or double), and in the backward pass the activation's derivative.
+// accumulator value (float or double), and in the backward pass the activation's derivative, of its argument or,
+// where that is enough, of its result.
 //
 //     none         z                                  sigmoid      1 / (1 + e^-z)
 //     relu         max(z, 0)                          silu         z · sigmoid(z)
@@ -64,4 +65,17 @@ template <Activation ACT, class A> DEVICE A activation_grad(A z, A g) {
     }
   }
   return g;
+}
+
+// The same from y = act(z), where y tells the derivative. Of a y that was rounded to a half type this is the
+// derivative at the rounded place, as in PyTorch, which keeps y for most of these, too.
+template <Activation ACT>
+constexpr bool TOLD_BY_RESULT = ACT == Activation::relu || ACT == Activation::relu6 || ACT == Activation::leaky_relu ||
+                                ACT == Activation::sigmoid || ACT == Activation::tanh;
+template <Activation ACT, class A> DEVICE A activation_grad_of_result(A y, A g) {
+  switch (ACT) {
+    case Activation::sigmoid: return g * y * (A(1) - y);
+    case Activation::tanh: return g * (A(1) - y * y);
+    default: return activation_grad<ACT>(y, g);  // y lies in the piece that z does
+  }
 }

@@ -1,9 +1,11 @@
 // Max and average pooling of N x C x D x H x W, forward and backward; 1-D and 2-D problems have axes of size 1.
 //
 // Maths. Window (z, p, q) of one channel's plane covers the places d = z·stride - pad + t·dilation for t of 0 to
-// T-1, likewise h and r, w and s; adaptive windows cover floor(p·H/P) to ceil((p+1)·H/P) - 1. Padding is never read:
+// T-1, likewise h and r, w and s; adaptive windows cover floor(p·H/P) to ceil((p+1)·H/P) - 1, and T R S are the
+// largest of them. Padding is never read:
 //
 //     max      y = the window's maximum; offset = (t·R + r)·S + s of the place it came from
+//     gather   y = x at the places that offsets name: what the backward pass's own gradient needs
 //              PyTorch's choice: the first maximum in that order, but any NaN beats any number and a later NaN
 //              an earlier one; a window that is -inf throughout has the offset of its first place
 //     average  y = Σx / divisor; the divisor counts the places inside the input, or inside the padded input
@@ -23,11 +25,20 @@
 //             times C_VEC channels. Windows, strides and dilations are constants: loops unroll, a column is loaded
 //             once for all the windows it lies in, and backward a tile starts at a multiple of the stride, so that
 //             which of its places meet which windows is known at compile time.
-//     loop    One thread owns one place times C_VEC channels; windows are run-time numbers. For adaptive windows
-//             and for those too large to unroll.
+//     loop    One thread owns one place times C_VEC channels, or backward in NCHW the TILE places of a pack; windows
+//             are run-time numbers. For adaptive windows, for those too large to unroll, and for gather.
 //     reduce  Forward only. PER_OUTPUT threads share an output: LANES channel packs side by side times rows of
 //             places, merged by shuffles and then over warps in a fixed order. For large windows with few
 //             outputs, as in global pooling, where a thread an output would leave the GPU idle.
+//
+// What serves what, in 1-D, 2-D and 3-D alike (an axis that is missing has windows of one place and costs nothing;
+// depth adds rows to a window, forward and backward):
+//
+//     ordinary windows of up to some thirty columns                        tile; in packs where rows are whole packs
+//     the same where rows are odd or off alignment                         tile, its neighbouring lanes scalar
+//     adaptive windows that divide the input evenly                        as ordinary ones of that size
+//     global ones, and large windows that are few or far apart, forward    reduce; axes that are one run joined
+//     the same backward; adaptive ones; larger windows                     loop
 //
 // Grid. x: blocks of THREADS over the tiles of `images` images, w fastest in NCHW and channels fastest in
 // channels-last, so that a warp's accesses are one run; y: chunks of the batch, for tensors of more than 2^31
@@ -43,7 +54,7 @@
 // grad_x once, in whole packs. Shared memory would only repeat what L1 does: reuse is a few neighbouring bytes.
 //
 // Constants: ELEMENT, ACCUMULATOR, OFFSET, INDEX (int, or long long where a tensor spans 2^31 elements),
-// CHANNELS_INNER, C_VEC, X_VEC, Y_VEC, FIXED (1: the tile form) and for that form alone TILE, TILE_H, WINDOW_ STRIDE_
+// CHANNELS_INNER, C_VEC, X_VEC, Y_VEC, TILE, FIXED (1: the tile form) and for that form alone TILE_H, WINDOW_ STRIDE_
 // DILATION_ D H W, PAD_H, PAD_W (else 1 and 0), PER_OUTPUT and LANES (reduce form, else 1), UNIFORM (1: all windows
 // have one divisor), THREADS, PARAMS_BYTES; and the name of the wanted entry in capitals. Batch, channels and
 // sizes are run-time numbers.
@@ -53,7 +64,7 @@ using T = ELEMENT;
 using A = ACCUMULATOR;
 using Offset = OFFSET;
 using Index = INDEX;
-static_assert(FIXED || TILE * TILE_H == 1, "run-time windows: one place a thread");
+static_assert(FIXED || (TILE == (PER_OUTPUT > 1 ? 1 : X_VEC) && TILE_H == 1), "run-time windows: a pack a thread");
 static_assert(C_VEC == 1 || (X_VEC == 1 && Y_VEC == 1), "packs go along channels or along columns");
 static_assert(C_VEC * X_VEC * sizeof(T) <= 16 && C_VEC * Y_VEC * sizeof(T) <= 16, "a pack is one access");
 static_assert(!CHANNELS_INNER || (X_VEC == 1 && Y_VEC == 1), "channels-last packs hold channels");
@@ -62,7 +73,7 @@ struct Strides { long long n, c, d, h, w; };  // in elements; d h w stand for z 
 
 struct Axis {
   int in, out, window, stride, dilation, pad;
-  FastDiv by_stride;
+  FastDiv by_stride, by_in, by_out;  // the last two for adaptive windows
 };
 
 struct PoolParams {
@@ -131,8 +142,13 @@ using AlongD = Along<WINDOW_D, STRIDE_D, DILATION_D>;
 using AlongH = Along<WINDOW_H, STRIDE_H, DILATION_H>;
 using AlongW = Along<WINDOW_W, STRIDE_W, DILATION_W>;
 
-DEVICE int adaptive_start(const Axis& a, int out) { return (int)((Index)out * a.in / a.out); }
-DEVICE int adaptive_end(const Axis& a, int out) { return (int)((((Index)out + 1) * a.in + a.out - 1) / a.out); }
+// floor(a·b / divisor). Products that may pass 2^31 come with 64-bit indices.
+DEVICE int scaled(int a, int b, const FastDiv& divisor, int add = 0) {
+  if constexpr (sizeof(Index) == 4) return divisor.div(a * b + add);
+  return (int)(((Index)a * b + add) / divisor.divisor);
+}
+DEVICE int adaptive_start(const Axis& a, int out) { return scaled(out, a.in, a.by_out); }
+DEVICE int adaptive_end(const Axis& a, int out) { return scaled(out + 1, a.in, a.by_out, a.out - 1); }
 
 // Places start + i·step of a window; those of lo <= i < hi lie in the input.
 struct Span { int start, step, lo, hi; };
@@ -304,7 +320,6 @@ max_pool_fwd(const T* __restrict__ x, T* __restrict__ y, Offset* __restrict__ of
 #endif
 
 #ifdef MAX_POOL_GATHER
-// y = x at the kept places: what the backward pass's own gradient needs.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 max_pool_gather(const T* __restrict__ x, const Offset* __restrict__ offsets, T* __restrict__ y, PoolParams p) {
   const int i = blockIdx.x * THREADS + threadIdx.x;
@@ -469,7 +484,7 @@ struct Cover { int lo, hi; };
 
 template <class G> DEVICE Cover cover_of(const Axis& a, int in, const PoolParams& p) {
   if (p.adaptive) {
-    return {(int)((Index)in * a.out / a.in), (int)((((Index)in + 1) * a.out - 1) / a.in)};
+    return {scaled(in, a.out, a.by_in), scaled(in + 1, a.out, a.by_in, -1)};
   }
   const int reach = in + a.pad - (G::window(a) - 1) * G::dilation(a);  // start of the earliest window, from -pad
   const int last = a.by_stride.div(in + a.pad);
@@ -481,6 +496,11 @@ template <class G> DEVICE int place_in_window(const Axis& a, int out, int in, co
   if (!FIXED && p.adaptive) return in - adaptive_start(a, out);
   const int rest = in + a.pad - out * G::stride(a), step = G::dilation(a);
   return step == 1 ? rest : rest % step ? -1 : rest / step;
+}
+
+// How many places window `out` has along an axis, in the padding too.
+template <class G> DEVICE int places_of(const Axis& a, int out, const PoolParams& p) {
+  return !FIXED && p.adaptive ? adaptive_end(a, out) - adaptive_start(a, out) : G::window(a);
 }
 
 // Windows are counted from the tile's first place divided by the stride: FIRST to LAST cover some place of it.
@@ -496,6 +516,12 @@ constexpr int Y_ROWS = P_LAST - P_FIRST + 1;
 constexpr int Y_ROW_BYTES = Y_COLUMNS * C_VEC * (sizeof(T) + sizeof(Offset));
 constexpr int UNROLLED_Y_ROWS = rows_in_flight<Y_ROWS, Y_ROW_BYTES, 128>;
 static_assert(!FIXED || (TILE_H % STRIDE_H == 0 && TILE % STRIDE_W == 0), "tiles start where a stride does");
+// Of the loop form: two windows' loads go out together, but where each has its own divisor to work out.
+#ifdef MAX_POOL_BWD
+constexpr int UNROLLED_WINDOWS = 2;
+#else
+constexpr int UNROLLED_WINDOWS = UNIFORM ? 2 : 1;
+#endif
 
 // Which place of a window, as far from the tile's start as `out` strides, the tile's `in`-th place is, or -1.
 template <int WINDOW, int STRIDE, int DILATION, int PAD> DEVICE constexpr int place_in_fixed(int in, int out) {
@@ -561,21 +587,31 @@ DEVICE void gather_windows(const Tile& tile, const PoolParams& p, const Visitor&
     }
   } else {
     const Cover d = cover_of<AlongD>(p.d, tile.d, p), h = cover_of<AlongH>(p.h, tile.h, p);
-    const Cover w = cover_of<AlongW>(p.w, tile.w, p);
+    // Of a pack of places, the windows that reach over any of them.
+    Cover w = cover_of<AlongW>(p.w, tile.w, p);
+    if constexpr (TILE > 1) w.hi = cover_of<AlongW>(p.w, tile.w + TILE - 1, p).hi;
     for (int z = d.lo; z <= d.hi; z++) {
       const int t = place_in_window<AlongD>(p.d, z, tile.d, p);
       for (int y = h.lo; y <= h.hi; y++) {
         const int r = place_in_window<AlongH>(p.h, y, tile.h, p);
         if (t < 0 || r < 0) continue;
+#pragma unroll UNROLLED_WINDOWS
         for (int q = w.lo; q <= w.hi; q++) {
-          const int s = place_in_window<AlongW>(p.w, q, tile.w, p);
-          if (s < 0) continue;
+          int s = place_in_window<AlongW>(p.w, q, tile.w, p);
+          if (TILE == 1 && s < 0) continue;
           A g[C_VEC];
           int place[C_VEC];
           visitor.template fetch<1>(tile, z, y, q, g, place);
 #pragma unroll
-          for (int v = 0; v < C_VEC; v++) {
-            sum[0][0][v] += visitor.share(g[v], place[v], (t * p.h.window + r) * p.w.window + s);
+          for (int k = 0; k < TILE; k++) {
+            if constexpr (TILE > 1) {
+              s = place_in_window<AlongW>(p.w, q, tile.w + k, p);
+              if ((unsigned)s >= (unsigned)places_of<AlongW>(p.w, q, p)) continue;
+            }
+#pragma unroll
+            for (int v = 0; v < C_VEC; v++) {
+              sum[0][k][v] += visitor.share(g[v], place[v], (t * p.h.window + r) * p.w.window + s);
+            }
           }
         }
       }

@@ -10,6 +10,10 @@ and of the block's static shared memory; zeros at its end are left off. Of `FULL
 `SAMPLED`, of all units of one source, element type and set of entries the one with the most registers on
 `FULL`'s first, so that compiling all of it again takes minutes and not a quarter of an hour.
 
+The head of the table has a digest of every source with its headers. The same NVRTC makes the same of the same
+source: where version and digest are those of the table, the tests compile a sample of `FULL`'s units again
+(`Table.sample`, and every `ONE_IN`-th of the others), and otherwise all of them.
+
 A launcher that serves fewer architectures says so in a constant ``ARCHITECTURES``: a tuple like `ALL` for the
 whole module, or a dict from an entry's name to such a tuple (entries that it does not name: all).
 """
@@ -23,7 +27,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -33,12 +37,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import CASES, Case, NormCase, PoolCase, run
+
 import cnnops
 from cnnops import functional as C
-from cnnops.cuda import jit
-from cnnops.cuda.kernel import Kernel
+from cnnops.cuda import conv_fold, jit
+from cnnops.cuda.cache import digest_of, sources
+from cnnops.cuda.kernel import Kernel, kernels_dir
 from cnnops.cuda.launch import trace
-from cnnops.registry import CONV, GPU, NORM, POOL, ROWS
+from cnnops.ops.norm import batch_norm_stats
+from cnnops.registry import BATCH_NORM, CONV, GPU, GROUP_NORM, POOL, ROWS, UNPOOL
+from cnnops.shapes import ConvShape
 
 TABLE = Path(__file__).with_name("nvrtc_resources.csv")
 COMMAND = "python -m tests.nvrtc record"
@@ -47,6 +58,9 @@ SAMPLED = ("86", "89", "100a")
 ALL = ("80", "86", "89", "90a", "100a")
 REGISTERS_MAY_GROW = 8
 """Registers are allotted to a warp's threads by eights: this much may come and go with an edit."""
+ONE_IN = 12
+
+FAMILIES = ((*CONV, "conv_fold"), POOL, UNPOOL, BATCH_NORM, GROUP_NORM)
 
 
 @lru_cache(None)
@@ -112,7 +126,7 @@ def beyond(family: Sequence[str], algorithm: str) -> None:
         # The layout in which the type is mostly met.
         last = dtype in (torch.float16, torch.bfloat16)
         form = torch.channels_last if last else torch.contiguous_format
-        if family == CONV:
+        if "conv_fprop" in family:
             for size, filters, stride, padding, groups in CONVOLUTIONS:
                 size = (1, *size[1:]) if one_image else size
                 x, w = (torch.empty(s, dtype=dtype, memory_format=form) for s in (size, filters))
@@ -123,27 +137,56 @@ def beyond(family: Sequence[str], algorithm: str) -> None:
                 w = torch.empty(filters, dtype=dtype, requires_grad=True)
                 bias = torch.empty(8, dtype=dtype, requires_grad=True)
                 _backward(C.conv2d(x, w, bias, 1, 1, 1, groups), (x, w, bias), far=True)
+            if algorithm == "conv_fold":
+                shape = ConvShape.of((2, 8, 8, 8), (8, 8, 3, 3), padding=1, padding_mode="reflect")
+                padded = far_apart(shape.padded.x_size, dtype)
+                conv_fold.conv_fold(shape, padded, torch.empty(shape.x_size, dtype=dtype))
             continue
         x = far_apart((2, 8, 8, 8), dtype).requires_grad_()
         if family == POOL:
             for y in (C.max_pool2d(x, 2), C.avg_pool2d(x, 3, 2), C.adaptive_avg_pool2d(x, 1)):
                 _backward(y, (x,), far=True)
-        elif family == NORM:
+        elif family == UNPOOL:
+            places = torch.zeros((2, 8, 8, 8), dtype=torch.int64)
+            _backward(C.max_unpool2d(x, places, 1), (x,), far=True)
+        elif family == GROUP_NORM:
+            _backward(C.group_norm(x, 2), (x,), far=True)
+            _backward(C.layer_norm(x, (8, 8)), (x,), far=True)
+            image = torch.empty((8, 64, 28, 28), dtype=dtype, requires_grad=True)
+            last = image.detach().contiguous(memory_format=form).requires_grad_()
+            row = torch.empty((32, 20000), dtype=dtype, requires_grad=True)
+            for tensor, y in (
+                (last, C.group_norm_act(last, 32)),
+                (image, C.layer_norm(image.permute(0, 2, 3, 1), (64,))),
+                (row, C.layer_norm(row, (20000,))),
+            ):
+                _backward(y, (tensor,))
+        elif family == BATCH_NORM:
+            batch_norm_stats(x, "emulate")
             for training in (True, False):
                 statistics = torch.empty(8, dtype=dtype), torch.empty(8, dtype=dtype)
                 _backward(C.batch_norm(x, *statistics, training=training), (x,), far=True)
 
 
-def _rows(family: Sequence[str]) -> None:
-    """The rows of tests/cases: forward, every gradient, and for max pooling the second backward."""
-    from cases import CONV_CASES, NORM_CASES, POOL_CASES, PoolCase, run
+@lru_cache(None)
+def family_of(case: Case) -> frozenset[str]:
+    """The operations that a row needs."""
+    with cnnops.engine("aten"):
+        choices = cnnops.explain(run, case.ours, case.tensors(torch.float32), case.grad)
+    return frozenset(choice.op for choice in choices)
 
-    cases = {CONV: CONV_CASES, POOL: POOL_CASES, NORM: NORM_CASES}[tuple(family)]
-    for case in cases:
+
+def _rows(ops: Set[str]) -> None:
+    """The rows of tests/cases that need one of `ops`, with gradients, and second ones of max pooling."""
+    for case in CASES:
+        if not family_of(case) & ops:
+            continue
         for dtype in case.dtypes:
             tensors = case.tensors(dtype)
             run(case.ours, tensors, case.grad)
-            if isinstance(case, PoolCase) and case.kind == "max":
+            if isinstance(case, NormCase) and tensors[0].numel():
+                batch_norm_stats(tensors[0], "emulate")
+            if isinstance(case, PoolCase) and case.kind in ("max", "adaptive_max"):
                 leaf = tensors[0].requires_grad_()
                 y = case.ours(leaf)
                 grad = torch.ones_like(y).requires_grad_()
@@ -163,9 +206,9 @@ def units() -> dict[Unit, tuple[Kernel, frozenset[str]]]:
         for algorithm in MODULES:
             ops = {row.op for row in ROWS if row.algorithm == algorithm}
             with cnnops.algorithm(algorithm), trace(run=False) as launches:
-                for family in (CONV, POOL, NORM):
+                _rows(ops)
+                for family in FAMILIES:
                     if ops & set(family):
-                        _rows(family)
                         beyond(family, algorithm)
             for launch in launches:
                 unit = Unit(launch.kernel.source, variant(launch.kernel))
@@ -227,6 +270,7 @@ class Table:
     """Cells by unit, entry and architecture; `nvrtc` is the version that they are of."""
 
     nvrtc: tuple[int, int]
+    digests: dict[str, str] = field(default_factory=dict)
     cells: dict[Unit, dict[str, dict[str, Cell]]] = field(default_factory=dict)
 
     def put(self, unit: Unit, arch: str, cells: Mapping[str, Cell]) -> None:
@@ -236,8 +280,12 @@ class Table:
     def recorded(self, arch: str) -> list[Unit]:
         return [u for u, rows in self.cells.items() if any(arch in row for row in rows.values())]
 
+    def knows(self, source: str) -> bool:
+        """Whether the table was made of just this source, by this NVRTC."""
+        return self.nvrtc == jit.nvrtc_version() and self.digests.get(source) == digest(source)
+
     def sample(self, arch: str) -> list[Unit]:
-        """The units that stand for all on `arch`, which is one of `SAMPLED`."""
+        """The units that stand for all on `arch`."""
         kinds: dict[object, list[Unit]] = defaultdict(list)
         for unit, rows in self.cells.items():
             if arch in architectures(unit):
@@ -250,11 +298,18 @@ class Table:
         return sorted(max(kind, key=registers) for kind in kinds.values())
 
 
+def digest(source: str) -> str:
+    """Of a source and the headers that it includes."""
+    return digest_of(files=sources(kernels_dir() / source, kernels_dir()))[:16]
+
+
 def read() -> Table:
     with TABLE.open(newline="") as file:
         major, minor = file.readline().split()[2].rstrip(";").split(".")
-        table = Table((int(major), int(minor)))
-        for row in csv.DictReader(line for line in file if not line.startswith("#")):
+        lines = file.readlines()
+        heads = [line.split() for line in lines if line.startswith("#")]
+        table = Table((int(major), int(minor)), {h[1].rstrip(":"): h[-1] for h in heads})
+        for row in csv.DictReader(line for line in lines if not line.startswith("#")):
             unit = Unit(row["source"], row["constants"])
             table.cells.setdefault(unit, {})[row["entry"]] = {
                 arch: Cell.read(row[arch]) for arch in ALL if row[arch]
@@ -276,7 +331,7 @@ def write(table: Table, seconds: Mapping[str, float]) -> None:
         )
         for source, count in sorted(counts.items()):
             time_ = f"{seconds[source]:.0f} s of CPU time an architecture"
-            print(f"# {source}: {count} sets of constants, {time_}", file=file)
+            print(f"# {source}: {count} sets of constants, {time_}, of {digest(source)}", file=file)
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["source", "entry", *ALL, "constants"])
         lines = (
@@ -356,5 +411,4 @@ def record() -> None:
 if __name__ == "__main__":
     if sys.argv[1:] != ["record"]:
         raise SystemExit(f"expected `{COMMAND}`, got {' '.join(sys.argv[1:]) or 'no command'}")
-    sys.path.insert(0, str(Path(__file__).parent))
     record()

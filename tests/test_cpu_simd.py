@@ -332,7 +332,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
         y, grad_x = torch.empty(shape.y_size), torch.empty(shape.x_size)
         grad_w, grad_b = torch.empty(shape.w_size), torch.empty(50)
         conv.conv_fprop(shape, x, w, None, y)
-        conv.conv_dgrad(shape, grad_y, w, grad_x)
+        conv.conv_dgrad(shape, grad_y, w, None, grad_x)
         conv.conv_wgrad(shape, grad_y, x, grad_w)
         conv.conv_bgrad(shape, grad_y, grad_b)
         results.append((y, grad_x, grad_w, grad_b))

@@ -128,7 +128,7 @@ def convolve(
     function = registry.choose(op, "emulate", shape, x.dtype)
     inputs, size = {
         "conv_fprop": ((x, w, bias), shape.y_size),
-        "conv_dgrad": ((grad_y, w), shape.x_size),
+        "conv_dgrad": ((grad_y, w, None), shape.x_size),
         "conv_wgrad": ((grad_y, x), shape.w_size),
         "conv_bgrad": ((grad_y,), shape.y_size[1:2]),
     }[op]
@@ -299,4 +299,4 @@ def test_norms() -> None:
     run()
     wanted = {"batch_norm_train", "batch_norm_infer", "batch_norm_bwd", "batch_norm_bwd_sums"}
     assert wanted <= launches.entries and min(compared[True], compared[False]) >= 20
-    assert len(launches.plans) >= LEAST["norm"] and launches.compilations <= 12
+    assert len(launches.plans) >= LEAST["norm"] and launches.compilations <= 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -143,7 +143,98 @@ NORM = [
     Mistake("input_array", "batch_norm", (np.ones((2, 4, 8, 8)), M, V)),
     Mistake("weight_list", "batch_norm", (X, M, V, [1.0] * 4)),
 ]  # fmt: skip
-MISTAKES = [pytest.param(m, id=f"{m.function}-{m.id}") for m in (*CONV, *POOL, *NORM)]
+
+
+def _sized(dims: int) -> tuple[Tensor, Tensor]:
+    """An input ``2 4 5 …`` and a weight ``4 4 3 …`` of so many axes: for both directions of convolution."""
+    return torch.ones(2, 4, *(5,) * dims), torch.ones(4, 4, *(3,) * dims)
+
+
+def _of_every_dimension() -> Iterator[Mistake]:
+    """What 1-D, 2-D and 3-D have in common. In float64: float32 goes to oneDNN, which has ways of its own."""
+    for dims in (1, 2, 3):
+        x, w = (t.double() for t in _sized(dims))
+        other, _ = _sized(dims % 3 + 1)
+        long = (1,) * (dims + 1)
+        for function in (f"conv{dims}d", f"conv_transpose{dims}d"):
+            yield Mistake("input_dimensions", function, (torch.ones(4, 5).double()[0], w))
+            yield Mistake("other_dimensions", function, (other.double(), w))
+            yield Mistake("weight_dimensions", function, (x, w[..., 0]))
+            yield Mistake("channels", function, (x[:, :3], w))
+            yield Mistake("bias_length", function, (x, w, torch.ones(3).double()))
+            yield Mistake("weight_dtype", function, (x, w.float()))
+            yield Mistake("stride_0", function, (x, w), {"stride": 0})
+            yield Mistake("stride_too_long", function, (x, w), {"stride": long})
+            yield Mistake("stride_float", function, (x, w), {"stride": 1.5})
+            yield Mistake("padding_negative", function, (x, w), {"padding": -1})
+            yield Mistake("padding_too_long", function, (x, w), {"padding": long})
+            yield Mistake("dilation_0", function, (x, w), {"dilation": 0})
+            yield Mistake("groups_0", function, (x, w), {"groups": 0})
+            yield Mistake("groups_do_not_divide", function, (x, w), {"groups": 3})
+            yield Mistake("empty_plane", function, (x[..., :0], w))
+            yield Mistake("input_array", function, (x.numpy(), w))
+        function = f"conv_transpose{dims}d"
+        yield Mistake("padding_text", function, (x, w), {"padding": "same"})
+        yield Mistake("nothing_left", function, (x, w), {"padding": 4})
+        yield Mistake("output_padding_of_stride", function, (x, w), {"output_padding": 1})
+        yield Mistake(
+            "output_padding_negative", function, (x, w), {"output_padding": -1, "stride": 2}
+        )
+        yield Mistake("output_padding_too_long", function, (x, w), {"output_padding": long})
+        yield Mistake("output_padding_float", function, (x, w), {"output_padding": 0.5})
+        for function, first in (
+            (f"max_pool{dims}d", 2), (f"avg_pool{dims}d", 2), (f"lp_pool{dims}d", 2.0),
+            (f"adaptive_max_pool{dims}d", 2), (f"adaptive_avg_pool{dims}d", 2),
+        ):  # fmt: skip
+            rest = (first, 2) if function.startswith("lp") else (first,)
+            yield Mistake("too_many_dimensions", function, (x[None, None], *rest))
+            yield Mistake("empty_plane", function, (x[..., :0], *rest))
+            yield Mistake("size_float", function, (x, *rest[:-1], 1.5))
+            yield Mistake("size_too_long", function, (x, *rest[:-1], (1,) * (dims + 1)))
+            yield Mistake("input_array", function, (x.numpy(), *rest))
+        for function in (f"max_pool{dims}d", f"avg_pool{dims}d"):
+            yield Mistake("kernel_0", function, (x, 0))
+            yield Mistake("kernel_beyond_input", function, (x, 6))
+            yield Mistake("stride_0", function, (x, 2, 0))
+            yield Mistake("padding_beyond_half", function, (x, 3, 2, 2))
+            yield Mistake("padding_negative", function, (x, 2, 2, -1))
+        for function in (f"adaptive_max_pool{dims}d", f"adaptive_avg_pool{dims}d"):
+            yield Mistake("size_negative", function, (x, -1))
+            yield Mistake("size_none", function, (x, None))
+        function, places = f"max_unpool{dims}d", torch.zeros(x.shape, dtype=torch.int64)
+        yield Mistake("indices_dtype", function, (x, places.int(), 2))
+        yield Mistake("indices_size", function, (x, places[:1], 2))
+        yield Mistake("indices_beyond", function, (x, places + 10**dims, 2))
+        yield Mistake("indices_negative", function, (x, places - 1, 2))
+        yield Mistake("output_size", function, (x, places, 2, 2, 0, (3,) * dims))
+        yield Mistake("output_size_long", function, (x, places, 2, 2, 0, (10,) * (dims + 3)))
+        yield Mistake("kernel_float", function, (x, places, 1.5))
+
+
+GROUPS = [
+    Mistake("channels", "group_norm", (X, 3)),
+    Mistake("no_groups", "group_norm", (X, 0)),
+    Mistake("dimensions", "group_norm", (M, 1)),
+    Mistake("weight_length", "group_norm", (X, 2, M[:3])),
+    Mistake("bias_length", "group_norm", (X, 2, M, M[:2])),
+    Mistake("one_value", "group_norm", (X[:1, :, :1, :1], 4)),
+    Mistake("groups_float", "group_norm", (X, 2.0)),
+    Mistake("eps_text", "group_norm", (X, 2), {"eps": "small"}),
+    Mistake("no_shape", "layer_norm", (X, ())),
+    Mistake("shape", "layer_norm", (X, (8, 4))),
+    Mistake("shape_too_long", "layer_norm", (V, (1, 4))),
+    Mistake("shape_int", "layer_norm", (X, 8)),
+    Mistake("weight_size", "layer_norm", (X, (8, 8), V)),
+    Mistake("bias_size", "layer_norm", (X, (8,), None, V)),
+    Mistake("one_value", "instance_norm", (X[..., :1, :1],)),
+    Mistake("mean_length", "instance_norm", (X, M[:3], V)),
+    Mistake("weight_length", "instance_norm", (X, None, None, V[:3])),
+    Mistake("no_statistics", "instance_norm", (X, None, None), {"use_input_stats": False}),
+]  # fmt: skip
+EVERY = list(_of_every_dimension())
+MISTAKES = [
+    pytest.param(m, id=f"{m.function}-{m.id}") for m in (*CONV, *POOL, *NORM, *GROUPS, *EVERY)
+]
 
 
 def _fresh(value: Any, device: str) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import (
-    ACTIVATIONS,
     ENGINES,
     NORM_CASES,
     TOLERANCE,
@@ -19,12 +20,16 @@ from cases import (
     grid,
     needs_emulator,
 )
+from cases.norm import ACTIVATIONS
 from torch import Tensor
+from torch.func import grad, hessian, jacrev, jvp, vmap
+from torch.utils._pytree import tree_leaves
 
 import cnnops
 from cnnops import nn
 from cnnops.cuda import emulate
 from cnnops.functional import batch_norm, batch_norm_act
+from cnnops.ops.norm import batch_norm_stats
 
 
 @pytest.mark.parametrize("case, engine, dtype", grid(NORM_CASES))
@@ -228,3 +233,233 @@ def _composed(x: Tensor, mean: Tensor, var: Tensor, training: bool) -> Tensor:
     if training:
         var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
     return (x - mean.view(-1, 1, 1)) * torch.rsqrt(var + 1e-5).view(-1, 1, 1)
+
+
+def _by_definition(
+    x: Tensor, w: Tensor, b: Tensor, r: Tensor, statistics: tuple[Tensor, Tensor] | None, activation: str
+) -> Tensor:  # fmt: skip
+    """Batch norm of N x C x L in elementary operations. PyTorch's own is no reference here: in training its
+    tangent is not differentiated right."""
+    if statistics is None:
+        mean = x.mean((0, 2))
+        statistics = mean, (x - mean[:, None]).square().mean((0, 2))
+    mean, var = statistics
+    xhat = (x - mean[:, None]) / (var[:, None] + 1e-5).sqrt()
+    return ACTIVATIONS[activation](xhat * w[:, None] + b[:, None] + r)
+
+
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ALL_FOUR = (0, 1, 2, 3)
+
+
+def _squared(f: Loss) -> Loss:
+    return lambda *tensors: (f(*tensors).square() * torch.arange(60.0).view(4, 3, 5)).sum()
+
+
+def _transformed(
+    name: str, f: Loss, tensors: tuple[Tensor, ...], tangents: tuple[Tensor, ...]
+) -> Any:
+    x, w, b, r = tensors
+    maps = torch.stack([x, 2 * x.sin(), x.cos()])
+    scales = torch.stack([w, w + 1])
+    loss = _squared(f)
+    gradients = grad(loss, ALL_FOUR)
+
+    def second(*tensors: Tensor) -> Tensor:
+        return torch.stack([g.square().sum() for g in gradients(*tensors)]).sum()
+
+    def tangent(*tensors: Tensor) -> Tensor:
+        return jvp(f, tensors, tangents)[1].square().sum()
+
+    results: dict[str, Callable[[], Any]] = {
+        "grad": lambda: gradients(*tensors),
+        "grad(grad)": lambda: grad(second, ALL_FOUR)(*tensors),
+        "jvp": lambda: jvp(f, tensors, tangents),
+        "jvp of x": lambda: jvp(lambda x: f(x, w, b, r), (x,), tangents[:1]),
+        "jvp(grad)": lambda: jvp(gradients, tensors, tangents),
+        "grad(jvp)": lambda: grad(tangent, ALL_FOUR)(*tensors),
+        "vmap of x": lambda: vmap(lambda x: f(x, w, b, r))(maps),
+        "vmap of an inner axis": lambda: vmap(lambda x: f(x, w, b, r), 2, 1)(maps.movedim(0, 2)),
+        "vmap of weight": lambda: vmap(lambda w: f(x, w, b, r))(scales),
+        "vmap(vmap)": lambda: vmap(vmap(lambda x, w: f(x, w, b, r), (0, None)), (None, 0))(maps, scales),
+        "vmap(grad)": lambda: vmap(gradients, (0, None, None, None))(maps, w, b, r),
+        "grad(vmap)": lambda: grad(lambda m: vmap(lambda x: loss(x, w, b, r))(m).sum())(maps),
+        "hessian": lambda: hessian(lambda x: loss(x, w, b, r))(x),
+        "jacrev(jacrev)": lambda: jacrev(jacrev(lambda x: loss(x, w, b, r)))(x),
+    }  # fmt: skip
+    return results[name]()
+
+
+TRANSFORMS = (
+    "grad", "grad(grad)", "jvp", "jvp of x", "jvp(grad)", "grad(jvp)", "vmap of x", "vmap of an inner axis",
+    "vmap of weight", "vmap(vmap)", "vmap(grad)", "grad(vmap)", "hessian", "jacrev(jacrev)",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ["none", "relu", "sigmoid", "silu"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms(name: str, activation: str, training: bool) -> None:
+    """What torch.func makes of it, with a residual."""
+    wide = {"dtype": torch.float64}
+    tensors, tangents = (
+        (torch.randn(4, 3, 5, **wide), *torch.randn(2, 3, **wide), torch.randn(4, 3, 5, **wide))
+        for _ in range(2)
+    )
+    statistics = None if training else (torch.randn(3, **wide), torch.rand(3, **wide) + 0.5)
+
+    def function(x: Tensor, w: Tensor, b: Tensor, r: Tensor) -> Tensor:
+        running = statistics or (None, None)
+        return batch_norm_act(x, *running, w, b, training, residual=r, activation=activation)
+
+    def definition(*tensors: Tensor) -> Tensor:
+        return _by_definition(*tensors, statistics, activation)
+
+    ours = _transformed(name, function, tensors, tangents)
+    theirs = _transformed(name, definition, tensors, tangents)
+    for a, b in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        assert_close(a, b, 1e-11, name)
+
+
+def test_map_of_running_statistics() -> None:
+    """Mapped ones are updated each by its map; shared ones cannot be, as in PyTorch."""
+    x, mean, var = torch.randn(5, 4, 3, 6), torch.zeros(3, 5), torch.ones(5, 3)
+    vmap(lambda x, m, v: batch_norm(x, m, v, training=True), (0, 1, 0))(x, mean, var)
+    for i in range(5):
+        expected = torch.zeros(3), torch.ones(3)
+        F.batch_norm(x[i], *expected, training=True)
+        assert_close(mean[:, i], expected[0], 2e-6, f"mean of map {i}")
+        assert_close(var[i], expected[1], 2e-6, f"variance of map {i}")
+    with pytest.raises(RuntimeError, match="running_mean, running_var: expected mapped tensors"):
+        vmap(lambda x: batch_norm(x, mean[:, 0], var[0], training=True))(x)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------
+
+
+def _saved(function: Callable[[], Tensor]) -> int:
+    """Bytes that are kept for the backward, shared memory counted once."""
+    storages: dict[int, int] = {}
+    keep = []
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        keep.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function()
+    assert y.requires_grad
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_keeps_no_more_than_torch(activation: str, training: bool, residual: bool) -> None:
+    """Batch norm, addition and activation between two convolutions; vectors of one value a channel aside."""
+    C, w = 8, torch.randn(8, 8, 3, 3, requires_grad=True)
+    x = torch.randn(4, C, 16, 16, requires_grad=True)
+    weight, bias, mean, var = torch.rand(4, C).add_(0.5)
+    parameters = [t.clone().requires_grad_() for t in (weight, bias)]
+
+    def ours() -> Tensor:
+        h = cnnops.functional.conv2d(x, w)
+        r = cnnops.functional.conv2d(x, w) if residual else None
+        y = batch_norm_act(h, mean, var, *parameters, training, residual=r, activation=activation)
+        return cnnops.functional.conv2d(y, w)
+
+    def theirs() -> Tensor:
+        z = F.batch_norm(F.conv2d(x, w), mean, var, *parameters, training)
+        z = z + F.conv2d(x, w) if residual else z
+        return F.conv2d(ACTIVATIONS[activation](z), w)
+
+    assert _saved(ours) <= _saved(theirs) + 8 * C * x.itemsize
+
+
+# ---- statistics -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_statistics_alone(engine: str, dtype: torch.dtype) -> None:
+    device = device_of(engine)
+    sizes = ((1, 2, 1), (3, 5), (2, 3, 70, 70), (2, 16, 9, 8))
+    for size in sizes:
+        for x in (torch.randn(size), torch.randn(size[0], *size[2:], size[1]).movedim(-1, 1)):
+            x = (100 + x).to(device, dtype)
+            with cnnops.engine(engine):
+                mean, var = batch_norm_stats(x, engine)
+            axes = (0, *range(2, x.dim()))
+            wanted = torch.var_mean(x.double(), axes, correction=0)
+            limit = 1e-13 if dtype == torch.float64 else 1e-6
+            assert mean.dtype == var.dtype and mean.itemsize == max(4, x.itemsize)
+            assert_close(mean, wanted[1], limit, f"mean {size}")
+            assert_close(
+                var, wanted[0], 10 * limit if engine == "aten" else limit, f"variance {size}"
+            )
+    with cnnops.engine(engine):
+        mean, var = batch_norm_stats(x[:0], engine)
+    assert not mean.any() and not var.any()
+
+
+# ---- layers ---------------------------------------------------------------------------------------------
+
+LAYERS = [
+    ("BatchNorm1d", (6, 4)), ("BatchNorm1d", (6, 4, 5)), ("BatchNorm2d", (3, 4, 5, 2)),
+    ("BatchNorm3d", (2, 4, 3, 2, 5)),
+]  # fmt: skip
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"affine": False}, {"momentum": None, "eps": 0.1}, {"track_running_stats": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("lazy", [False, True], ids=["", "lazy"])
+@pytest.mark.parametrize("name, size", LAYERS)
+def test_layers(name: str, size: tuple[int, ...], lazy: bool, options: dict[str, Any]) -> None:
+    """Every one computes what PyTorch's does, by our kernels from the first call on."""
+    theirs = getattr(torch.nn, name)(4, **options)
+    ours = getattr(nn, f"Lazy{name}")(**options) if lazy else getattr(nn, name)(4, **options)
+    for training in (True, True, False):
+        x = torch.randn(size)
+        with torch.no_grad():
+            chosen = cnnops.explain(ours.train(training), x)
+            expected = theirs.train(training)(x)
+        assert [c.op for c in chosen] == [
+            "batch_norm_train" if training or not theirs.track_running_stats else "batch_norm_infer"
+        ]
+        assert type(ours) is getattr(nn, name)
+        for key, value in theirs.state_dict().items():
+            assert_close(ours.state_dict()[key], value, 2e-6, key)
+    assert_close(ours(x), expected, 2e-6, "output")
+    assert repr(ours) == repr(theirs)
+
+
+@pytest.mark.parametrize("name, size", LAYERS)
+def test_layers_with_activation(name: str, size: tuple[int, ...]) -> None:
+    plain = getattr(torch.nn, name)(4)
+    fused = getattr(nn, name.replace("Norm", "NormAct"))(4, activation="silu")
+    fused.load_state_dict(plain.state_dict())
+    x, residual = torch.randn(2, *size)
+    assert_close(fused(x, residual), F.silu(plain(x) + residual), 1e-6, "with residual")
+    assert_close(fused(x), F.silu(plain(x)), 1e-6, "without")
+    assert_close(fused.eval()(x), F.silu(plain.eval()(x)), 2e-6, "evaluated")
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert repr(fused).endswith("activation=silu)")
+    copied = pickle.loads(pickle.dumps(fused))
+    assert copied.activation == "silu" and torch.equal(copied(x), fused(x))
+    with pytest.raises(ValueError, match="activation: expected one of none, relu"):
+        type(fused)(4, activation="softmax")
+
+
+@pytest.mark.parametrize("name, size", LAYERS)
+def test_layers_refuse_other_dimensions(name: str, size: tuple[int, ...]) -> None:
+    layer = getattr(nn, name)(4)
+    with pytest.raises(ValueError, match="expected"):
+        layer(torch.randn(4))
+    with pytest.raises(ValueError, match="expected"):
+        layer(torch.randn(2, 4, 3, 3, 3, 3))
+    assert layer.num_batches_tracked == 0

@@ -16,6 +16,7 @@ from cnnops import functional as C
 from cnnops import registry
 from cnnops.config import settings
 from cnnops.cuda.kernel import kernels_dir
+from cnnops.ops.norm import batch_norm_stats
 from cnnops.registry import ROWS, UnsupportedError
 from cnnops.shapes import ConvShape
 
@@ -37,7 +38,9 @@ def _problems(case: Case) -> Iterator[tuple[str, registry.Shape]]:
         patch.setattr(registry, "choose", record)
         tensors = case.tensors(torch.float32)
         run(case.ours, tensors, case.grad)
-        if isinstance(case, PoolCase) and case.kind == "max":
+        if isinstance(case, NormCase) and tensors[0].numel():
+            batch_norm_stats(tensors[0], "aten")
+        if isinstance(case, PoolCase) and case.kind in ("max", "adaptive_max"):
             leaf = tensors[0].requires_grad_()
             y = case.ours(leaf)
             grad = torch.ones_like(y).requires_grad_()
@@ -74,7 +77,8 @@ def test_ids_of_cases_are_unique(kind: type[Case]) -> None:
 def test_every_engine_has_every_operation() -> None:
     for engine in ("cuda", "emulate", "cpu", "aten"):
         assert {row.op for row in ROWS if engine in row.engines} == {
-            *registry.CONV, *registry.POOL, *registry.NORM
+            *registry.CONV, "conv_fold", *registry.POOL, *registry.UNPOOL, *registry.BATCH_NORM,
+            *registry.GROUP_NORM,
         }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""At home in torch: signatures, layouts, other dtypes, autocast, torch.compile, meta tensors, opcheck."""
+"""At home in torch: signatures, layouts, other dtypes, autocast, who looks on, switches, what uses it."""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 from collections.abc import Callable
@@ -12,47 +13,56 @@ import torch
 import torch.nn.functional as F
 from cases import (
     CASES,
-    CONV_CASES,
-    NORM_CASES,
-    POOL_CASES,
+    ENGINES,
     Case,
     ConvCase,
     NormCase,
     PoolCase,
     assert_close,
+    device_of,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import cnnops
 import cnnops.functional as C
-from cnnops.ops import is_channels_last, pool
+from cnnops.ops import is_channels_last
 
 # ---- signatures -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "ours, theirs",
-    [
-        (C.max_pool2d, F.max_pool2d_with_indices),
-        (C.adaptive_avg_pool2d, F.adaptive_avg_pool2d),
-        (C.batch_norm, F.batch_norm),
-    ],
-)
-def test_signatures(ours: Callable[..., Any], theirs: Callable[..., Any]) -> None:
-    mine, other = inspect.signature(ours).parameters, inspect.signature(theirs).parameters
-    assert list(mine) == list(other)
-    assert [p.default for p in mine.values()] == [p.default for p in other.values()]
+def _documented(name: str) -> str:
+    """The arguments of a builtin of torch.nn.functional, which has no signature but in its documentation."""
+    found = re.search(rf"{name}\((.*?)\) -> Tensor", getattr(F, name).__doc__ or "", re.DOTALL)
+    assert found, name
+    return found[1]
 
 
-@pytest.mark.parametrize("name", ["conv2d", "avg_pool2d"])
-def test_signatures_of_builtins(name: str) -> None:
-    """Theirs have no signature to inspect, but their documentation starts with it."""
-    documented = re.search(r"\w+\((.*)\) -> Tensor", getattr(F, name).__doc__ or "")
-    assert documented
+@pytest.mark.parametrize("name", [name for name in C.__all__ if hasattr(F, name)])
+def test_signatures(name: str) -> None:
+    """Names, order and defaults are torch's, or else a keyword argument would not be understood."""
     mine = inspect.signature(getattr(C, name)).parameters.values()
-    plain = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in mine]
-    assert ", ".join(plain) == documented[1]
+    # Functions whose result depends on return_indices hide behind a dispatcher; this one has their arguments.
+    theirs = getattr(F, f"{name}_with_indices", getattr(F, name))
+    if inspect.isbuiltin(theirs):
+        plain = [p.name if p.default is p.empty else f"{p.name}={p.default}" for p in mine]
+        assert ", ".join(plain) == _documented(name)
+    else:
+        other = inspect.signature(theirs).parameters.values()
+        assert [(p.name, p.default) for p in mine] == [(p.name, p.default) for p in other]
+
+
+def test_everything_that_the_names_promise_is_there() -> None:
+    families = ["conv", "conv_transpose", "max_pool", "max_unpool", "avg_pool", "lp_pool",
+                "adaptive_avg_pool", "adaptive_max_pool"]  # fmt: skip
+    names = {f"{family}{dims}d" for family in families for dims in (1, 2, 3)}
+    assert names | {"batch_norm", "group_norm", "layer_norm", "instance_norm"} <= set(C.__all__)
+    layers = ["Conv", "ConvTranspose", "LazyConv", "LazyConvTranspose", "MaxPool", "MaxUnpool", "AvgPool",
+              "LPPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "BatchNorm", "LazyBatchNorm", "InstanceNorm",
+              "LazyInstanceNorm"]  # fmt: skip
+    names = {f"{layer}{dims}d" for layer in layers for dims in (1, 2, 3)}
+    assert names | {"GroupNorm", "LayerNorm", "SyncBatchNorm"} <= set(cnnops.nn.__all__)
 
 
 def test_batch_norm_act_extends_batch_norm() -> None:
@@ -76,6 +86,8 @@ def test_results_have_torchs_layout(case: Case) -> None:
     assert ours.is_contiguous() or is_channels_last(ours)
     if isinstance(case, PoolCase) and case.kind == "adaptive":
         return  # torch's gradient of a global average is an expanded tensor
+    if isinstance(case, ConvCase) and case.padding_mode == "circular":
+        return  # torch's padding is made of copies, whose gradient is contiguous
     for a, b in zip(
         torch.autograd.grad(ours, tensors, torch.ones_like(ours)),
         torch.autograd.grad(theirs, tensors, torch.ones_like(theirs)),
@@ -112,6 +124,15 @@ def test_unbatched_inputs(function: Callable[[Any, Tensor], Tensor]) -> None:
         (lambda module, x: module.max_pool2d(x, 2), torch.int32),
         (lambda module, x: module.max_pool2d(x, 2, return_indices=True)[1], torch.uint8),
         (lambda module, x: module.avg_pool2d(x, 2), torch.int64),
+        (
+            lambda module, x: module.conv_transpose2d(x, x[:, :, :2, :2].transpose(0, 1)),
+            torch.int64,
+        ),
+        (
+            lambda module, x: module.conv_transpose2d(x, x.transpose(0, 1), stride=2),
+            torch.complex64,
+        ),
+        (lambda module, x: module.lp_pool2d(x, 2, 2), torch.int64),
     ],
 )
 def test_other_dtypes_are_pytorchs(
@@ -133,6 +154,16 @@ def test_other_dtypes_are_pytorchs(
         (lambda module, x: module.adaptive_avg_pool2d(x, 2), torch.int64),
         (lambda module, x: module.batch_norm(x, None, None, training=True), torch.int64),
         (lambda module, x: module.batch_norm(x, torch.ones(3), torch.ones(3)), torch.complex64),
+        (lambda module, x: module.group_norm(x, 3), torch.int32),
+        (lambda module, x: module.layer_norm(x, (5,)), torch.complex128),
+        (lambda module, x: module.adaptive_max_pool2d(x, 2), torch.int16),
+        (lambda module, x: module.layer_norm(x, (5,)), torch.int64),
+        (lambda module, x: module.instance_norm(x), torch.bool),
+        (lambda module, x: module.adaptive_max_pool2d(x, 2), torch.complex64),
+        (
+            lambda module, x: module.conv_transpose2d(x, torch.ones_like(x)[:1].transpose(0, 1)),
+            torch.bool,
+        ),
     ],
 )
 def test_other_dtypes_raise_what_pytorch_raises(
@@ -171,6 +202,12 @@ def test_autocast_dtypes_are_torchs(dtype: torch.dtype, low: torch.dtype) -> Non
         lambda module: module.adaptive_avg_pool2d(x, 2),
         lambda module: module.batch_norm(x, mean, var),
         lambda module: module.batch_norm(x, None, None, mean, var, True),
+        lambda module: module.conv_transpose2d(x, w.transpose(0, 1)),
+        lambda module: module.adaptive_max_pool2d(x, 2),
+        lambda module: module.group_norm(x, 3),
+        lambda module: module.layer_norm(x, (6,)),
+        lambda module: module.instance_norm(x),
+        lambda module: module.lp_pool2d(x.abs(), 2.0, 2),
     ]
     with torch.autocast("cpu", dtype=low):
         for function in functions:
@@ -200,129 +237,7 @@ def test_autocast_leaves_float64_alone() -> None:
             C.conv2d(x, w)
 
 
-# ---- torch.compile --------------------------------------------------------------------------------------
-
-
-def _case(id: str, cases: tuple[Case, ...]) -> Case:
-    return next(case for case in cases if case.id == id)
-
-
-COMPILED = [
-    _case(id, cases)
-    for cases, ids in (
-        (CONV_CASES, "plain same_even groups channels_last no_bias unequal"),
-        (POOL_CASES, "max_overlapping max_channels_last avg_ceil adaptive_keep global"),
-        (NORM_CASES, "train eval train_residual_gelu eval_residual_relu train_plain untracked"),
-    )
-    for id in ids.split()
-]
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("case", COMPILED, ids=lambda case: f"{type(case).__name__}-{case.id}")
-def test_compiled_without_a_graph_break(case: Case, dynamic: bool) -> None:
-    """Forward and backward as one graph each; running statistics move as they do without compiling."""
-    torch._dynamo.reset()
-    function: Callable[..., Any] = case.ours
-    extra: dict[str, Any] = {}
-    if isinstance(case, NormCase) and case.track:
-        statistics = case.statistics(case.tensors(torch.float32)[0])
-
-        def function(*tensors: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-            return case.ours(*tensors, statistics=(mean, var))
-
-        extra = dict(zip(("mean", "var"), statistics, strict=True))
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    results = []
-    for call in (function, compiled):
-        tensors = [t.requires_grad_() for t in case.tensors(torch.float32)]
-        moved = {name: t.clone() for name, t in extra.items()}
-        y = call(*tensors, **moved)
-        grads = torch.autograd.grad(y, tensors, torch.ones_like(y))
-        results.append((y, *grads, *moved.values()))
-    for plain, other in zip(*results, strict=True):
-        assert torch.equal(plain, other) and plain.stride() == other.stride()
-
-
-def test_compiled_network_trains() -> None:
-    """Modules, autocast and a second batch size under one torch.compile."""
-    torch._dynamo.reset()
-    net = torch.nn.Sequential(
-        cnnops.nn.Conv2d(1, 4, 3), cnnops.nn.BatchNorm2d(4), torch.nn.ReLU(), cnnops.nn.MaxPool2d(2),
-        cnnops.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 2),
-    )  # fmt: skip
-    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
-    for batch in (4, 6, 5):
-        x = torch.randn(batch, 1, 8, 8)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = compiled(x).float().square().mean()
-        net.zero_grad()
-        loss.backward()
-    assert net[1].num_batches_tracked == 3
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
-
-
-def test_compiled_indices() -> None:
-    torch._dynamo.reset()
-    x = torch.randn(2, 3, 8, 7)
-    function = torch.compile(
-        lambda x: C.max_pool2d(x, 3, 2, 1, return_indices=True), fullgraph=True, backend="aot_eager"
-    )
-    y, indices = function(x)
-    expected, places = F.max_pool2d(x, 3, 2, 1, return_indices=True)
-    assert torch.equal(y, expected) and torch.equal(indices, places)
-
-
-def test_compiled_errors_are_errors() -> None:
-    torch._dynamo.reset()
-    function = torch.compile(C.conv2d, fullgraph=True, backend="aot_eager")
-    with pytest.raises(Exception, match="expected 4 channels"):
-        function(torch.randn(1, 3, 5, 5), torch.randn(2, 4, 3, 3))
-
-
-# ---- torch.library --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", COMPILED, ids=lambda case: f"{type(case).__name__}-{case.id}")
-def test_meta_tensors_give_sizes_without_computing(case: Case) -> None:
-    tensors = case.tensors(torch.float32)
-    expected = case.ours(*tensors)
-    result = case.ours(*(t.to("meta") for t in tensors))
-    assert result.device.type == "meta"
-    assert (result.shape, result.stride(), result.dtype) == (
-        expected.shape,
-        expected.stride(),
-        expected.dtype,
-    )
-
-
-def test_operations_pass_opcheck() -> None:
-    """Schemas say what is written, fake results are the real ones, and the ops survive tracing."""
-    x, w, grad = torch.randn(2, 4, 6, 5), torch.randn(6, 2, 3, 3), torch.randn(2, 6, 6, 5)
-    arguments = ([1, 1], [1, 1, 1, 1], [1, 1], 2, "aten")
-    window = ([2, 2], [2, 2], [0, 0], [1, 1], False, "aten")
-    average = ([2, 2], [2, 2], [0, 0], False, True, None, None, "aten")
-    weight, residual = torch.randn(4), torch.randn_like(x)
-    mean, var = torch.zeros(4), torch.ones(4)
-    y, offsets = pool.max_pool_fwd(x, *window)
-    calls: list[tuple[str, tuple[Any, ...]]] = [
-        ("conv_fprop", (x, w, torch.randn(6), *arguments)),
-        ("conv_dgrad", (grad, w, x.shape, False, *arguments)),
-        ("conv_wgrad", (grad, x, w.shape, False, *arguments)),
-        ("conv_bgrad", (grad, x.shape, w.shape, *arguments)),
-        ("max_pool_fwd", (x, *window)),
-        ("max_pool_bwd", (y, offsets, x.shape, False, *window)),
-        ("max_pool_gather", (x, offsets, *window)),
-        ("max_pool_indices", (offsets, x.shape, *window[:-1])),
-        ("avg_pool_fwd", (x, *average)),
-        ("avg_pool_bwd", (y, x.shape, False, *average)),
-        ("batch_norm_train", (x, weight, weight, residual, mean, var, 0.1, 1e-5, "relu", "aten")),
-        ("batch_norm_infer", (x, weight, None, residual, mean, var, 1e-5, "relu", "aten")),
-        ("batch_norm_bwd",
-         (x, x, weight, weight, None, mean, var, 1e-5, "relu", True, [True] * 3 + [False], "aten")),
-    ]  # fmt: skip
-    for name, args in calls:
-        torch.library.opcheck(getattr(torch.ops.cnnops, name).default, args)
+# ---- who looks on ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated:DeprecationWarning")
@@ -384,3 +299,81 @@ def test_no_gradient_is_recorded_without_need(case: type[Case]) -> None:
     assert row.ours(*tensors).grad_fn is None
     with torch.no_grad():
         assert row.ours(*(t.requires_grad_() for t in tensors)).grad_fn is None
+
+
+# ---- switches -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_torchs_switches_change_no_bit(engine: str) -> None:
+    """Nothing here computes in TF32, searches for algorithms, or is not deterministic."""
+    device = device_of(engine)
+    x = torch.randn(2, 8, 9, 9, device=device, requires_grad=True)
+    w = torch.randn(8, 8, 3, 3, device=device, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        with cnnops.engine(engine):
+            y = C.max_pool2d(C.conv2d(x, w), 3, 2)
+        return [y, *torch.autograd.grad(y.square().sum(), (x, w))]
+
+    before = results()
+    tf32 = engine != "aten"  # PyTorch's own operations may obey
+    torch.use_deterministic_algorithms(True)
+    try:
+        with torch.backends.cudnn.flags(benchmark=True, deterministic=True, allow_tf32=tf32):
+            after = results()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# ---- what others build on -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(use_reentrant: bool) -> None:
+    net = cnnops.convert(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+    ).model
+    other = copy.deepcopy(net)
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    plain = torch.autograd.grad(net(x).square().sum(), (x, *net.parameters()))
+    y = checkpoint(other, x, use_reentrant=use_reentrant)
+    y.square().sum().backward()
+    again = (x.grad, *(p.grad for p in other.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_data_parallel() -> None:
+    net = cnnops.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).model.cuda()
+    x = torch.randn(4, 3, 8, 8, device="cuda")
+    expected = copy.deepcopy(net)(x)
+    ids = list(range(torch.cuda.device_count()))
+    assert_close(nn.DataParallel(net, ids[:1])(x), expected, 1e-6, "one device")
+    assert nn.DataParallel(net, ids)(x).shape == expected.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_capture_as_a_cuda_graph() -> None:
+    """Forward, backward and running statistics replayed: no host synchronisation, no allocation outside."""
+    net = cnnops.convert(
+        nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.MaxPool2d(2), nn.ConvTranspose2d(8, 8, 2, 2), nn.GroupNorm(2, 8), nn.AdaptiveAvgPool2d(1),
+        )
+    ).model.cuda()  # fmt: skip
+    reference = copy.deepcopy(net)
+    x = torch.randn(4, 3, 8, 8, device="cuda")
+    graphed: Any = torch.cuda.make_graphed_callables(net, (x.clone(),))
+    for _ in range(2):
+        x = torch.randn(4, 3, 8, 8, device="cuda")
+        found = [graphed(x), reference(x)]
+        grads = [
+            torch.autograd.grad(y.square().sum(), list(m.parameters()))
+            for y, m in zip(found, (net, reference), strict=True)
+        ]
+        for a, b in zip((found[0], *grads[0]), (found[1], *grads[1]), strict=True):
+            assert_close(a, b, 1e-5, "replayed")

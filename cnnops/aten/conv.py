@@ -14,12 +14,19 @@ aten = torch.ops.aten
 def _sides(shape: ConvShape) -> tuple[list[int], Axes]:
     """Padding for F.pad (last axis first) and for the convolution: all goes to one of the two.
 
-    The convolution itself pads both sides of an axis alike.
+    The convolution itself pads with zeros, both sides of an axis alike.
     """
     none = (0,) * shape.dims
-    if all(before == after for before, after in shape.padding):
+    if shape.padding_mode == "zeros" and all(a == b >= 0 for a, b in shape.padding):
         return [0, 0] * shape.dims, tuple(before for before, _ in shape.padding)
     return [p for pair in reversed(shape.padding) for p in pair], none
+
+
+def _padded(shape: ConvShape, x: Tensor) -> Tensor:
+    """x with what the convolution itself cannot pad it with; negative padding crops."""
+    pad, _ = _sides(shape)
+    mode = "constant" if shape.padding_mode == "zeros" else shape.padding_mode
+    return F.pad(x, pad, mode) if any(pad) else x
 
 
 def _convolution_backward(
@@ -34,32 +41,53 @@ def _convolution_backward(
 
 
 def conv_fprop(shape: ConvShape, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    pad, padding = _sides(shape)
-    padded = F.pad(x, pad) if any(pad) else x
     transposed = (False, (0,) * shape.dims)
     y.copy_(
         aten.convolution(
-            padded, w, bias, shape.stride, padding, shape.dilation, *transposed, shape.groups
+            _padded(shape, x), w, bias, shape.stride, _sides(shape)[1], shape.dilation, *transposed,
+            shape.groups,
         )
-    )
+    )  # fmt: skip
 
 
-def conv_dgrad(shape: ConvShape, grad_y: Tensor, w: Tensor, grad_x: Tensor) -> None:
+def conv_dgrad(
+    shape: ConvShape, grad_y: Tensor, w: Tensor, bias: Tensor | None, grad_x: Tensor
+) -> None:
+    # Of x only the size is read.
+    grad = _convolution_backward(shape, grad_y, _padded(shape, grad_x), w, 0)
     pad, _ = _sides(shape)
-    # Only the size of x is read.
-    x = F.pad(grad_x, pad) if any(pad) else grad_x
-    grad = _convolution_backward(shape, grad_y, x, w, 0)
-    for axis in range(shape.dims):
-        before = pad[2 * (shape.dims - 1 - axis)]
-        grad = grad.narrow(axis + 2, before, shape.spatial[axis])
-    grad_x.copy_(grad)
+    if any(pad):  # what was padded is cropped, and where it was cropped are zeros
+        grad = F.pad(grad, [-p for p in pad])
+    if bias is None:
+        grad_x.copy_(grad)
+    else:
+        torch.add(grad, bias.view(-1, *(1,) * shape.dims), out=grad_x)
 
 
 def conv_wgrad(shape: ConvShape, grad_y: Tensor, x: Tensor, grad_w: Tensor) -> None:
-    pad, _ = _sides(shape)
-    padded = F.pad(x, pad) if any(pad) else x
-    grad_w.copy_(_convolution_backward(shape, grad_y, padded, torch.empty_like(grad_w), 1))
+    w = torch.empty_like(grad_w)
+    grad_w.copy_(_convolution_backward(shape, grad_y, _padded(shape, x), w, 1))
 
 
 def conv_bgrad(shape: ConvShape, grad_y: Tensor, grad_bias: Tensor) -> None:
     torch.sum(grad_y, [0, *range(2, grad_y.dim())], out=grad_bias)
+
+
+def conv_fold(shape: ConvShape, padded: Tensor, grad_x: Tensor) -> None:
+    half = padded.dtype in (torch.float16, torch.bfloat16)
+    total = padded.float() if half else padded
+    for axis, (size, (before, after)) in enumerate(
+        zip(shape.spatial, shape.padding, strict=True), 2
+    ):
+        left, middle, right = total.split([before, size, after], axis)
+        total = middle.clone()
+        if shape.padding_mode == "reflect":
+            total.narrow(axis, 1, before).add_(left.flip(axis))
+            total.narrow(axis, size - 1 - after, after).add_(right.flip(axis))
+        elif shape.padding_mode == "replicate":
+            total.narrow(axis, 0, 1).add_(left.sum(axis, keepdim=True))
+            total.narrow(axis, size - 1, 1).add_(right.sum(axis, keepdim=True))
+        else:
+            total.narrow(axis, size - before, before).add_(left)
+            total.narrow(axis, 0, after).add_(right)
+    grad_x.copy_(total)

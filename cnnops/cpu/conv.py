@@ -13,6 +13,10 @@ images side by side (the innermost axis, for maps too small to fill vectors) or,
 total, whole rows with the padding between them. `_weigh_correlation` picks by an estimate. The weight
 gradient copies x the same way and takes sums along rows with `simd.dot`; it splits the sum by the shape alone
 and adds the parts in order, so its bits do not depend on the number of threads.
+
+A padding mode other than zeros changes the copy and nothing else: places are counted in the padded input, and
+tables say which place of x each of them shows (`_Frame`). Their input gradient is that of the padded input,
+folded by `conv_fold`.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -52,6 +56,9 @@ from cnnops.shapes import ConvShape
 CACHE_BYTES = 512 * 1024
 """What a task's scratch should fit into: a core's second-level cache."""
 
+STRETCH = 256
+"""Most terms of an output that are added up one after the other: a long sum of such sums rounds less."""
+
 SPLITS = 32
 PARTIAL_BYTES = 32 * 1024 * 1024
 """The weight gradient's sum is split into at most SPLITS parts, of at most PARTIAL_BYTES together."""
@@ -62,9 +69,13 @@ PARTIAL_BYTES = 32 * 1024 * 1024
 
 @njit(error_model="numpy", boundscheck=False)
 def _copy_block(
-    L, x, block, residues, C, F, Z, H, W, side, images, d0, h0, w0, sd, sh, sw, sizes, strides
-):
-    """Fill ``block [C] [F] [Z] [H] [W] [side]`` from `images` images at x; zero where x has nothing."""
+    L, x, block, residues, C, F, Z, H, W, side, images, d0, h0, w0, sd, sh, sw, sizes, strides, frame
+):  # fmt: skip
+    """Fill ``block [C] [F] [Z] [H] [W] [side]`` from `images` images at x; zero where x has nothing.
+
+    `frame` is None, or a `_Frame`'s tables with the first place and the width of what they leave as it is in
+    the last axis; `sizes` are those of the padded input then.
+    """
     size_d, size_h, size_w = sizes
     xn, xc, xd, xh, xw = strides
     plane = F * Z * H * W * side
@@ -83,16 +94,30 @@ def _copy_block(
                     start_z, stop_z = inside(d, sd, size_d, Z)
                     start_r, stop_r = inside(h, sh, size_h, H)
                     start, stop = inside(w, sw, size_w, W)
+                    left, right = start, stop
+                    if frame is not None:
+                        places_d, places_h, places_w, before, width = frame
+                        w -= before
+                        left, right = inside(w, sw, width, W)
                     for z in range(start_z, stop_z):
                         for r in range(start_r, stop_r):
-                            at = (d + z * sd) * xd + (h + r * sh) * xh + (w + start * sw) * xw
-                            row = ahead(source, at)
-                            to = c * plane + (((f * Z + z) * H + r) * W + start) * side + i
-                            line = ahead(block, to)
-                            if side == 1 and step == 1:
-                                simd.copy(L, line, row, stop - start, neutral)
+                            to = c * plane + ((f * Z + z) * H + r) * W * side + i
+                            if frame is None:
+                                at = (d + z * sd) * xd + (h + r * sh) * xh
                             else:
-                                for j in range(stop - start):
+                                at = places_d[d + z * sd] * xd + places_h[h + r * sh] * xh
+                                for j in range(start, left):
+                                    place = places_w[before + w + j * sw]
+                                    block[to + j * side] = source[at + place * xw]
+                                for j in range(right, stop):
+                                    place = places_w[before + w + j * sw]
+                                    block[to + j * side] = source[at + place * xw]
+                            row = ahead(source, at + (w + left * sw) * xw)
+                            line = ahead(block, to + left * side)
+                            if side == 1 and step == 1:
+                                simd.copy(L, line, row, right - left, neutral)
+                            else:
+                                for j in range(right - left):
                                     line[j * side] = row[j * step]
 
 
@@ -120,14 +145,14 @@ def _pack(T: str) -> Task:
 
 
 @lru_cache(None)
-def _correlate(T: str, L: int, M: int, V: int) -> Task:
-    args = layout(f"{T}**4 int32**2 int64*45")
+def _correlate(T: str, L: int, M: int, V: int, framed: bool) -> Task:
+    args = layout(f"{T}**4 int32**5 int64*47")
     half = V // 2
 
     def conv_correlate(address: int, index: int, scratch: int) -> None:
         """One block of outputs, for one share of one group's filters."""
         (
-            x, w, bias, y, offsets, residues,
+            x, w, bias, y, offsets, residues, places_d, places_h, places_w, before, width,
             N, groups, C, K, J, F, parts, parts_step, j_step,
             Bi, Bd, Bh, Bw, blocks_d, blocks_h, blocks_w, Zb, Hb, Wb,
             run_rows, column_z, column_p, sums_at,
@@ -154,6 +179,7 @@ def _correlate(T: str, L: int, M: int, V: int) -> Task:
             L, source, block, residues, C, F, Zb, Hb, Wb, Bi, images,
             z0 * sd + low_d, p0 * sh + low_h, q0 * sw + low_w, sd, sh, sw,
             (D, H, W), (xn, xc, xd, xh, xw),
+            (places_d, places_h, places_w, before, width) if framed else None,
         )  # fmt: skip
 
         row = Wb * Bi
@@ -207,13 +233,13 @@ def _correlate(T: str, L: int, M: int, V: int) -> Task:
 
 
 @lru_cache(None)
-def _weights(T: str, L: int, M: int, V: int) -> Task:
-    args = layout(f"{T}**3 int32**2 int64*43")
+def _weights(T: str, L: int, M: int, V: int, framed: bool) -> Task:
+    args = layout(f"{T}**3 int32**5 int64*45")
 
     def conv_weights(address: int, index: int, scratch: int) -> None:
         """A share of the places, for a share of one group's filters and channels: ``sums [K] [C, tap]``."""
         (
-            x, grad_y, sums, offsets, residues,
+            x, grad_y, sums, offsets, residues, places_d, places_h, places_w, before, width,
             N, groups, C, K, T_, F, splits, parts_k, parts_c,
             Bi, Bd, Bh, Bw, blocks_n, blocks_d, blocks_h, blocks_w, Zb, Hb, Wb, lines_at,
             Z, P, Q, sd, sh, sw, low_d, low_h, low_w, D, H, W,
@@ -252,6 +278,7 @@ def _weights(T: str, L: int, M: int, V: int) -> Task:
                 L, ahead(x, n0 * xn + (group * C + c0) * xc), block, residues, channels, F, Zb, Hb, Wb,
                 Bi, images, z0 * sd + low_d, p0 * sh + low_h, q0 * sw + low_w, sd, sh, sw,
                 (D, H, W), (xn, xc, xd, xh, xw),
+                (places_d, places_h, places_w, before, width) if framed else None,
             )  # fmt: skip
             if images < Bi:
                 for j in range(filters * stack):
@@ -332,6 +359,57 @@ def _bias(T: str) -> Task:
     return Task(conv_bias, args)
 
 
+@lru_cache(None)
+def _fold(T: str) -> Task:
+    args = layout(f"{T}**2 int32**5 int64*17")
+
+    def conv_fold(address: int, index: int, scratch: int) -> None:
+        """Some rows of up to 16 channels: each is the sum of the padded rows that show it."""
+        (
+            padded, grad_x, starts_d, sources_d, starts_h, sources_h, places_w, before, width,
+            C, D, H, W, rows,
+            pn, pc, pd, ph, pw, xn, xc, xd, xh, xw,
+        ) = unpack(address, args)  # fmt: skip
+        shares = (H + rows - 1) // rows
+        h0 = index % shares * rows
+        rest = index // shares
+        d = rest % D
+        rest //= D
+        blocks = (C + 15) // 16
+        c0 = rest % blocks * 16
+        n = rest // blocks
+        behind = min(c0 + 16, C)
+        line = pointer(scratch, T)
+        # Channel by channel, or, where channels share memory's lines, row by row of all of them.
+        step = 1 if pw == 1 else 16
+        for first in range(c0, behind, step):
+            for h in range(h0, min(h0 + rows, H)):
+                for c in range(first, min(first + step, behind)):
+                    for j in range(W):
+                        line[j] = 0
+                    for a in range(starts_d[d], starts_d[d + 1]):
+                        for b in range(starts_h[h], starts_h[h + 1]):
+                            row = ahead(
+                                padded, n * pn + c * pc + sources_d[a] * pd + sources_h[b] * ph
+                            )
+                            inner = ahead(row, before * pw)
+                            if pw == 1:
+                                for j in range(W):
+                                    line[j] += inner[j]
+                            else:
+                                for j in range(W):
+                                    line[j] += inner[j * pw]
+                            for j in range(before):
+                                line[places_w[j]] += row[j * pw]
+                            for j in range(before + W, width):
+                                line[places_w[j]] += row[j * pw]
+                    to = ahead(grad_x, n * xn + c * xc + d * xd + h * xh)
+                    for j in range(W):
+                        to[j * xw] = line[j]
+
+    return Task(conv_fold, args)
+
+
 # ---- plans ------------------------------------------------------------------------------------------------
 
 
@@ -351,8 +429,52 @@ class _Axis(NamedTuple):
     stride: int = 1
 
 
+class _Frame:
+    """A padding that is not zeros: for each place of each padded axis, the place of x that it shows.
+
+    `before` places of the last axis lie in front of its `width` places that show x as it is.
+    """
+
+    def __init__(self, shape: ConvShape) -> None:
+        missing = 3 - shape.dims
+        pads = ((0, 0),) * missing + shape.padding
+        self.before, self.width = pads[-1][0], shape.DHW[-1]
+        self.tables = tuple(
+            self._places(shape.padding_mode, size, *pair)
+            for size, pair in zip(shape.DHW, pads, strict=True)
+        )
+
+    @staticmethod
+    def _places(mode: str, size: int, before: int, after: int) -> np.ndarray:
+        h = np.arange(-before, size + after, dtype=np.int32)
+        last = np.int32(size - 1)
+        if mode == "reflect":
+            return last - np.abs(last - np.abs(h))
+        if mode == "replicate":
+            return h.clip(0, last)
+        return h % np.int32(size)
+
+    @classmethod
+    def of(cls, shape: ConvShape) -> _Frame | None:
+        return cls(shape) if _is_framed(shape) else None
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """What kernels get to know of it."""
+        return (*(table.ctypes.data for table in self.tables), self.before, self.width)
+
+
+_NO_FRAME = (0,) * 5
+
+
+def _is_framed(shape: ConvShape) -> bool:
+    return shape.padding_mode != "zeros" and any(p for pair in shape.padding for p in pair)
+
+
 def _axes(shape: ConvShape) -> list[_Axis]:
-    """The forward pass's three axes."""
+    """The forward pass's three axes, of the padded input where a `_Frame` describes the padding."""
+    if _is_framed(shape):
+        shape = shape.padded
     missing = 3 - shape.dims
     steps, dilations = (1,) * missing + shape.stride, (1,) * missing + shape.dilation
     pads = (0,) * missing + tuple(before for before, _ in shape.padding)
@@ -538,6 +660,7 @@ class _Correlation:
     def __init__(
         self, T: str, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis],
         kernel: tuple[int, int, int], weight_strides: tuple[int, int, int], threads: int,
+        frame: _Frame | None = None,
     ) -> None:  # fmt: skip
         lanes, itemsize = simd.lanes(T), _itemsize(T)
         tile = simd.tiles().gemm
@@ -546,7 +669,7 @@ class _Correlation:
             tile = simd.tiles().gemm_thin
         M, V = tile
         J = C * math.prod(len(axis.taps) for axis in axes)
-        j_step = max(1, 24 * 1024 // (M * itemsize))
+        j_step = max(1, min(STRETCH, 24 * 1024 // (M * itemsize)))
         windows = [_Window(axis) for axis in axes]
         cycles, choice = _weigh_correlation(
             T, N, groups, C, K, axes, windows, tile, j_step, threads
@@ -556,13 +679,15 @@ class _Correlation:
         sums_at = _up((C * block.elements + V * lanes) * itemsize, 64)
         sums = choice.parts_step * M * block.outputs[0] * choice.column_z
         self._axes = axes
-        self._task = _correlate(T, lanes, M, V)
+        self._task = _correlate(T, lanes, M, V, frame is not None)
         self._count = blocks_n * math.prod(blocks_zpq) * groups * choice.parts
         self._work = cycles * min(threads, self._count)
         self._scratch_bytes = sums_at + sums * itemsize
         self._tables = _tables(block, C, windows, 1)
+        self._frame = frame
         self._values = (
             *(table.ctypes.data for table in self._tables),
+            *(frame.values if frame else _NO_FRAME),
             N, groups, C, K, J, block.phases, choice.parts, choice.parts_step, j_step,
             block.images, *block.outputs, *blocks_zpq, *block.inputs,
             choice.run_rows, choice.column_z, choice.column_p, sums_at,
@@ -603,8 +728,8 @@ def _fprop(shape: ConvShape, T: str, threads: int) -> _Correlation:
     C, K, taps = shape.C // shape.groups, shape.K // shape.groups, math.prod(shape.TRS)
     along = (K * C * taps, C * taps, taps)
     return _Correlation(
-        T, shape.N, shape.groups, C, K, _axes(shape), shape.TRS, along, threads
-    )  # fmt: skip
+        T, shape.N, shape.groups, C, K, _axes(shape), shape.TRS, along, threads, _Frame.of(shape)
+    )
 
 
 @lru_cache(512)
@@ -688,12 +813,14 @@ class _WeightGradient:
         most_c = -(-C // parts_c)
         lines_at = _up((most_c * block.elements + lanes) * itemsize, 64)
         self._scratch_bytes = lines_at + (rows * block.places + lanes) * itemsize
-        self._task = _weights(T, lanes, *tile)
+        frame = self._frame = _Frame.of(shape)
+        self._task = _weights(T, lanes, *tile, frame is not None)
         self._count = splits * groups * parts_k * parts_c
         self._sums_size = self._count * rows * columns
         self._tables = _tables(block, most_c, windows, tile[1])
         self._values = (
             *(table.ctypes.data for table in self._tables),
+            *(frame.values if frame else _NO_FRAME),
             N, groups, C, K, taps, block.phases, splits, parts_k, parts_c,
             block.images, *block.outputs, *block.count(N, axes), *block.inputs, lines_at,
             *(axis.out for axis in axes), *(axis.step for axis in axes), *(w.low for w in windows),
@@ -723,6 +850,41 @@ class _WeightGradient:
 _wgrad = lru_cache(512)(_WeightGradient)
 
 
+class _Fold:
+    """The plan of adding up a padded input's gradient."""
+
+    def __init__(self, shape: ConvShape, T: str) -> None:
+        self._frame = frame = _Frame(shape)
+        C, (D, H, W) = shape.C, shape.DHW
+        # The other way round: the padded places that show each place of x, one behind another.
+        self._sources = []
+        for table, size in zip(frame.tables[:2], (D, H), strict=True):
+            sources = np.argsort(table, kind="stable").astype(np.int32)
+            starts = np.searchsorted(table[sources], np.arange(size + 1)).astype(np.int32)
+            self._sources += [starts, sources]
+        rows = min(H, -(-4096 // (W * min(C, 16))))
+        self._task = _fold(T)
+        self._count = shape.N * -(-C // 16) * D * -(-H // rows)
+        self._work = float(math.prod(shape.padded.x_size))
+        self._scratch_bytes = W * _itemsize(T)
+        places_w = frame.tables[2]
+        self._values = (
+            *(table.ctypes.data for table in self._sources), places_w.ctypes.data,
+            frame.before, places_w.size, C, D, H, W, rows,
+        )  # fmt: skip
+
+    def run(self, padded: torch.Tensor, grad_x: torch.Tensor) -> None:
+        self._task.run(
+            self._count, self._work,
+            padded.data_ptr(), grad_x.data_ptr(), *self._values,
+            *strides(padded), *strides(grad_x),
+            scratch_bytes=self._scratch_bytes,
+        )  # fmt: skip
+
+
+_folded = lru_cache(512)(_Fold)
+
+
 def _is_dense(shape: ConvShape) -> bool:
     """Whether each image has one output, which sees exactly all of it: a dense layer."""
     return (
@@ -750,7 +912,7 @@ def _row(t: torch.Tensor) -> torch.Tensor:
 def conv_fprop(
     shape: ConvShape, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
 ) -> None:
-    """``y = x * w + bias``: x ``N C *spatial`` and w ``K C/groups *kernel`` with any strides."""
+    """``y = x * w + bias``, x padded as `shape.padding_mode` says; any strides."""
     x, w = native(x), native(w).contiguous()
     bias = torch.zeros(shape.K, dtype=x.dtype) if bias is None else native(bias).contiguous()
     dense = _is_dense(shape)
@@ -764,21 +926,26 @@ def conv_fprop(
 
 
 def conv_dgrad(
-    shape: ConvShape, grad_y: torch.Tensor, w: torch.Tensor, grad_x: torch.Tensor
+    shape: ConvShape,
+    grad_y: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    grad_x: torch.Tensor,
 ) -> None:
-    """The gradient with respect to x."""
+    """The gradient with respect to x, for zeros as padding, plus `bias`, one value a channel of x."""
     grad_y, w = native(grad_y), native(w).contiguous()
+    bias = torch.zeros(shape.C, dtype=grad_y.dtype) if bias is None else native(bias).contiguous()
     dense = _is_dense(shape)
     result = native_result(grad_x, grad_y.dtype, contiguous=dense)
     view = result
     if dense:
+        bias = bias.repeat_interleave(math.prod(shape.kernel))
         shape, grad_y, view = _dense(shape), _row(grad_y), _row(result)
     plans, everywhere = _dgrad(shape, NAME[grad_y.dtype], torch.get_num_threads())
     if not everywhere:
-        view.zero_()
-    no_bias = torch.zeros(shape.C, dtype=grad_y.dtype)
+        view.copy_(bias.view(-1, *(1,) * shape.dims))
     for plan in plans:
-        plan.run(grad_y, w, no_bias, view)
+        plan.run(grad_y, w, bias, view)
     if result is not grad_x:
         grad_x.copy_(result)
 
@@ -808,3 +975,13 @@ def conv_bgrad(shape: ConvShape, grad_y: torch.Tensor, grad_bias: torch.Tensor) 
     )  # fmt: skip
     if result is not grad_bias:
         grad_bias.copy_(result)
+
+
+def conv_fold(shape: ConvShape, padded: torch.Tensor, grad_x: torch.Tensor) -> None:
+    """``grad_x`` = the sum of `padded`, a tensor of the padded input's size, over all places that show the
+    one of x, for a `shape.padding_mode` other than zeros."""
+    padded = native(padded)
+    result = native_result(grad_x, padded.dtype)
+    _folded(shape, NAME[padded.dtype]).run(padded, result)
+    if result is not grad_x:
+        grad_x.copy_(result)

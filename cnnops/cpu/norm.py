@@ -1,8 +1,9 @@
-"""Batch normalisation on the CPU: training forward, inference, and the backward of both.
+"""Batch normalisation on the CPU: training forward, inference, the backward of both, and statistics alone.
 
 Each channel ``y = act(gamma * (x - mean) * rstd + beta + residual)``. Statistics come from two passes in
 float64, the second about the first's mean, so they survive a mean far larger than the deviation; a mean that
-float32 cannot hold is carried as ``high + low``. The backward computes the activation's input anew from x.
+float32 cannot hold is carried as ``high + low``. The backward computes the activation's input anew from x,
+or is given y in place of the residual, where y tells the activation's derivative.
 
 The elements of a channel, or of SIDE neighbouring ones in channels-last memory, are `runs` of at most
 `length` steps: planes of the images in row-major memory, stretches of rows otherwise. Each helper does one
@@ -102,6 +103,16 @@ def _slope(real, kind, z):
 
 
 @njit(error_model="numpy", boundscheck=False)
+def _slope_of_result(real, kind, y):
+    """The activation's derivative where its result is y."""
+    if kind == 7:
+        return y * (real(1) - y)
+    if kind == 8:
+        return real(1) - y * y
+    return _slope(real, kind, y)  # piecewise linear: y lies in the piece that the argument does
+
+
+@njit(error_model="numpy", boundscheck=False)
 def _sum(x, count, step, n, total):
     if n == 1:
         total[0] += sum_of(x, count, step)
@@ -130,6 +141,25 @@ def _deviations(x, count, step, n, mean, first, second):
             d = np.float64(row[i]) - mean[i]
             first[i] += d
             second[i] += d * d
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _moments(x, total, length, runs, run_step, step, n, mean, var, rest):
+    """Mean and biased variance of the `n` channels from x on; `rest` is scratch."""
+    for i in range(n):
+        mean[i] = var[i] = rest[i] = 0
+    for run in range(runs):
+        _sum(ahead(x, run * run_step), min(length, total - run * length), step, n, mean)
+    for i in range(n):
+        mean[i] /= total
+    for run in range(runs):
+        place = ahead(x, run * run_step)
+        _deviations(place, min(length, total - run * length), step, n, mean, rest, var)
+    for i in range(n):
+        # The first pass's rounding: what is left of the mean about itself.
+        error = rest[i] / total
+        mean[i] += error
+        var[i] = max(var[i] / total - error * error, 0.0)
 
 
 @njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
@@ -175,28 +205,41 @@ def _normalise(real, kind, x, residual, y, count, step, n, high, low, scale, shi
 
 
 @njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
-def _back(real, kind, grad_y, x, residual, count, step, n, high, low, scale, shift, grad_z, apart):
-    """Into scratch, ``[count] [n]``: the gradient of the activation's input z, and ``x - mean``."""
+def _back(
+    real, kind, from_result, grad_y, x, beside, count, step, n, high, low, scale, shift, grad_z, apart
+):  # fmt: skip
+    """Into scratch, ``[count] [n]``: the gradient of the activation's input z, and ``x - mean``.
+
+    `beside` is the residual, or none; with `from_result` it is y.
+    """
     if n > 1:
         for r in range(count):
             row, grad = ahead(x, r * step), ahead(grad_y, r * step)
             d, to = ahead(apart, r * n), ahead(grad_z, r * n)
             for i in range(n):
                 d[i] = row[i] - high[i] - low[i]
-            if given(residual):
-                beside = ahead(residual, r * step)
+            if from_result:
+                y = ahead(beside, r * step)
                 for i in range(n):
-                    to[i] = grad[i] * _slope(real, kind, d[i] * scale[i] + shift[i] + beside[i])
+                    to[i] = grad[i] * _slope_of_result(real, kind, y[i])
+            elif given(beside):
+                added = ahead(beside, r * step)
+                for i in range(n):
+                    to[i] = grad[i] * _slope(real, kind, d[i] * scale[i] + shift[i] + added[i])
             else:
                 for i in range(n):
                     to[i] = grad[i] * _slope(real, kind, d[i] * scale[i] + shift[i])
         return
     m, rest, g, b = high[0], low[0], scale[0], shift[0]
-    if given(residual):
+    if from_result:
+        for i in range(count):
+            apart[i] = x[i * step] - m - rest
+            grad_z[i] = grad_y[i * step] * _slope_of_result(real, kind, beside[i * step])
+    elif given(beside):
         for i in range(count):
             e = x[i * step] - m - rest
             apart[i] = e
-            grad_z[i] = grad_y[i * step] * _slope(real, kind, e * g + b + residual[i * step])
+            grad_z[i] = grad_y[i * step] * _slope(real, kind, e * g + b + beside[i * step])
     else:
         for i in range(count):
             e = x[i * step] - m - rest
@@ -223,6 +266,27 @@ def _real(T: str) -> type:
 
 
 @lru_cache(None)
+def _statistics(T: str) -> Task:
+    args = layout(f"{T}**3 int64*9")
+
+    def batch_norm_statistics(address: int, index: int, scratch: int) -> None:
+        """Mean and variance of some channels."""
+        (
+            x, means, variances, C, each, side, total, length, runs, run_step, step, channel_step,
+        ) = unpack(address, args)  # fmt: skip
+        mean = pointer(scratch, "float64")
+        var, rest = ahead(mean, SIDE), ahead(mean, 2 * SIDE)
+        for c0 in range(index * each, min(index * each + each, C), side):
+            n = min(side, C - c0)
+            place = ahead(x, c0 * channel_step)
+            _moments(place, total, length, runs, run_step, step, n, mean, var, rest)
+            for i in range(n):
+                means[c0 + i], variances[c0 + i] = mean[i], var[i]
+
+    return Task(batch_norm_statistics, args)
+
+
+@lru_cache(None)
 def _forward(T: str, kind: int, training: bool) -> Task:
     args = layout(f"{T}**9 int64*9 float64*2")
     real = _real(T)
@@ -234,30 +298,15 @@ def _forward(T: str, kind: int, training: bool) -> Task:
             C, each, side, total, length, runs, run_step, step, channel_step, momentum, eps,
         ) = unpack(address, args)  # fmt: skip
         mean = pointer(scratch, "float64")
-        var, first = ahead(mean, SIDE), ahead(mean, 2 * SIDE)
+        var, rest = ahead(mean, SIDE), ahead(mean, 2 * SIDE)
         high = pointer(scratch + 24 * SIDE, T)
         low, scale, shift = ahead(high, SIDE), ahead(high, 2 * SIDE), ahead(high, 3 * SIDE)
         for c0 in range(index * each, min(index * each + each, C), side):
             n = min(side, C - c0)
-            for i in range(n):
-                if training:
-                    mean[i] = var[i] = first[i] = 0
-                else:
-                    mean[i], var[i] = running_mean[c0 + i], running_var[c0 + i]
             if training:
-                for run in range(runs):
-                    place = ahead(x, run * run_step + c0 * channel_step)
-                    _sum(place, min(length, total - run * length), step, n, mean)
+                place = ahead(x, c0 * channel_step)
+                _moments(place, total, length, runs, run_step, step, n, mean, var, rest)
                 for i in range(n):
-                    mean[i] /= total
-                for run in range(runs):
-                    place = ahead(x, run * run_step + c0 * channel_step)
-                    _deviations(place, min(length, total - run * length), step, n, mean, first, var)
-                for i in range(n):
-                    # The first pass's rounding: what is left of the mean about itself.
-                    error = first[i] / total
-                    mean[i] += error
-                    var[i] = max(var[i] / total - error * error, 0.0)
                     c = c0 + i
                     means[c] = mean[i]
                     rstds[c] = 1 / math.sqrt(var[i] + eps)
@@ -266,6 +315,9 @@ def _forward(T: str, kind: int, training: bool) -> Task:
                     if given(running_var):
                         unbiased = var[i] * total / (total - 1)
                         running_var[c] = (1 - momentum) * running_var[c] + momentum * unbiased
+            else:
+                for i in range(n):
+                    mean[i], var[i] = running_mean[c0 + i], running_var[c0 + i]
             for i in range(n):
                 factor = 1 / math.sqrt(var[i] + eps)
                 if given(weight):
@@ -285,14 +337,14 @@ def _forward(T: str, kind: int, training: bool) -> Task:
 
 
 @lru_cache(None)
-def _backward(T: str, kind: int, training: bool) -> Task:
+def _backward(T: str, kind: int, training: bool, from_result: bool) -> Task:
     args = layout(f"{T}**11 int64*9")
     real = _real(T)
 
     def batch_norm_backward(address: int, index: int, scratch: int) -> None:
         """Some channels of every gradient that is asked for."""
         (
-            grad_y, x, weight, bias, residual, means, rstds, grad_x, grad_weight, grad_bias, grad_residual,
+            grad_y, x, weight, bias, beside, means, rstds, grad_x, grad_weight, grad_bias, grad_residual,
             C, each, side, total, length, runs, run_step, step, channel_step,
         ) = unpack(address, args)  # fmt: skip
         mean = pointer(scratch, "float64")
@@ -338,9 +390,9 @@ def _backward(T: str, kind: int, training: bool) -> Task:
                         count = min(PIECE // side, steps - start)
                         place = run * run_step + c0 * channel_step + start * step
                         _back(
-                            real, kind, ahead(grad_y, place), ahead(x, place),
-                            ahead(residual, place) if given(residual) else residual, count, step, n,
-                            high, low, scale, shift, grad_z, apart,
+                            real, kind, from_result, ahead(grad_y, place), ahead(x, place),
+                            ahead(beside, place) if given(beside) else beside, count, step, n, high, low,
+                            scale, shift, grad_z, apart,
                         )  # fmt: skip
                         if last == 0:
                             _products(grad_z, apart, count, n, sums, products)
@@ -416,6 +468,18 @@ def _sizes(shape: NormShape, together: bool) -> tuple[tuple[int, ...], int, floa
     return (C, each, 1, total, L, shape.N, C * L, 1, L), -(-C // each), 2.0 * C * total
 
 
+def batch_norm_stats(
+    shape: NormShape, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor
+) -> None:
+    """Mean and biased variance of every channel."""
+    together = _together(shape, x)
+    x = _dense(x, together)
+    sizes, count, work = _sizes(shape, together)
+    _statistics(NAME[x.dtype]).run(
+        count, work, *_addresses(x, mean, var), *sizes, scratch_bytes=24 * SIDE
+    )
+
+
 def batch_norm_train(
     shape: NormShape, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
     residual: torch.Tensor | None, running_mean: torch.Tensor | None, running_var: torch.Tensor | None,
@@ -460,15 +524,17 @@ def batch_norm_infer(
 
 def batch_norm_bwd(
     shape: NormShape, grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None,
-    bias: torch.Tensor | None, residual: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor,
-    activation: str, training: bool, grad_x: torch.Tensor | None, grad_weight: torch.Tensor | None,
-    grad_bias: torch.Tensor | None, grad_residual: torch.Tensor | None,
+    bias: torch.Tensor | None, residual: torch.Tensor | None, y: torch.Tensor | None, mean: torch.Tensor,
+    rstd: torch.Tensor, activation: str, training: bool, grad_x: torch.Tensor | None,
+    grad_weight: torch.Tensor | None, grad_bias: torch.Tensor | None, grad_residual: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Every gradient that is asked for. With `training`, mean and rstd are x's own, and x's gradient flows
     through them too."""
-    together = _together(shape, grad_x if grad_x is not None else grad_residual)
+    together = _together(shape, next((t for t in (grad_x, grad_residual) if t is not None), x))
     grad_y, x = _dense(grad_y, together), _dense(x, together)
-    residual = None if residual is None else _dense(residual, together)
+    from_result = y is not None and activation != "none"
+    beside = y if from_result else residual
+    beside = None if beside is None else _dense(beside, together)
     dtype = x.dtype
     vectors = [_vector(t, dtype) for t in (weight, bias)]
     statistics = [_vector(t, dtype) for t in (mean, rstd)]
@@ -478,8 +544,8 @@ def batch_norm_bwd(
         _result(grad_residual, dtype, together),
     )  # fmt: skip
     sizes, count, work = _sizes(shape, together)
-    _backward(NAME[dtype], ACTIVATIONS.index(activation), training).run(
-        count, 2 * work, *_addresses(grad_y, x, *vectors, residual, *statistics, *results), *sizes,
+    _backward(NAME[dtype], ACTIVATIONS.index(activation), training, from_result).run(
+        count, 2 * work, *_addresses(grad_y, x, *vectors, beside, *statistics, *results), *sizes,
         scratch_bytes=(24 + 6 * 8) * SIDE + 16 * PIECE,
     )  # fmt: skip
     _deliver(*zip(results, asked, strict=True))

@@ -1,20 +1,24 @@
-"""Max and average pooling on the CPU, for one to three axes, by PyTorch's rules.
+"""Max and average pooling and max unpooling on the CPU, for one to three axes, by PyTorch's rules.
 
 Max: a later place of the window wins only if it is larger, or NaN; so the first maximum wins ties, and a
-window of -inf keeps its first place inside the input. A kept place is its number in the window, row by row.
+window of -inf keeps its first place inside the input. A kept place is its number in the window, row by row;
+in an adaptive one as if it had the largest window's rows.
 Average: the sum in the window's order, then one division.
+Unpooling: zeros, then the values row by row, so that the last one of a place stays.
 
 A task does some channels of one image, each from its first element to its last, so that whatever windows
 share is added in one order. A row of outputs is done at once, window place by window place, in loops that
 LLVM turns into vectors: along the row, or, in channels-last memory, along its channels, which then are the
-innermost axis of everything (`inner` is their number, 1 otherwise). Average windows come from tables of
-(start, stop, extent) along each axis, which serve adaptive windows and padded ones alike.
+innermost axis of everything (`inner` is their number, 1 otherwise). Average and adaptive windows come from
+tables of (start, stop, extent) along each axis.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
@@ -38,7 +42,7 @@ from cnnops.cpu.task import (
 from cnnops.cpu.task import (
     supports as supports,
 )
-from cnnops.shapes import PoolShape
+from cnnops.shapes import PoolShape, UnpoolShape
 
 # ---- kernels ----------------------------------------------------------------------------------------------
 
@@ -174,6 +178,57 @@ def _max_fwd(T: str, kept_type: str, L: int) -> Task:
     return Task(max_pool_fwd, args)
 
 
+@lru_cache(None)
+def _adaptive_max_fwd(T: str, kept_type: str, L: int) -> Task:
+    args = layout(f"{T}**2 {kept_type}* int32**3 int64*26")
+
+    def adaptive_max_pool_fwd(address: int, index: int, scratch: int) -> None:
+        (
+            x, y, offsets, along_d, along_h, along_w, C, each, together, D, H, W, Z, P, Q, R, S,
+            xn, xc, xd, xh, xw, yn, yc, yd, yh, yw, on, oc, od, oh, ow,
+        ) = unpack(address, args)  # fmt: skip
+        shares = (C + each - 1) // each
+        n, first = index // shares, index % shares * each
+        behind = min(first + each, C)
+        inner = behind - first if together else 1
+        best = pointer(scratch, T)
+        kept = pointer(scratch + 8 * (Q * inner + L), "int32")
+        for c in range(first, behind, inner):
+            for z in range(Z):
+                for p in range(P):
+                    d0, h0 = along_d[3 * z], along_h[3 * p]
+                    for q in range(Q * inner):
+                        best[q] = -np.inf
+                        kept[q] = 0
+                    for d in range(d0, along_d[3 * z + 1]):
+                        for h in range(h0, along_h[3 * p + 1]):
+                            row = ahead(x, n * xn + c * xc + d * xd + h * xh)
+                            corner = ((d - d0) * R + h - h0) * S
+                            for q in range(Q):
+                                w0, w1 = along_w[3 * q], along_w[3 * q + 1]
+                                if inner > 1:
+                                    for w in range(w0, w1):
+                                        simd.keep_larger(
+                                            L, 1, ahead(best, q * inner), ahead(kept, q * inner),
+                                            ahead(row, w * xw), inner, corner + w - w0,
+                                        )  # fmt: skip
+                                    continue
+                                largest, place = best[q], kept[q]
+                                for w in range(w0, w1):
+                                    v = row[w * xw]
+                                    if v > largest or v != v:
+                                        largest = v
+                                        place = corner + w - w0
+                                best[q] = largest
+                                kept[q] = place
+                    _put(ahead(y, n * yn + c * yc + z * yd + p * yh), yw, best, inner, Q, inner)
+                    _put(
+                        ahead(offsets, n * on + c * oc + z * od + p * oh), ow, kept, inner, Q, inner
+                    )
+
+    return Task(adaptive_max_pool_fwd, args)
+
+
 @njit(error_model="numpy", boundscheck=False)
 def _inside(place, d, h, w, D, H, W, R, S, rd, rh, rw):
     """Whether the window at (d, h, w) has its `place` in the input. A window whose dilation passes over the
@@ -186,49 +241,51 @@ def _inside(place, d, h, w, D, H, W, R, S, rd, rh, rw):
 
 @lru_cache(None)
 def _max_kept(T: str, kept_type: str, backward: bool) -> Task:
-    args = layout(f"{T}**2 {kept_type}* int64*37")
+    args = layout(f"{T}**2 {kept_type}* int64**3 int64*31")
 
     def max_pool_kept(address: int, index: int, scratch: int) -> None:
         """``b = a[kept places]``, or (backward) ``a[kept places] += b`` from zero."""
         (
-            a, b, offsets, C, each, together, D, H, W, Z, P, Q, T_, R, S, sd, sh, sw, pd, ph, pw, rd, rh, rw,
+            a, b, offsets, from_d, from_h, from_w, C, each, together, D, H, W, Z, P, Q, T_, R, S, rd, rh, rw,
             an, ac, ad, ah, aw, bn, bc, bd, bh, bw, on, oc, od, oh, ow, wide,
         ) = unpack(address, args)  # fmt: skip
         shares = (C + each - 1) // each
         n, first = index // shares, index % shares * each
         behind = min(first + each, C)
         inner = behind - first if together else 1
-        # Where each place of a window lies, from the window's first.
+        # Where each place of a window lies, from the window's first, and where windows of a row begin.
         apart = pointer(scratch, "int64")
         for t in range(T_):
             for r in range(R):
                 for s in range(S):
                     apart[(t * R + r) * S + s] = t * rd * ad + r * rh * ah + s * rw * aw
+        along = ahead(apart, T_ * R * S)
+        for q in range(Q):
+            along[q] = from_w[q] * aw
         for c in range(first, behind, inner):
             image = ahead(a, n * an + c * ac)
             if backward:
                 _clear(image, D, H, W, ad, ah, aw, inner)
             for z in range(Z):
                 for p in range(P):
-                    d, h = z * sd - pd, p * sh - ph
-                    window = ahead(image, d * ad + h * ah - pw * aw)
+                    d, h = from_d[z], from_h[p]
+                    window = ahead(image, d * ad + h * ah)
                     values = ahead(b, n * bn + c * bc + z * bd + p * bh)
                     kept = ahead(offsets, n * on + c * oc + z * od + p * oh)
                     if inner == 1 and not wide:
-                        step = sw * aw
                         if backward:
                             for q in range(Q):
-                                window[q * step + apart[kept[q * ow]]] += values[q * bw]
+                                window[along[q] + apart[kept[q * ow]]] += values[q * bw]
                         else:
                             for q in range(Q):
-                                values[q * bw] = window[q * step + apart[kept[q * ow]]]
+                                values[q * bw] = window[along[q] + apart[kept[q * ow]]]
                         continue
                     for q in range(Q):
                         for i in range(inner):
                             place = np.int64(kept[q * ow + i])
-                            at = q * sw * aw + i + apart[place]
+                            at = along[q] + i + apart[place]
                             if wide and not _inside(
-                                place, d, h, q * sw - pw, D, H, W, R, S, rd, rh, rw
+                                place, d, h, from_w[q], D, H, W, R, S, rd, rh, rw
                             ):
                                 if not backward:
                                     values[q * bw + i] = 0
@@ -238,6 +295,50 @@ def _max_kept(T: str, kept_type: str, backward: bool) -> Task:
                                 values[q * bw + i] = window[at]
 
     return Task(max_pool_kept, args)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _at(place, P, Q, d, h, w):
+    """Where the `place` of a plane Z P Q, counted row by row, lies in memory."""
+    if (h == Q * w or P == 1) and d == P * h:
+        return place * w
+    return place // (P * Q) * d + place // Q % P * h + place % Q * w
+
+
+@lru_cache(None)
+def _unpool(T: str, backward: bool) -> Task:
+    args = layout(f"{T}**2 int64* int64*24")
+
+    def max_unpool(address: int, index: int, scratch: int) -> None:
+        """``y[indices] = x`` from zero, or (backward) ``x = y[indices]``. Indices outside of y count for
+        nothing: what calls has refused them, or had no time to look."""
+        (
+            x, y, indices, C, each, together, D, H, W, Z, P, Q, xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
+            in_, ic, id_, ih, iw,
+        ) = unpack(address, args)  # fmt: skip
+        shares = (C + each - 1) // each
+        n, first = index // shares, index % shares * each
+        behind = min(first + each, C)
+        inner = behind - first if together else 1
+        for c in range(first, behind, inner):
+            plane = ahead(y, n * yn + c * yc)
+            if not backward:
+                _clear(plane, Z, P, Q, yd, yh, yw, inner)
+            for d in range(D):
+                for h in range(H):
+                    row = ahead(x, n * xn + c * xc + d * xd + h * xh)
+                    places = ahead(indices, n * in_ + c * ic + d * id_ + h * ih)
+                    for w in range(W):
+                        for i in range(inner):
+                            place = places[w * iw + i]
+                            inside = 0 <= place < Z * P * Q
+                            if backward:
+                                v = plane[_at(place, P, Q, yd, yh, yw) + i] if inside else 0
+                                row[w * xw + i] = v
+                            elif inside:
+                                plane[_at(place, P, Q, yd, yh, yw) + i] = row[w * xw + i]
+
+    return Task(max_unpool, args)
 
 
 @lru_cache(None)
@@ -380,13 +481,22 @@ def _three(values: tuple[int, ...], one: int = 1) -> tuple[int, ...]:
 def _sizes(shape: PoolShape, together: bool) -> tuple[tuple[int, ...], int, float]:
     """Arguments that every kernel has, tasks to run, and an estimate of all their cycles."""
     cycles = 2.0 * (math.prod(shape.ZPQ) * shape.places + math.prod(shape.DHW)) + 200
+    return _shares(shape, together, cycles)
+
+
+@lru_cache(512)
+def _shares(
+    shape: PoolShape | UnpoolShape, together: bool, cycles: float
+) -> tuple[tuple[int, ...], int, float]:
+    """`_sizes` of a problem of so many `cycles` a channel."""
     if together:
         # Whole cache lines of channels, some vectors of them where there are many.
         each = min(shape.C, 64 if shape.N * shape.C >= 512 else 16)
     else:
         each = max(1, min(shape.C, shape.N * shape.C // 16, int(20_000 / cycles)))
     count = shape.N * -(-shape.C // each)
-    return (shape.C, each, together, *shape.DHW, *shape.ZPQ), count, cycles * shape.N * shape.C
+    planes = (*_three(shape.spatial), *_three(shape.output))
+    return (shape.C, each, together, *planes), count, cycles * shape.N * shape.C
 
 
 @lru_cache(512)
@@ -397,7 +507,36 @@ def _windows(shape: PoolShape) -> tuple[int, ...]:
 
 
 @lru_cache(512)
-def _tables(shape: PoolShape) -> tuple[np.ndarray, ...]:
+def _tiled(shape: PoolShape) -> PoolShape | None:
+    """Adaptive windows that tile the plane as the windows of plain pooling; None where they do not."""
+    if shape.adaptive_output is None or any(
+        h % o for h, o in zip(shape.spatial, shape.output, strict=True)
+    ):
+        return None
+    return replace(shape, stride=shape.kernel, adaptive_output=None)
+
+
+class Tables:
+    """One array an axis, as kernels take them: by address."""
+
+    def __init__(self, arrays: Iterable[np.ndarray]) -> None:
+        self.arrays = tuple(arrays)
+        self.addresses: tuple[int, ...] = tuple(array.ctypes.data for array in self.arrays)
+
+
+@lru_cache(512)
+def _starts(shape: PoolShape) -> Tables:
+    """For each axis, the first place of every window, int64: negative in the padding."""
+    if shape.adaptive_output is not None:
+        axes = zip(shape.DHW, shape.ZPQ, strict=True)
+        return Tables(np.arange(out, dtype=np.int64) * size // out for size, out in axes)
+    pads = _three(tuple(before for before, _ in shape.padding), 0)
+    moves = zip(shape.ZPQ, _three(shape.stride), pads, strict=True)
+    return Tables(np.arange(out, dtype=np.int64) * stride - pad for out, stride, pad in moves)
+
+
+@lru_cache(512)
+def _tables(shape: PoolShape) -> Tables:
     """For each axis, (start, stop, extent) of every average window, int32: clipped to the input, and the
     extent that counts padding."""
     tables = []
@@ -415,7 +554,7 @@ def _tables(shape: PoolShape) -> tuple[np.ndarray, ...]:
                 stop = min(start + kernel, size + pad)
                 rows.append((max(start, 0), min(stop, size), stop - start))
         tables.append(np.array(rows, np.int32))
-    return tuple(tables)
+    return Tables(tables)
 
 
 def _together(t: torch.Tensor) -> bool:
@@ -441,10 +580,13 @@ def _scatter_or_gather(
         a = _like(a, together)
     offsets = _like(offsets, together)
     sizes, count, work = _sizes(shape, together)
+    starts = _starts(shape)
     wide = any(r > h for r, h in zip(shape.dilation, shape.spatial, strict=True))
     _max_kept(NAME[a.dtype], NAME[offsets.dtype], backward).run(
-        count, work, a.data_ptr(), b.data_ptr(), offsets.data_ptr(), *sizes, *_windows(shape),
-        *strides(a), *strides(b), *strides(offsets), wide, scratch_bytes=8 * shape.places,
+        count, work, a.data_ptr(), b.data_ptr(), offsets.data_ptr(),
+        *starts.addresses, *sizes, *shape.TRS, *_three(shape.dilation),
+        *strides(a), *strides(b), *strides(offsets), wide,
+        scratch_bytes=8 * (shape.places + shape.ZPQ[2]),
     )  # fmt: skip
 
 
@@ -460,10 +602,27 @@ def _average(shape: PoolShape, backward: bool, x: torch.Tensor, y: torch.Tensor)
     # Few outputs of wide windows are better summed one at a time.
     uniform = not adaptive and (together or shape.ZPQ[2] >= 4)
     _avg(NAME[x.dtype], backward).run(
-        count, work, x.data_ptr(), y.data_ptr(), *(table.ctypes.data for table in tables), *sizes, uniform,
+        count, work, x.data_ptr(), y.data_ptr(), *tables.addresses, *sizes, uniform,
         shape.kernel[-1], shape.stride[-1], shape.padding[-1][0], shape.divisor_override or 0,
         not shape.count_include_pad, adaptive, *strides(x), *strides(y),
         scratch_bytes=8 * (3 + shape.ZPQ[2] * (1 + sizes[1])),
+    )  # fmt: skip
+
+
+def _put_or_take(
+    shape: UnpoolShape, backward: bool, x: torch.Tensor, y: torch.Tensor, indices: torch.Tensor
+) -> None:
+    together = _together(x if backward else y)
+    if backward:
+        y = _like(y, together)
+    else:
+        x = _like(x, together)
+    indices = _like(indices, together)
+    cycles = 4.0 * math.prod(shape.spatial) + math.prod(shape.output) + 200
+    sizes, count, work = _shares(shape, together, cycles)
+    _unpool(NAME[x.dtype], backward).run(
+        count, work, x.data_ptr(), y.data_ptr(), indices.data_ptr(), *sizes, *strides(x), *strides(y),
+        *strides(indices),
     )  # fmt: skip
 
 
@@ -477,8 +636,16 @@ def max_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: to
     together = _together(result)
     x, kept = _like(x, together), _like(offsets, together)
     sizes, count, work = _sizes(shape, together)
-    _max_fwd(NAME[x.dtype], NAME[kept.dtype], simd.lanes(NAME[x.dtype])).run(
-        count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), *sizes, *_windows(shape),
+    tables = Tables(())
+    factory, windows = _max_fwd, _windows(shape)
+    # Few outputs of wide windows are better searched one at a time.
+    if (tiles := _tiled(shape)) and (together or shape.ZPQ[2] >= 4):
+        windows = _windows(tiles)
+    elif shape.adaptive_output is not None:
+        tables = _tables(shape)
+        factory, windows = _adaptive_max_fwd, shape.TRS[1:]
+    factory(NAME[x.dtype], NAME[kept.dtype], simd.lanes(NAME[x.dtype])).run(
+        count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), *tables.addresses, *sizes, *windows,
         *strides(x), *strides(result), *strides(kept), scratch_bytes=12 * (shape.ZPQ[2] * sizes[1] + 16),
     )  # fmt: skip
     if result is not y:
@@ -507,6 +674,28 @@ def max_pool_gather(
     _scatter_or_gather(shape, False, x, result, offsets)
     if result is not y:
         y.copy_(result)
+
+
+def max_unpool_fwd(
+    shape: UnpoolShape, x: torch.Tensor, indices: torch.Tensor, y: torch.Tensor
+) -> None:
+    """The values at their places, the last of several in one; zeros elsewhere."""
+    x = native(x)
+    result = native_result(y, x.dtype)
+    _put_or_take(shape, False, x, result, indices)
+    if result is not y:
+        y.copy_(result)
+
+
+def max_unpool_bwd(
+    shape: UnpoolShape, grad_y: torch.Tensor, indices: torch.Tensor, grad_x: torch.Tensor
+) -> None:
+    """The gradients from the places that values were put at."""
+    grad_y = native(grad_y)
+    result = native_result(grad_x, grad_y.dtype)
+    _put_or_take(shape, True, result, grad_y, indices)
+    if result is not grad_x:
+        grad_x.copy_(result)
 
 
 def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:

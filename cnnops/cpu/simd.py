@@ -206,17 +206,7 @@ def gemm(typing_context, lanes, rows, vectors, a, b, offsets, count, c, pitch, a
             for m in range(M)
             for v in range(V)
         ]
-        fresh = builder.block
-        with builder.if_then(builder.icmp_signed("!=", accumulate, _i64(0))):
-            loaded = [emit.load(place) for place in places]
-            there = builder.block
-        start = []
-        for value in loaded:
-            phi = builder.phi(emit.vector)
-            phi.add_incoming(emit.zero(), fresh)
-            phi.add_incoming(value, there)
-            start.append(phi)
-        loop = _Loop(builder, _i64(0), count, 1, start)
+        loop = _Loop(builder, _i64(0), count, 1, [emit.zero()] * (M * V))
         k = loop.index
         row = builder.gep(b, [builder.sext(builder.load(builder.gep(offsets, [k])), _I64)])
         column = [emit.load(builder.gep(row, [_i64(v * L)])) for v in range(V)]
@@ -227,8 +217,22 @@ def gemm(typing_context, lanes, rows, vectors, a, b, offsets, count, c, pitch, a
             sums += [
                 emit.multiply_add(weight, column[v], loop.carried[m * V + v]) for v in range(V)
             ]
-        for value, place in zip(loop.close(sums), places, strict=True):
-            emit.store(value, place)
+        # What C holds is added to the sum of these terms, not they to it one by one: a long sum in stretches
+        # rounds less.
+        fresh = loop.close(sums)
+        before = builder.block
+        with builder.if_then(builder.icmp_signed("!=", accumulate, _i64(0))):
+            added = [
+                builder.fadd(emit.load(place), value)
+                for place, value in zip(places, fresh, strict=True)
+            ]
+            there = builder.block
+        results = [builder.phi(emit.vector) for _ in places]
+        for phi, value, more in zip(results, fresh, added, strict=True):
+            phi.add_incoming(value, before)
+            phi.add_incoming(more, there)
+        for phi, place in zip(results, places, strict=True):
+            emit.store(phi, place)
         return context.get_dummy_value()
 
     i64 = types.int64

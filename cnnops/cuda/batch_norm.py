@@ -1,4 +1,4 @@
-"""Launches `kernels/batch_norm.cu`: training forward, inference and backward of batch normalisation.
+"""Launches `kernels/batch_norm.cu`: batch norm in training and inference, its backward, statistics alone.
 
 A tensor N C *spatial is seen as N x C x L, wherever its elements lie, and cut into sites and slots as the
 kernel's header describes. A tensor whose spatial axes cannot be walked with one stride, or that lies in the
@@ -72,10 +72,12 @@ class Problem(NamedTuple):
     y: Layout | None
     grad_x: Layout | None = None
     grad_residual: Layout | None = None
+    from_result: bool = False
+    """Whether `residual` is, in the backward pass, the layout of y."""
 
     @property
     def layouts(self) -> tuple[Layout | None, ...]:
-        return self[4:]
+        return self[4:9]
 
 
 class Strides(ctypes.Structure):
@@ -236,6 +238,7 @@ def _grid(problem: Problem) -> Grid:
         "LANES": lanes,
         "THREADS": THREADS,
         "ACTIVATION": problem.activation,
+        "FROM_RESULT": int(problem.from_result),
     }
     params = Params(
         *(strides(view) for view in all_views),
@@ -248,7 +251,7 @@ def _grid(problem: Problem) -> Grid:
 # ---- launches --------------------------------------------------------------------------------------------
 
 _FORWARD = ("x", "weight", "bias", "residual")
-_BACKWARD = ("grad_y", "x", "weight", "bias", "residual", "mean", "rstd")
+_BACKWARD = ("grad_y", "x", "weight", "bias", "beside", "mean", "rstd")
 
 
 def _launch(
@@ -289,6 +292,18 @@ def _train_plan(problem: Problem, momentum: float, eps: float) -> tuple[Launch, 
 
 
 @lru_cache(1024)
+def _stats_plan(problem: Problem) -> tuple[Launch, Launch]:
+    """Stats as in training, and their merge."""
+    grid = _grid(problem)
+    everywhere, channels = (grid.slot_blocks, grid.params.splits), (-(-problem.shape.C // WARPS), 1)
+    merged = ("x", "partials"), ("mean", "var")
+    return (
+        _launch(grid, "batch_norm_train_stats", "TRAIN", everywhere, ("x",), ("partials",)),
+        _launch(grid, "batch_norm_stats_merge", "TRAIN", channels, *merged),
+    )
+
+
+@lru_cache(1024)
 def _infer_plan(problem: Problem, eps: float) -> Launch:
     grid = _grid(problem)
     grid.params.eps = eps
@@ -320,6 +335,18 @@ def _bwd_plan(problem: Problem, training: bool) -> tuple[Launch, ...]:
 
 
 # ---- operations ------------------------------------------------------------------------------------------
+
+
+def batch_norm_stats(
+    shape: NormShape, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor
+) -> None:
+    """Mean and biased variance of every channel."""
+    if _strides(x.size(), x.stride()) is None:
+        x = x.contiguous()
+    stats, merge = _stats_plan(Problem(shape, x.dtype, x.dtype, "none", _layout(x), None, None))
+    partials = mean.new_empty(3 * shape.C * stats.grid[1])
+    launch(stats, (x,), (partials,))
+    launch(merge, (x, partials), (mean, var))
 
 
 def batch_norm_train(
@@ -387,6 +414,7 @@ def batch_norm_bwd(
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
+    y: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     activation: str,
@@ -400,19 +428,21 @@ def batch_norm_bwd(
 
     `training` says that they came from x itself, and so depend on it.
     """
-    if activation == "none":
-        residual = None  # no derivative looks at it
+    from_result = y is not None and activation != "none"
+    beside = y if from_result else None if activation == "none" else residual
     like = grad_x if grad_x is not None else grad_residual
     if like is None:
         like = x = x if _strides(x.size(), x.stride()) is not None else x.contiguous()
     x, grad_y = _placed(x, like), _placed(grad_y, like)
-    residual = None if residual is None else _placed(residual, like)
+    beside = None if beside is None else _placed(beside, like)
     parameter = _parameter_type(x.dtype, (weight, bias, grad_weight, grad_bias))
     weight, bias = _dense(weight, parameter), _dense(bias, parameter)
-    tensors = x, residual, grad_y, grad_x, grad_residual
-    layouts = [_layout(tensor) for tensor in tensors]
-    plan = _bwd_plan(Problem(shape, x.dtype, parameter, activation, *layouts), training)
-    inputs = (grad_y, x, weight, bias, residual, mean, rstd)
+    problem = Problem(
+        shape, x.dtype, parameter, activation, _layout(x), _layout(beside), _layout(grad_y), _layout(grad_x),
+        _layout(grad_residual), from_result,
+    )  # fmt: skip
+    plan = _bwd_plan(problem, training)
+    inputs = (grad_y, x, weight, bias, beside, mean, rstd)
     wants_sums = (
         grad_weight is not None or grad_bias is not None or (training and grad_x is not None)
     )

@@ -103,15 +103,21 @@ PARTIAL_BYTES = 64 * 2**20
 """Most memory for the partial results of a sum in parts."""
 
 FAR = 2**30
-"""Coordinates stay below this (the kernel marks places that do not exist with it)."""
+"""Coordinates stay below this (the kernel marks places that do not exist with it), and below half of it where
+the mark is told from a coordinate in the padding."""
 
 
 def supports(op: str, shape: ConvShape | PoolShape | NormShape, dtype: torch.dtype) -> str | None:
-    """None, or why the problem is refused: a type without kernels, or a number that leaves 31 bits."""
+    """None, or why the problem is refused: a type without kernels, a number that leaves 31 bits, or the input
+    gradient of a padding mode, which takes two steps.
+    """
     if not isinstance(shape, ConvShape):
         return "not a convolution"
     if dtype not in ELEMENT:
         return f"dtype {dtype}: expected one of {', '.join(str(d) for d in ELEMENT)}"
+    continued = shape.padding_mode != "zeros"
+    if continued and op == "conv_dgrad":
+        return f"padding_mode {shape.padding_mode}: expected shape.padded, then conv_fold"
     strided = [-(-h // s) for h, s in zip(shape.spatial, shape.stride, strict=True)]
     largest = max(
         shape.N * math.prod(shape.output),
@@ -121,14 +127,13 @@ def supports(op: str, shape: ConvShape | PoolShape | NormShape, dtype: torch.dty
     if largest >= 2**31 - 2**16:
         return f"{largest} places or filter entries: expected fewer than 2^31 - 2^16"
     span = max(
-        h + a + b + r * k + s
+        h + abs(a) + abs(b) + r * k + s
         for h, (a, b), r, k, s in zip(
             shape.spatial, shape.padding, shape.dilation, shape.kernel, shape.stride, strict=True
         )
     )
-    if span >= FAR:
-        return f"padded size {span}: expected less than 2^30"
-    return None
+    most = FAR // 2 if continued else FAR
+    return f"padded size {span}: expected less than {most}" if span >= most else None
 
 
 # ---- the kernel's structures ---------------------------------------------------------------------------
@@ -360,9 +365,11 @@ class _Problem:
 
     @property
     def wide(self) -> bool:
-        """Whether an offset may leave 31 bits, with taps in the padding and padded phases counted in."""
+        """Whether an offset may leave 31 bits, with taps in the padding, padded phases and the way back from
+        the padding counted in.
+        """
         outside = [
-            (a.pad[0] + a.pad[1] + a.dilation * a.taps + 2 * a.stride, max(a.x, a.y))
+            (abs(a.pad[0]) + abs(a.pad[1]) + a.dilation * a.taps + 2 * a.stride, max(a.x, a.y))
             for a in self.axes
         ]
         return any(
@@ -376,9 +383,11 @@ class _Problem:
 
     def constants(self, pass_: str, result: str) -> dict[str, str | int]:
         """Those that every form has; `result` is the element type of what the entry writes."""
-        dtype = self.key.dtype
+        dtype, shape = self.key.dtype, self.key.shape
+        padded = any(any(pad) for pad in shape.padding)
         return {
             "PASS": pass_, "DIMS": len(self.axes), "WIDE": int(self.wide),
+            "PADDING": shape.padding_mode.upper() if padded and shape.padding_mode != "zeros" else 0,
             "ELEMENT": ELEMENT[dtype], "ACCUMULATOR": ACCUMULATOR[dtype], "RESULT": result,
         }  # fmt: skip
 
@@ -387,7 +396,7 @@ class _Problem:
 
 _TENSORS = {
     "fprop": (("x", "w", "bias"), "y"),
-    "dgrad": (("grad_y", "w"), "grad_x"),
+    "dgrad": (("grad_y", "w", "bias"), "grad_x"),
     "wgrad": (("grad_y", "x"), "grad_w"),
     "bgrad": (("grad_y",), "grad_bias"),
 }
@@ -410,13 +419,15 @@ def _plan_of(
     if splits == 1:
         return _Plan(first)
     params = _Params.from_buffer_copy(p.params)
-    # Element e of a dense y belongs to channel (e / stride of the channels) mod K.
-    params.count[0], params.channels = FastDiv(max(1, p.key.strides[2][1])), FastDiv(shape.K)
+    # Element e of a dense result belongs to channel (e / stride of the channels) mod their number.
+    size, strides = _result(p.key)
+    params.count[0], params.channels = FastDiv(max(1, strides[1])), FastDiv(size[1])
     lanes = next(lanes for most, lanes in REDUCE_LANES if splits <= most)
     constants = {
         **p.constants("REDUCE", ELEMENT[dtype]),
         "DIMS": 1,
         "WIDE": 0,
+        "PADDING": 0,
         "REDUCE_LANES": lanes,
     }
     second = launch_of(
@@ -777,7 +788,7 @@ def _run(
     dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
     partial = torch.empty(plan.partial, dtype=dtype, device=y.device)
     # The bias is added once, to the whole sum.
-    launch(plan.first, (*inputs[:2], None) if op == "fprop" else inputs, (partial,))
+    launch(plan.first, inputs if op in ("wgrad", "bgrad") else (*inputs[:2], None), (partial,))
     launch(plan.second, (partial, bias), (output,))
 
 
@@ -786,9 +797,15 @@ def conv_fprop(shape: ConvShape, x: Tensor, w: Tensor, bias: Tensor | None, y: T
     _run("fprop", shape, (x, w, y), (x, w, bias), y, bias)
 
 
-def conv_dgrad(shape: ConvShape, grad_y: Tensor, w: Tensor, grad_x: Tensor) -> None:
-    """Fill grad_x ``N C *spatial``: every filter's weight on every input that it touched."""
-    _run("dgrad", shape, (grad_x, w, grad_y), (grad_y, w), grad_x)
+def conv_dgrad(
+    shape: ConvShape, grad_y: Tensor, w: Tensor, bias: Tensor | None, grad_x: Tensor
+) -> None:
+    """Fill grad_x ``N C *spatial``: every filter's weight on every input that it touched, and the bias ``C``.
+
+    With a bias this is transposed convolution. Under another padding mode than zeros the caller takes
+    ``shape.padded`` here, and `conv_fold` thereafter.
+    """
+    _run("dgrad", shape, (grad_x, w, grad_y), (grad_y, w, bias), grad_x, bias)
 
 
 def conv_wgrad(shape: ConvShape, grad_y: Tensor, x: Tensor, grad_w: Tensor) -> None:

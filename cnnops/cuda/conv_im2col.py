@@ -35,18 +35,22 @@ def _image_columns(shape: ConvShape) -> int:
 
 
 def supports(op: str, shape: ConvShape | PoolShape | NormShape, dtype: torch.dtype) -> str | None:
-    """None, or why the problem is refused: its type, or an image too large for the column buffer."""
+    """None, or why the problem is refused: its type, an image too large for the column buffer, or the input
+    gradient of a padding mode, which takes two steps.
+    """
     if not isinstance(shape, ConvShape):
         return "not a convolution"
     if dtype not in ELEMENT:
         return f"dtype {dtype}: expected one of {', '.join(str(d) for d in ELEMENT)}"
+    if op == "conv_dgrad" and shape.padding_mode != "zeros":
+        return f"padding_mode {shape.padding_mode}: expected shape.padded, then conv_fold"
     needed = _image_columns(shape) * dtype.itemsize
     if needed > COLUMN_BYTES:
         return f"columns of one image: expected at most {COLUMN_BYTES >> 20} MiB, got {-(-needed >> 20)} MiB"
     if shape.C * math.prod(shape.spatial) >= 2**31:
         return f"one image: expected fewer than 2^31 elements, got {shape.C * math.prod(shape.spatial)}"
     span = max(
-        h + a + b + r * k
+        h + abs(a) + abs(b) + r * k
         for h, (a, b), r, k in zip(
             shape.spatial, shape.padding, shape.dilation, shape.kernel, strict=True
         )
@@ -64,6 +68,7 @@ class _Params(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("channel", ctypes.c_int64),
         ("axis", ctypes.c_int64 * 3),
+        ("bias", ctypes.c_int64),
         ("fast", FastDiv),
         ("slow", FastDiv),
         ("extent", FastDiv * 3),
@@ -83,7 +88,9 @@ class _Params(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Key:
-    """All that decides a launch, for `images` images of `shape`; strides and alignment are x's."""
+    """All that decides a launch, for `images` images of `shape`; strides and alignment are x's, and `bias`
+    is the bias's stride.
+    """
 
     entry: str
     shape: ConvShape
@@ -92,6 +99,7 @@ class _Key:
     last: bool
     strides: Axes
     aligned: bool
+    bias: int
 
 
 @lru_cache(4096)
@@ -111,7 +119,7 @@ def _launch(key: _Key) -> Launch:
 
     fast, slow = (shape.C, math.prod(points)) if last else (math.prod(points), shape.C)
     p = _Params()
-    p.batch, p.channel = strides[:2]
+    p.batch, p.channel, p.bias = *strides[:2], key.bias
     p.fast, p.slow, p.group = FastDiv(fast // vector), FastDiv(slow), FastDiv(group)
     for a in range(shape.dims):
         p.axis[a], p.extent[a], p.stride[a] = (
@@ -124,32 +132,36 @@ def _launch(key: _Key) -> Launch:
     p.threads, p.channels = key.images * fast // vector * slow, shape.C
     p.places, p.tap_count = places, math.prod(shape.kernel)
     padded = [
-        (h + a + b + r * k) * abs(s)
+        (h + abs(a) + abs(b) + r * k) * abs(s)
         for h, (a, b), r, k, s in zip(
             shape.spatial, shape.padding, shape.dilation, shape.kernel, strides[2:], strict=True
         )
     ]
     wide = group * abs(strides[1]) + sum(padded) >= 2**31
+    continued = gather and shape.padding_mode != "zeros" and any(any(p) for p in shape.padding)
     constants: dict[str, str | int] = {
         "PASS": "IM2COL" if gather else "COL2IM", "DIMS": shape.dims, "WIDE": int(wide),
+        "PADDING": shape.padding_mode.upper() if continued else 0,
         "ELEMENT": ELEMENT[key.dtype], "ACCUMULATOR": ACCUMULATOR[key.dtype],
         "CHANNELS_FAST": int(last), "VECTOR": vector, "X_VECTOR": x_vector,
     }  # fmt: skip
-    names = ("x", "col") if gather else ("col", "grad_x")
+    inputs, output = (("x",), "col") if gather else (("col", "bias"), "grad_x")
     return launch_of(
         "conv_im2col.cu", key.entry, constants, p, grid=(-(-p.threads // THREADS),), block=(THREADS,),
-        inputs=names[:1], outputs=names[1:],
+        inputs=inputs, outputs=(output,),
     )  # fmt: skip
 
 
-def _move(entry: str, shape: ConvShape, last: bool, x: Tensor, col: Tensor) -> None:
-    """Run conv_im2col (x to col) or conv_col2im (col to x) on all images of x."""
-    aligned = x.data_ptr() % 16 == 0
-    plan = _launch(_Key(entry, shape, x.shape[0], x.dtype, last, x.stride(), aligned))
+def _move(
+    entry: str, shape: ConvShape, last: bool, x: Tensor, col: Tensor, bias: Tensor | None = None
+) -> None:
+    """Run conv_im2col (x to col) or conv_col2im (col, and bias, to x) on all images of x."""
+    aligned, step = x.data_ptr() % 16 == 0, 0 if bias is None else bias.stride(0)
+    plan = _launch(_Key(entry, shape, x.shape[0], x.dtype, last, x.stride(), aligned, step))
     if entry == "conv_im2col":
         launch(plan, (x,), (col,))
     else:
-        launch(plan, (col,), (x,))
+        launch(plan, (col, bias), (x,))
 
 
 # ---- views in which the product is a matmul --------------------------------------------------------------
@@ -215,6 +227,13 @@ def _product(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> N
         torch.baddbmm(bias.expand(out.shape), a, b, out=out)
 
 
+def _added(bias: Tensor | None, groups: int, last: bool) -> Tensor | None:
+    """A bias as `_matrix` lays out what it is added to."""
+    if bias is None:
+        return None
+    return bias.view(groups, 1, -1) if last else bias.view(1, groups, -1, 1)
+
+
 def _by_image(groups: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Batches for `_product` from ``N g …`` tensors (N = 1 repeats): all images at once where a single group
     leaves the batch axis free, else image by image.
@@ -234,7 +253,7 @@ def conv_fprop(shape: ConvShape, x: Tensor, w: Tensor, bias: Tensor | None, y: T
     """Fill y ``N K *output`` with the convolution of x ``N C *spatial`` and w ``K C/groups *kernel``."""
     g, last = shape.groups, _last(y)
     filters = _filters(w, g, last)
-    added = None if bias is None else bias.view(g, 1, -1) if last else bias.view(1, g, -1, 1)
+    added = _added(bias, g, last)
     for chunk in _chunks(shape, x.dtype):
         col = _columns(shape, x[chunk], last)
         out = _matrix(y[chunk], g, last)
@@ -245,22 +264,29 @@ def conv_fprop(shape: ConvShape, x: Tensor, w: Tensor, bias: Tensor | None, y: T
             _product(*parts)
 
 
-def conv_dgrad(shape: ConvShape, grad_y: Tensor, w: Tensor, grad_x: Tensor) -> None:
-    """Fill grad_x ``N C *spatial``: every filter's weight on every input that it touched."""
+def conv_dgrad(
+    shape: ConvShape, grad_y: Tensor, w: Tensor, bias: Tensor | None, grad_x: Tensor
+) -> None:
+    """Fill grad_x ``N C *spatial``: every filter's weight on every input that it touched, and the bias ``C``.
+
+    Under another padding mode than zeros the caller takes ``shape.padded``, and `conv_fold` thereafter.
+    """
     g, last = shape.groups, _last(grad_x)
     filters = _filters(w, g, last)
     for chunk in _chunks(shape, grad_x.dtype):
         images = grad_x[chunk]
         direct = _is_column(shape, images, last)
         col = _matrix(images, g, last) if direct else _room(shape, images, last)
+        added = _added(bias, g, last) if direct else None
         grad = _matrix(grad_y[chunk], g, last)
         if last:
-            _product(grad, filters, col)
+            _product(grad, filters, col, added)
         else:
-            for parts in _by_image(g, filters.transpose(1, 2)[None], grad, col):
+            operands = (filters.transpose(1, 2)[None], grad, col)
+            for parts in _by_image(g, *operands, *([] if added is None else [added])):
                 _product(*parts)
         if not direct:
-            _move("conv_col2im", shape, last, images, col)
+            _move("conv_col2im", shape, last, images, col, bias)
 
 
 def conv_wgrad(shape: ConvShape, grad_y: Tensor, x: Tensor, grad_w: Tensor) -> None:

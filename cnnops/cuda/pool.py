@@ -71,9 +71,8 @@ class View(NamedTuple):
     alignment: int
     itemsize: int
 
-    def span(self, shape: PoolShape, spatial: tuple[int, int, int]) -> int:
+    def span(self, size: Sequence[int]) -> int:
         """Elements from the first to the last."""
-        size = (shape.N, shape.C, *spatial)
         return sum((length - 1) * step for length, step in zip(size, self[:5], strict=True))
 
 
@@ -130,7 +129,7 @@ class CStrides(ctypes.Structure):
 class CAxis(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int) for name in ("size", "out", "window", "stride", "dilation", "pad")),
-        ("by_stride", FastDiv),
+        *((name, FastDiv) for name in ("by_stride", "by_in", "by_out")),
     ]
 
 
@@ -163,11 +162,13 @@ def supports(op: str, shape: Shape, dtype: torch.dtype) -> str | None:
 # ---- the problem in the kernel's terms -------------------------------------------------------------------
 
 
-def _layout(tensor: torch.Tensor) -> Layout:
+def layout_of(tensor: torch.Tensor) -> Layout:
+    """What a plan depends on of a tensor."""
     return tensor.stride(), alignment(tensor)
 
 
-def _view(size: tuple[int, ...], layout: Layout, itemsize: int) -> View:
+def view_of(size: tuple[int, ...], layout: Layout, itemsize: int) -> View:
+    """Where a tensor N C (D) (H) W of this layout lies."""
     n, c, *spatial = (
         step if length > 1 else 0 for length, step in zip(size, layout[0], strict=True)
     )
@@ -226,7 +227,7 @@ def _widths(most: int) -> Iterator[int]:
         most //= 2
 
 
-def _pack(views: Sequence[View | None], axis: str, extent: int, most: int) -> int:
+def widest_pack(views: Sequence[View | None], axis: str, extent: int, most: int) -> int:
     """The widest pack, up to `most` elements, that is contiguous along `axis` and aligned in every view."""
     given = [view for view in views if view is not None]
     if any(getattr(view, axis) != 1 for view in given):
@@ -253,8 +254,8 @@ def _forward_tile(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -
     if inner:
         tile = 2 if w.stride < w.reach and w.out > 1 and 2 * c_vec <= TILE_VALUES else 1
     else:
-        x_most = _pack((problem.x,), "w", w.size, most)
-        y_most = _pack((problem.y, problem.offsets), "w", w.out, most)
+        x_most = widest_pack((problem.x,), "w", w.size, most)
+        y_most = widest_pack((problem.y, problem.offsets), "w", w.out, most)
         # With no pack to load or store, it is neighbouring lanes that make whole sectors.
         tile = most if max(x_most, y_most) > 1 else 1
     for size in _widths(tile):
@@ -277,8 +278,8 @@ def _backward_tile(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) 
     if inner:
         tile = 2 if w.stride == 1 and 2 * c_vec <= TILE_VALUES else w.stride
     else:
-        x_most = _pack((problem.x,), "w", w.size, most)
-        y_most = _pack((problem.y, problem.offsets), "w", w.out, most)
+        x_most = widest_pack((problem.x,), "w", w.size, most)
+        y_most = widest_pack((problem.y, problem.offsets), "w", w.out, most)
         tile = x_most if x_most % w.stride == 0 else w.stride
     x_vec, y_vec = math.gcd(tile, x_most), math.gcd(tile // w.stride, y_most)
     tile_h = h.stride
@@ -302,7 +303,7 @@ def _reduced(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> For
     if inner:
         lanes = _lanes(problem.shape.C // c_vec)
     elif w.whole:
-        x_vec = _pack((problem.x,), "w", w.size, PACK_BYTES // problem.dtype.itemsize)
+        x_vec = widest_pack((problem.x,), "w", w.size, PACK_BYTES // problem.dtype.itemsize)
     shares = max(lanes * places // (x_vec * REDUCE_PACKS), 1)
     per_output = max(8, lanes, min(THREADS, 1 << (shares.bit_length() - 1)))
     return Form(False, inner, c_vec, x_vec, per_output=per_output, lanes=lanes)
@@ -337,10 +338,14 @@ def _chosen(op: str, problem: Problem) -> tuple[Form, list[Axis], bool, View]:
     axes, adaptive = _axes(shape)
     views = (problem.x, problem.y, problem.offsets)
     inner = shape.C > 1 and all(view is None or view.c == 1 for view in views)
-    c_vec = _pack(views, "c", shape.C, PACK_BYTES // problem.dtype.itemsize) if inner else 1
-    loop = Form(False, inner, c_vec)
+    c_vec = widest_pack(views, "c", shape.C, PACK_BYTES // problem.dtype.itemsize) if inner else 1
     if op.endswith("_bwd"):
         tile = None if adaptive else _backward_tile(problem, axes, inner, c_vec)
+        if tile is None:
+            axes, x = _joined(axes, problem.x)
+            most = 1 if inner else PACK_BYTES // problem.dtype.itemsize
+            pack = widest_pack((x,), "w", axes[2].size, most)
+            return Form(False, inner, c_vec, pack, tile=pack), axes, adaptive, x
     elif op in _REDUCED:
         tile = None if adaptive else _forward_tile(problem, axes, inner, c_vec)
         joined, x = _joined(axes, problem.x)
@@ -348,7 +353,7 @@ def _chosen(op: str, problem: Problem) -> tuple[Form, list[Axis], bool, View]:
             return _reduced(problem._replace(x=x), joined, inner, c_vec), joined, adaptive, x
     else:
         tile = None
-    return tile or loop, axes, adaptive, problem.x
+    return tile or Form(False, inner, c_vec), axes, adaptive, problem.x
 
 
 @lru_cache(4096)
@@ -366,9 +371,9 @@ def _plan(
         shape,
         dtype,
         offset,
-        _view(shape.x_size, x, dtype.itemsize),
-        _view(shape.y_size, y, dtype.itemsize),
-        None if offsets is None else _view(shape.y_size, offsets, offset.itemsize),
+        view_of(shape.x_size, x, dtype.itemsize),
+        view_of(shape.y_size, y, dtype.itemsize),
+        None if offsets is None else view_of(shape.y_size, offsets, offset.itemsize),
     )
     form, axes, adaptive, x_read = _chosen(op, problem)
     entry = _REDUCED[op] if form.per_output > 1 else op
@@ -382,9 +387,10 @@ def _plan(
     tiles = images * per_image
     blocks = -(-tiles * form.per_output // THREADS)
 
-    spans = [problem.x.span(shape, shape.DHW), problem.y.span(shape, shape.ZPQ)]
+    y_size = (shape.N, shape.C, *shape.ZPQ)
+    spans = [problem.x.span((shape.N, shape.C, *shape.DHW)), problem.y.span(y_size)]
     if problem.offsets is not None:
-        spans.append(problem.offsets.span(shape, shape.ZPQ))
+        spans.append(problem.offsets.span(y_size))
     divisor = 0 if adaptive or op.startswith("max") else _divisor(shape, axes)
     products = [(a.size + 1) * (a.out + 1) for a in axes] if adaptive else [0]
     constants: dict[str, str | int] = {
@@ -414,7 +420,7 @@ def _plan(
     params = Params(
         *(CStrides(*(view or ())[:5]) for view in (x_read, problem.y, problem.offsets)),
         1 / divisor if divisor else 0.0,
-        *(CAxis(*axis, FastDiv(axis.stride)) for axis in axes),
+        *(CAxis(*axis, FastDiv(axis.stride), FastDiv(axis.size), FastDiv(axis.out)) for axis in axes),
         *(FastDiv(extent) for extent in grid_axes),
         FastDiv(max(axes[2].window // form.x_vec, 1)), FastDiv(axes[1].window),
         shape.N, shape.C, images, tiles, adaptive, shape.count_include_pad and not adaptive, divisor,
@@ -433,8 +439,8 @@ def max_pool_fwd(
     shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor | None
 ) -> None:
     """y = the maximum of each window, offsets = its place there; None where nobody asks for offsets."""
-    kept = (torch.uint8, None) if offsets is None else (offsets.dtype, _layout(offsets))
-    plan = _plan("max_pool_fwd", shape, x.dtype, kept[0], _layout(x), _layout(y), kept[1])
+    kept = (torch.uint8, None) if offsets is None else (offsets.dtype, layout_of(offsets))
+    plan = _plan("max_pool_fwd", shape, x.dtype, kept[0], layout_of(x), layout_of(y), kept[1])
     launch(plan, (x,), (y, offsets))
 
 
@@ -442,7 +448,7 @@ def max_pool_bwd(
     shape: PoolShape, grad_y: torch.Tensor, offsets: torch.Tensor, grad_x: torch.Tensor
 ) -> None:
     """grad_x = the sum of grad_y over the windows whose maximum a place was."""
-    layouts = _layout(grad_x), _layout(grad_y), _layout(offsets)
+    layouts = layout_of(grad_x), layout_of(grad_y), layout_of(offsets)
     plan = _plan("max_pool_bwd", shape, grad_y.dtype, offsets.dtype, *layouts)
     launch(plan, (grad_y, offsets), (grad_x,))
 
@@ -451,19 +457,19 @@ def max_pool_gather(
     shape: PoolShape, x: torch.Tensor, offsets: torch.Tensor, y: torch.Tensor
 ) -> None:
     """y = x at the places that offsets name; 0 where a window holds nothing but padding."""
-    layouts = _layout(x), _layout(y), _layout(offsets)
+    layouts = layout_of(x), layout_of(y), layout_of(offsets)
     plan = _plan("max_pool_gather", shape, x.dtype, offsets.dtype, *layouts)
     launch(plan, (x, offsets), (y,))
 
 
 def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
     """y = the sum of each window over its divisor."""
-    plan = _plan("avg_pool_fwd", shape, x.dtype, torch.uint8, _layout(x), _layout(y), None)
+    plan = _plan("avg_pool_fwd", shape, x.dtype, torch.uint8, layout_of(x), layout_of(y), None)
     launch(plan, (x,), (y,))
 
 
 def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -> None:
     """grad_x = the sum of grad_y over its divisor, over the windows that cover a place."""
-    layouts = _layout(grad_x), _layout(grad_y)
+    layouts = layout_of(grad_x), layout_of(grad_y)
     plan = _plan("avg_pool_bwd", shape, grad_y.dtype, torch.uint8, *layouts, None)
     launch(plan, (grad_y,), (grad_x,))

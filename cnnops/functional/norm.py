@@ -49,7 +49,9 @@ def batch_norm_act(
     gelu (exact), hardswish, leaky_relu (slope 0.01), sigmoid, tanh. An empty input leaves the running
     statistics as they are.
 
-    The backward is a kernel; the backward's own backward is composed of PyTorch's operations.
+    The backward is a kernel; the backward's own backward, and tangents, are composed of PyTorch's operations.
+    For the backward the input is kept, and with a residual one more: the result, for relu, relu6, leaky_relu,
+    sigmoid and tanh (which must not be changed in place then), or the residual, for silu, gelu and hardswish.
 
     Raises ValueError when training on one value a channel, with eps <= 0, or with only one running
     statistic, and for an unknown activation; RuntimeError for sizes, dtypes or devices that do not fit or

@@ -25,12 +25,13 @@ from torch._C import (
     _len_torch_dispatch_stack,
 )
 from torch._C._autograd import _profiler_enabled
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from cnnops import registry
+from cnnops.ops.vmap import Rule, one_by_one
 from cnnops.shapes import Shape
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -46,7 +47,8 @@ def eager(arguments: Sequence[Any]) -> bool:
     """Whether a call concerns nobody but its kernel, so that the dispatcher may be passed by.
 
     Not so where torch.compile, a trace, a profiler, a transform of torch.func or a dispatch mode looks on, or
-    a tensor is of a subclass, on the meta device, left over from a transform, or a view to be negated.
+    a tensor is of a subclass, on the meta device, left over from a transform, a view to be negated, or a
+    stack of gradients as ``torch.autograd.grad(is_grads_batched=True)`` hands them over.
     """
     if (
         is_compiling()
@@ -61,11 +63,20 @@ def eager(arguments: Sequence[Any]) -> bool:
     for argument in arguments:
         kind = type(argument)
         if kind is Tensor or kind is Parameter:
-            if argument.is_neg() or is_functorch_wrapped_tensor(argument):
+            if (
+                argument.is_neg()
+                or is_functorch_wrapped_tensor(argument)
+                or is_legacy_batchedtensor(argument)
+            ):
                 return False
         elif argument is not None:
             return not isinstance(argument, Tensor)  # tensors come first: that was the last one
     return True
+
+
+def is_stack(t: Tensor) -> bool:
+    """Whether `t` is a stack of gradients of ``torch.autograd.grad(is_grads_batched=True)``."""
+    return not is_compiling() and is_legacy_batchedtensor(t)
 
 
 def compute(op: str, engine: str, shape: Shape, dtype: torch.dtype, *arguments: Any) -> None:
@@ -81,12 +92,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def define(schema: str, body: Callable[..., Any]) -> Callable[..., Any]:
+def define(schema: str, body: Callable[..., Any], vmap: Rule | None = None) -> Callable[..., Any]:
     """Register a torch.library op; returns what to call, which is `body` itself where the call is `eager`.
 
     ``body(run, *arguments)`` checks, allocates, calls ``run(op, engine, shape, dtype, *arguments)`` and
     returns the results. It serves twice: `run` computes for the CPU and CUDA keys, and does nothing for fake
-    and meta tensors, so that what torch.compile is told cannot differ from what happens.
+    and meta tensors, so that what torch.compile is told cannot differ from what happens. `vmap` is the rule
+    for ``torch.func.vmap`` of an op that is called without a Function; by default maps are computed in turn.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -98,6 +110,7 @@ def define(schema: str, body: Callable[..., Any]) -> Callable[..., Any]:
     def operation(*arguments: Any) -> Any:
         return body(compute, *arguments) if eager(arguments) else op(*arguments)
 
+    torch.library.register_vmap(f"cnnops::{name}", vmap or one_by_one(operation), lib=_LIBRARY)
     return operation
 
 
@@ -176,6 +189,10 @@ def call(function: type[Function], op: Callable[..., Any], *arguments: Any) -> A
 
     Tensors, and None in their place, come first among the arguments of every op.
     """
+    if not is_compiling() and (
+        forward_ad._current_level >= 0 or _are_functorch_transforms_active()
+    ):
+        return _record(function, arguments)
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor):
@@ -188,7 +205,11 @@ def call(function: type[Function], op: Callable[..., Any], *arguments: Any) -> A
 
 def _record(function: type[Function], arguments: Sequence[Any]) -> Any:
     """``function.apply(*arguments)`` without the part that is for torch.func, where that is not at work."""
-    if is_compiling() or _are_functorch_transforms_active():
+    if is_compiling():
+        return function.apply(*arguments)
+    if forward_ad._current_level >= 0:
+        return _forward_mode(function).apply(*arguments)
+    if _are_functorch_transforms_active():
         return function.apply(*arguments)
     for argument in arguments:
         if argument is not None:
@@ -197,6 +218,25 @@ def _record(function: type[Function], arguments: Sequence[Any]) -> Any:
             if is_functorch_wrapped_tensor(argument):
                 return function.apply(*arguments)
     return super(Function, function).apply(*arguments)  # type: ignore[misc]
+
+
+@lru_cache(None)
+def _forward_mode(function: type[Function]) -> type[Function]:
+    """`function` with its ``tangent(ctx, *tangents)`` as jvp, which Dynamo would not have in a Function.
+
+    ``ctx.saved_tensors`` then are the call's tensors, None in place of other arguments, and its results.
+    """
+    tangent = getattr(function, "tangent", None)
+    if tangent is None:
+        return function
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        function.setup_context(ctx, inputs, output)
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.save_for_forward(*(t if isinstance(t, Tensor) else None for t in (*inputs, *outputs)))
+
+    members = {"setup_context": staticmethod(setup_context), "jvp": staticmethod(tangent)}
+    return type(function.__name__, (function,), members)
 
 
 def expect_tensor(name: str, value: object) -> None:

@@ -3,8 +3,10 @@
     y = act(gamma * xhat + beta + residual),   xhat = (x - mean) * rstd
 
 In training mean and rstd are the batch's own and the running statistics are updated; otherwise they come
-from the running statistics. The gradient is a kernel. The gradient's gradient is composed of PyTorch's own
-operations: they compute the same y once more and differentiate it twice.
+from the running statistics. The gradient is a kernel. It finds what the activation was applied to again from
+x and, where there is one, the residual; or it is told y, for activations whose derivative y tells. So nothing
+is kept for it that the layers before and after do not keep for themselves. The gradient's own gradient, and
+tangents, are composed of PyTorch's operations.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from cnnops import registry
-from cnnops.aten.norm import ACTIVATIONS, activate
+from cnnops.aten.norm import ACTIVATIONS, activate, activation_grad, told_by_result
 from cnnops.ops import (
     DTYPES,
     cached,
@@ -29,7 +31,9 @@ from cnnops.ops import (
     expect_float,
     expect_same,
     is_channels_last,
+    is_stack,
 )
+from cnnops.ops.vmap import folded
 from cnnops.shapes import NormShape
 
 Run = Callable[..., None]
@@ -92,21 +96,21 @@ def _check_statistics(mean: Tensor | None, var: Tensor | None, training: bool) -
 
 
 class _Train(Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
-        activation: str, engine: str,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        statistics = (running_mean, running_var)
-        y, mean, rstd = batch_norm_train(
-            x, weight, bias, residual, *statistics, momentum, eps, activation, engine
-        )
+    def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        results: tuple[Tensor, Tensor, Tensor] = batch_norm_train(*arguments)
+        return results
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        x, weight, bias, residual, _, _, _, eps, activation, engine = inputs
+        y, mean, rstd = output
         ctx.mark_non_differentiable(mean, rstd)
         ctx.set_materialize_grads(False)
-        _save(ctx, x, weight, bias, residual, mean, rstd, activation)
         ctx.arguments = (eps, activation, True, engine)
-        return y, mean, rstd
+        _save(ctx, x, weight, bias, residual, y, mean, rstd, activation)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor | None, *_: None) -> Any:
@@ -114,37 +118,58 @@ class _Train(Function):
             return (None,) * 10
         return *_gradients(ctx, grad_y), *(None,) * 6
 
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
+        *inputs, y, mean, rstd = ctx.saved_tensors
+        return _tangent(ctx, inputs[:4], y, mean, rstd, *tangents[:4]), None, None
+
 
 class _Infer(Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        running_mean: Tensor, running_var: Tensor, eps: float, activation: str, engine: str,
-    ) -> Tensor:  # fmt: skip
-        statistics = (running_mean, running_var)
-        y: Tensor = batch_norm_infer(
-            x, weight, bias, residual, *statistics, eps, activation, engine
-        )
-        # Copies: training may go on and change the running statistics before the backward comes.
-        wide = _statistics_dtype(x)
-        mean = running_mean.to(wide, copy=True)
-        rstd = torch.rsqrt(running_var.to(wide) + eps)
-        _save(ctx, x, weight, bias, residual, mean, rstd, activation)
-        ctx.arguments = (eps, activation, False, engine)
+    def forward(*arguments: Any) -> Tensor:
+        y: Tensor = batch_norm_infer(*arguments)
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> Any:
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, weight, bias, residual, running_mean, running_var, eps, activation, engine = inputs
+        ctx.set_materialize_grads(False)
+        ctx.arguments = (eps, activation, False, engine)
+        mean, rstd = _frozen(running_mean, running_var, eps)
+        _save(ctx, x, weight, bias, residual, output, mean, rstd, activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None) -> Any:
+        if grad_y is None:
+            return (None,) * 9
         return *_gradients(ctx, grad_y), *(None,) * 5
+
+    @staticmethod
+    def tangent(ctx: Any, *tangents: Tensor | None) -> Tensor | None:
+        *inputs, y = ctx.saved_tensors
+        running_mean, running_var = inputs[4:6]
+        statistics = _frozen(running_mean, running_var, ctx.arguments[0])
+        return _tangent(ctx, inputs[:4], y, *statistics, *tangents[:4])
+
+
+def _frozen(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and rstd as copies: training may go on and change running statistics before the backward comes."""
+    wide = _statistics_dtype(running_mean)
+    return running_mean.to(wide, copy=True), torch.rsqrt(running_var.to(wide) + eps)
 
 
 def _save(
-    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mean: Tensor,
-    rstd: Tensor, activation: str,
+    ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, y: Tensor,
+    mean: Tensor, rstd: Tensor, activation: str,
 ) -> None:  # fmt: skip
-    """Keep what the backward needs; the residual only to know what the activation was applied to."""
-    kept = None if activation == "none" else residual
-    ctx.save_for_backward(x, weight, bias, kept, mean, rstd)
+    """Keep what the backward needs to know the activation's derivative, and no more."""
+    told = residual is not None and told_by_result(activation, x.dtype)
+    if told or activation == "none":
+        residual = None
+        bias = bias if weight is None else None  # which then tells the gradients' dtype
+    ctx.save_for_backward(x, weight, bias, residual, y if told else None, mean, rstd)
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
@@ -156,62 +181,139 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         wanted[3], passed_on = False, grad_y  # nothing stands between the residual and y
     if not any(wanted):
         return None, None, None, passed_on
-    rest = (eps, activation, training, wanted, engine)
-    grads = iter(call(_Backward, batch_norm_bwd, grad_y, *ctx.saved_tensors, *rest))
-    found = [next(grads) if want else None for want in wanted]
-    return *found[:3], found[3] if passed_on is None else passed_on
+    arguments = (grad_y, *ctx.saved_tensors, eps, activation, training, wanted)
+    if forward_ad._current_level >= 0 or is_stack(grad_y):
+        found = _composed_bwd(*arguments)
+    else:
+        found = call(_Backward, batch_norm_bwd, *arguments, engine)
+    grads = iter(found)
+    all_grads = [next(grads) if want else None for want in wanted]
+    return *all_grads[:3], all_grads[3] if passed_on is None else passed_on
 
 
 class _Backward(Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, grad_y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-        residual: Tensor | None, mean: Tensor, rstd: Tensor, eps: float, activation: str, training: bool,
-        wanted: list[bool], engine: str,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        tensors = (grad_y, x, weight, bias, residual, mean, rstd)
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return tuple(batch_norm_bwd(*arguments))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        *tensors, eps, activation, training, wanted, _ = inputs
         ctx.save_for_backward(*tensors)
-        ctx.wanted, ctx.arguments = wanted, (eps, activation, training)
-        return tuple(batch_norm_bwd(*tensors, eps, activation, training, wanted, engine))
+        ctx.set_materialize_grads(False)
+        ctx.arguments = (eps, activation, training, wanted)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        again = torch.is_grad_enabled()
-        with torch.enable_grad():
-            # Views, because grad_y may itself have been computed from x: partial derivatives are wanted.
-            views: list[Any] = [None if t is None else t.view_as(t) for t in ctx.saved_tensors]
-            grad_y, x, weight, bias, residual, mean, rstd = views
-            y = _composed(x, weight, bias, residual, mean, rstd, *ctx.arguments)
-            inputs = (x, weight, bias, residual)
-            into = [t for t, want in zip(inputs, ctx.wanted, strict=True) if want]
-            outputs = torch.autograd.grad(y, into, grad_y.to(y.dtype), create_graph=True)
-        needs = ctx.needs_input_grad[:5]
-        asked = [t for t, need in zip((grad_y, *inputs), needs, strict=True) if need]
-        # Without a graph a gradient depends on nothing that is asked for: grad_x in evaluation, on x alone.
-        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-        if not pairs:
-            return (None,) * 12
-        first, chain = zip(*pairs, strict=True)
-        second = torch.autograd.grad(first, asked, chain, create_graph=again, allow_unused=True)
-        found = iter(second)
-        return *(next(found) if need else None for need in needs), *(None,) * 7
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        tensors, needs = ctx.saved_tensors, list(ctx.needs_input_grad[:6])
+        _, activation, training, wanted = ctx.arguments
+        told = activation == "none" or tensors[5] is not None
+        if told and not training and not wanted[1]:
+            needs[1] = False  # x is in none of the results
+        asked = [i for i, need in enumerate(needs) if need]
+        if not asked:
+            return (None,) * 13
+
+        def gradients(*variables: Tensor) -> tuple[Tensor, ...]:
+            given = dict(enumerate(tensors)) | dict(zip(asked, variables, strict=True))
+            return tuple(_composed_bwd(*given.values(), *ctx.arguments))
+
+        # Not torch.autograd.grad: what a transform of torch.func saved may not require gradients any more.
+        found: Any = torch.func.vjp(gradients, *(tensors[i] for i in asked))
+        outputs, pullback = found
+        chain = tuple(
+            o.new_zeros(()).expand_as(o) if g is None else g
+            for o, g in zip(outputs, grads, strict=True)
+        )
+        second = dict(zip(asked, pullback(chain), strict=True))
+        return *(second.get(i) for i in range(6)), *(None,) * 7
 
 
-def _composed(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mean: Tensor,
-    rstd: Tensor, eps: float, activation: str, training: bool,
-) -> Tensor:  # fmt: skip
-    """y by PyTorch's own operations, as wide as mean and rstd, differentiable in the first four."""
-    wide = mean.dtype
+# ---- the same by PyTorch's own operations, differentiable ------------------------------------------------
+
+
+def _normalised(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, y: Tensor | None,
+    mean: Tensor, rstd: Tensor, eps: float, activation: str, training: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """x̂, ``gamma * rstd`` per channel, and the activation's argument unless y stands for it."""
     per_channel = (-1, *(1,) * (x.dim() - 2))
-    z = x.to(wide)
     if training:
-        var, mean = torch.var_mean(z, (0, *range(2, x.dim())), correction=0)
+        var, mean = torch.var_mean(x, (0, *range(2, x.dim())), correction=0)
         rstd = torch.rsqrt(var + eps)
-    z = (z - mean.view(per_channel)) * rstd.view(per_channel)
-    z = z if weight is None else z * weight.to(wide).view(per_channel)
-    z = z if bias is None else z + bias.to(wide).view(per_channel)
-    return activate(z, None if residual is None else residual.to(wide), activation)
+    xhat = (x - mean.view(per_channel)) * rstd.view(per_channel)
+    scale = (rstd if weight is None else rstd * weight).view(per_channel)
+    if activation == "none" or y is not None:
+        return xhat, scale, None
+    z = xhat if weight is None else xhat * weight.view(per_channel)
+    z = z if bias is None else z + bias.view(per_channel)
+    return xhat, scale, z if residual is None else z + residual
+
+
+def _widened(dtype: torch.dtype, *tensors: Tensor | None) -> Any:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _centred(g: Tensor, xhat: Tensor) -> Tensor:
+    """g without its parts along 1 and along x̂, which a normalised tensor cannot change by."""
+    axes = (0, *range(2, g.dim()))
+    return g - g.mean(axes, keepdim=True) - xhat * (g * xhat).mean(axes, keepdim=True)
+
+
+def _composed_bwd(
+    grad_y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+    y: Tensor | None, mean: Tensor, rstd: Tensor, eps: float, activation: str, training: bool,
+    wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """`batch_norm_bwd`."""
+    axes = (0, *range(2, x.dim()))
+    parameter = next((t.dtype for t in (weight, bias) if t is not None), x.dtype)
+    dtype = x.dtype
+    grad_y, x, weight, bias, residual, y = _widened(
+        mean.dtype, grad_y, x, weight, bias, residual, y
+    )
+    rule = (eps, activation, training)
+    xhat, scale, z = _normalised(x, weight, bias, residual, y, mean, rstd, *rule)
+    g = activation_grad(grad_y, z, y, activation)
+    found = []
+    if wanted[0]:
+        found.append((scale * (_centred(g, xhat) if training else g)).to(dtype))
+    if wanted[1]:
+        found.append((g * xhat).sum(axes).to(parameter))
+    if wanted[2]:
+        found.append(g.sum(axes).to(parameter))
+    if wanted[3]:
+        found.append(g.to(dtype))
+    return found
+
+
+def _tangent(
+    ctx: Any, inputs: Sequence[Tensor | None], y: Tensor, mean: Tensor, rstd: Tensor,
+    of_x: Tensor | None, of_weight: Tensor | None, of_bias: Tensor | None,
+    of_residual: Tensor | None,
+) -> Tensor | None:  # fmt: skip
+    """The tangent of y."""
+    *rule, _ = ctx.arguments
+    _, activation, training = rule
+    dtype = y.dtype
+    x, weight, bias, residual = _widened(mean.dtype, *inputs)
+    xhat, scale, z = _normalised(x, weight, bias, residual, None, mean, rstd, *rule)
+    per_channel = (-1, *(1,) * (x.dim() - 2))
+    of_x, of_weight, of_bias, of_residual = _widened(
+        mean.dtype, of_x, of_weight, of_bias, of_residual
+    )
+    tangent = torch.zeros_like(xhat)
+    if of_x is not None:
+        tangent = tangent + scale * (_centred(of_x, xhat) if training else of_x)
+    if of_weight is not None:
+        tangent = tangent + xhat * of_weight.view(per_channel)
+    if of_bias is not None:
+        tangent = tangent + of_bias.view(per_channel)
+    if of_residual is not None:
+        tangent = tangent + of_residual
+    return activation_grad(tangent, z, None, activation).to(dtype)
 
 
 # ---- torch.library --------------------------------------------------------------------------------------
@@ -241,6 +343,17 @@ def _checked(
     if residual is not None:
         expect_same(x, x.dtype, residual=residual)
     return shape
+
+
+def _batch_norm_stats(run: Run, x: Tensor, engine: str) -> tuple[Tensor, Tensor]:
+    shape = _shape(x.shape)
+    mean, var = (empty((shape.C,), x, dtype=_statistics_dtype(x)) for _ in range(2))
+    if x.numel():
+        run("batch_norm_stats", engine, shape, x.dtype, x, mean, var)
+    else:
+        mean.zero_()
+        var.zero_()
+    return mean, var
 
 
 def _batch_norm_train(
@@ -278,8 +391,8 @@ def _batch_norm_infer(
 
 def _batch_norm_bwd(
     run: Run, grad_y: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, mean: Tensor, rstd: Tensor, eps: float, activation: str, training: bool,
-    wanted: Sequence[bool], engine: str,
+    residual: Tensor | None, y: Tensor | None, mean: Tensor, rstd: Tensor, eps: float, activation: str,
+    training: bool, wanted: Sequence[bool], engine: str,
 ) -> list[Tensor]:  # fmt: skip
     shape = _shape(x.shape)
     per_channel = next((t.dtype for t in (weight, bias) if t is not None), x.dtype)
@@ -293,7 +406,7 @@ def _batch_norm_bwd(
     found = [r for r in results if r is not None]
     if x.numel():
         run(
-            "batch_norm_bwd", engine, shape, x.dtype, grad_y, x, weight, bias, residual, mean, rstd,
+            "batch_norm_bwd", engine, shape, x.dtype, grad_y, x, weight, bias, residual, y, mean, rstd,
             activation, training, *results,
         )  # fmt: skip
     else:
@@ -302,20 +415,76 @@ def _batch_norm_bwd(
     return found
 
 
+# ---- torch.func.vmap -------------------------------------------------------------------------------------
+# Channels of all maps stand side by side: each is normalised alone in any case.
+
+
+def _side_by_side(
+    operation: Callable[..., Any], tensors: int, info: Any, in_dims: Sequence[int | None], *arguments: Any
+) -> tuple[Any, Any]:  # fmt: skip
+    """The rule of an operation whose first `tensors` arguments are images, or have one value a channel."""
+    maps = info.batch_size
+    together = [
+        t if t is None else folded(t, dim, maps, _channel_axis(t.dim() - (dim is not None)))
+        for t, dim in zip(arguments[:tensors], in_dims, strict=False)
+    ]
+    results = operation(*together, *arguments[tensors:])
+    if isinstance(results, Tensor):
+        return results.unflatten(1, (maps, -1)), 1
+    at = [_channel_axis(r.dim()) for r in results]
+    apart = [r.unflatten(axis, (maps, -1)) for r, axis in zip(results, at, strict=True)]
+    return type(results)(apart), type(results)(at)
+
+
+def _channel_axis(dims: int) -> int:
+    return 1 if dims > 1 else 0
+
+
+def _vmap_train(info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[Any, Any]:
+    statistics = list(zip(arguments[4:6], in_dims[4:6], strict=True))
+    if any(t is not None and dim is None for t, dim in statistics):
+        raise RuntimeError(
+            "running_mean, running_var: expected mapped tensors, as they are updated for every map of a "
+            "mapped input, got tensors that all maps share; track_running_stats=False does without them"
+        )
+    # Copies of which `folded` makes a view: what these are of may lie otherwise.
+    form = torch.contiguous_format
+    moved = [
+        None if t is None else t.movedim(dim, 0).clone(memory_format=form) for t, dim in statistics
+    ]
+    dims = (*in_dims[:4], *(None if t is None else 0 for t in moved), *in_dims[6:])
+    updated = (*arguments[:4], *moved, *arguments[6:])
+    results = _side_by_side(batch_norm_train, 6, info, dims, *updated)
+    for (t, dim), values in zip(statistics, moved, strict=True):
+        if t is not None:
+            t.movedim(dim, 0).copy_(values)
+    return results
+
+
+# ---- torch.library: the operations -----------------------------------------------------------------------
+
 _PARAMETERS = "Tensor? weight, Tensor? bias, Tensor? residual"
 
-batch_norm_train = define(
+batch_norm_stats: Callable[..., Any] = define(
+    "batch_norm_stats(Tensor x, str engine) -> (Tensor, Tensor)",
+    _batch_norm_stats,
+    lambda *arguments: _side_by_side(batch_norm_stats, 1, *arguments),
+)
+batch_norm_train: Callable[..., Any] = define(
     f"batch_norm_train(Tensor x, {_PARAMETERS}, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "float momentum, float eps, str activation, str engine) -> (Tensor, Tensor, Tensor)",
     _batch_norm_train,
+    _vmap_train,
 )
-batch_norm_infer = define(
+batch_norm_infer: Callable[..., Any] = define(
     f"batch_norm_infer(Tensor x, {_PARAMETERS}, Tensor running_mean, Tensor running_var, float eps, "
     "str activation, str engine) -> Tensor",
     _batch_norm_infer,
+    lambda *arguments: _side_by_side(batch_norm_infer, 6, *arguments),
 )
-batch_norm_bwd = define(
-    f"batch_norm_bwd(Tensor grad_y, Tensor x, {_PARAMETERS}, Tensor mean, Tensor rstd, float eps, "
+batch_norm_bwd: Callable[..., Any] = define(
+    f"batch_norm_bwd(Tensor grad_y, Tensor x, {_PARAMETERS}, Tensor? y, Tensor mean, Tensor rstd, float eps, "
     "str activation, bool training, bool[] wanted, str engine) -> Tensor[]",
     _batch_norm_bwd,
+    lambda *arguments: _side_by_side(batch_norm_bwd, 8, *arguments),
 )

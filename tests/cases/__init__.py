@@ -20,21 +20,37 @@ from cases.base import (
     run,
 )
 from cases.conv import CONV_CASES, ConvCase
+from cases.group_norm import (
+    GROUP_NORM_CASES,
+    LAYER_NORM_CASES,
+    GroupNormCase,
+    LayerNormCase,
+)
 from cases.norm import NORM_CASES, NormCase
 from cases.pool import POOL_CASES, PoolCase
 
-CASES: tuple[Case, ...] = (*CONV_CASES, *POOL_CASES, *NORM_CASES)
+CASES: tuple[Case, ...] = (
+    *CONV_CASES,
+    *POOL_CASES,
+    *NORM_CASES,
+    *GROUP_NORM_CASES,
+    *LAYER_NORM_CASES,
+)
 
 __all__ = [
     "ALL",
     "CASES",
     "CONV_CASES",
     "ENGINES",
+    "GROUP_NORM_CASES",
+    "LAYER_NORM_CASES",
     "NORM_CASES",
     "POOL_CASES",
     "TOLERANCE",
     "Case",
     "ConvCase",
+    "GroupNormCase",
+    "LayerNormCase",
     "NormCase",
     "PoolCase",
     "assert_close",

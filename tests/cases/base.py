@@ -67,8 +67,8 @@ def run(
     return [y, *torch.autograd.grad(y, leaves, grad_y.expand(y.shape))]
 
 
-def check(case: Case, engine: str, dtype: torch.dtype) -> None:
-    """Output and gradients of the row in `engine`, against PyTorch in float64."""
+def check(case: Case, engine: str, dtype: torch.dtype, slack: float = 1) -> None:
+    """Output and gradients of the row in `engine`, against PyTorch in float64, within `slack` tolerances."""
     tensors = case.tensors(dtype, device_of(engine))
     with cnnops.engine(engine):
         ours = run(case.ours, tensors, case.grad)
@@ -78,7 +78,7 @@ def check(case: Case, engine: str, dtype: torch.dtype) -> None:
     for name, a, b, t in zip(names, ours, theirs, (None, *tensors), strict=True):
         assert t is None or a.dtype == t.dtype, name
         limit = tolerance.output if t is None else tolerance.gradient
-        assert_close(a, b, case.limit(engine, limit), f"{case.id}, {name}")
+        assert_close(a, b, slack * case.limit(engine, limit), f"{case.id}, {name}")
 
 
 def laid_out(size: Size, layout: str, values: Callable[[Size], Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import Tensor
 import cnnops.functional as C
 from cases.base import ALL, Case, Ints, Size, laid_out, moved, normal
 from cnnops.ops import conv as conv_ops
+from cnnops.shapes import padding_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConvCase(Case):
+    """A convolution; with `transposed` a transposed one, whose weight is ``C K/groups *kernel``."""
+
     w: Size
     stride: Ints = 1
     padding: Any = 0
@@ -23,6 +27,9 @@ class ConvCase(Case):
     groups: int = 1
     bias: bool = True
     w_layout: str = "contiguous"
+    padding_mode: str = "zeros"
+    transposed: bool = False
+    output_padding: Ints = 0
 
     @property
     def unequal(self) -> bool:
@@ -32,20 +39,69 @@ class ConvCase(Case):
     def tensors(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         x = laid_out(self.x, self.layout, normal(1, dtype))
         w = laid_out(self.w, self.w_layout, normal(2, dtype))
-        bias = [normal(3, dtype)(self.w[:1])] if self.bias else []
+        filters = (self.w[1] * self.groups,) if self.transposed else self.w[:1]
+        bias = [normal(3, dtype)(filters)] if self.bias else []
         return [moved(t, device) for t in (x, w, *bias)]
 
     def ours(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        plain = x.dim() == 4 and not self.unequal
-        conv = C.conv2d if plain else conv_ops.conv
-        return conv(x, w, bias, self.stride, self.padding, self.dilation, self.groups)
+        return self._computed(C, x, w, bias)
 
     def theirs(self, x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-        conv = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
-        if self.unequal:
-            x = F.pad(x, [p for pair in reversed(self.padding) for p in pair])
-        padding = 0 if self.unequal else self.padding
-        return conv(x, w, bias, self.stride, padding, self.dilation, self.groups)
+        return self._computed(F, x, w, bias)
+
+    def _computed(self, module: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        dims = w.dim() - 2
+        step = (self.stride, self.padding)
+        if self.transposed:
+            conv = getattr(module, f"conv_transpose{dims}d")
+            return conv(x, w, bias, *step, self.output_padding, self.groups, self.dilation)
+        conv, rest = getattr(module, f"conv{dims}d"), (self.dilation, self.groups)
+        if self.padding_mode == "zeros" and (module is C or not self.unequal):
+            return conv(x, w, bias, *step, *rest)
+        if module is C:
+            return conv_ops.conv(x, w, bias, *step, *rest, self.padding_mode)
+        kernel, one = tuple(w.shape[2:]), (1,) * dims
+        spans = (self.dilation,) * dims if isinstance(self.dilation, int) else self.dilation
+        pairs = padding_pairs(self.padding, kernel, one, spans)
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        x = F.pad(x, [p for pair in reversed(pairs) for p in pair], mode)
+        return conv(x, w, bias, self.stride, 0, *rest)
+
+
+def _padding_modes() -> Iterable[ConvCase]:
+    for mode in ("reflect", "replicate", "circular"):
+        yield ConvCase(
+            f"{mode}", (2, 3, 6, 5), "padding read in place", w=(4, 3, 3, 3), padding=1,
+            padding_mode=mode, dtypes=ALL, schedules=True,
+        )  # fmt: skip
+        yield ConvCase(
+            f"{mode}_strided", (2, 4, 7, 6), "stride, dilation and groups, the most padding of its axis",
+            w=(6, 2, 3, 2), stride=(2, 1), dilation=(2, 3), padding=(4, 5), groups=2, padding_mode=mode,
+        )  # fmt: skip
+        yield ConvCase(
+            f"{mode}_same_even", (1, 3, 5, 6), "unequal sides", w=(4, 3, 2, 4), padding="same",
+            padding_mode=mode,
+        )  # fmt: skip
+        yield ConvCase(
+            f"{mode}_depthwise", (2, 9, 6, 5), "one filter a channel", w=(9, 1, 3, 3), padding=1,
+            groups=9, padding_mode=mode,
+        )  # fmt: skip
+        yield ConvCase(
+            f"{mode}_channels_last", (2, 8, 6, 5), "channels innermost, read by 16 bytes",
+            w=(8, 8, 3, 3), padding=(2, 1), padding_mode=mode, layout="channels_last",
+            w_layout="channels_last", dtypes=ALL,
+        )  # fmt: skip
+        yield ConvCase(
+            f"{mode}_pointwise", (1, 4, 4, 5), "one tap, but a frame around the image",
+            w=(3, 4, 1, 1), padding=2, padding_mode=mode,
+        )  # fmt: skip
+        yield ConvCase(
+            f"{mode}_1d", (2, 3, 11), "one spatial axis", w=(4, 3, 5), padding=4, padding_mode=mode,
+        )  # fmt: skip
+        yield ConvCase(
+            f"{mode}_3d", (1, 2, 4, 3, 5), "three spatial axes, one without padding",
+            w=(3, 2, 3, 2, 3), padding=(1, 0, 2), padding_mode=mode,
+        )  # fmt: skip
 
 
 CONV_CASES = (
@@ -130,7 +186,65 @@ CONV_CASES = (
         w=(8, 4, 3, 3), padding=1, layout="offset", w_layout="offset", dtypes=ALL),
     ConvCase("offset_channels_last", (2, 8, 6, 8), "channels-last off alignment",
         w=(8, 8, 3, 3), padding=1, layout="channels_last_offset", w_layout="channels_last_offset"),
-    ConvCase("conv1d", (2, 4, 13), "one spatial axis", w=(6, 2, 3), groups=2, stride=2, padding=1),
+    ConvCase("conv1d", (2, 4, 13), "one spatial axis",
+        w=(6, 2, 3), groups=2, stride=2, padding=1, dtypes=ALL, schedules=True),
+    ConvCase("conv1d_pointwise", (3, 8, 16), "one axis, one tap: packs along the row",
+        w=(4, 8, 1), dtypes=ALL),
+    ConvCase("conv1d_depthwise", (2, 9, 17), "one axis, one filter a channel, dilated",
+        w=(9, 1, 5), groups=9, padding="same", dilation=2),
+    ConvCase("conv1d_transposed_in_memory", (2, 5, 12), "N L C, as sequences lie",
+        w=(7, 5, 3), padding=1, layout="transposed"),
+    ConvCase("conv1d_long", (1, 2, 700), "a long row: the sum of the weight gradient in parts",
+        w=(3, 2, 9), stride=2),
     ConvCase("conv3d", (1, 3, 5, 4, 6), "three spatial axes",
-        w=(4, 3, 3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 1)),
+        w=(4, 3, 3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 1), dtypes=ALL, schedules=True),
+    ConvCase("conv3d_channels_last", (2, 8, 3, 4, 5), "three axes, channels innermost",
+        w=(8, 8, 3, 3, 3), padding=1, layout="channels_last", w_layout="channels_last", dtypes=ALL),
+    ConvCase("conv3d_depthwise", (1, 5, 4, 5, 6), "three axes, one filter a channel, strided",
+        w=(5, 1, 3, 3, 3), groups=5, stride=2, padding=1),
+    ConvCase("conv3d_dilated_groups", (1, 4, 6, 5, 7), "three axes, everything at once",
+        w=(6, 2, 2, 1, 3), groups=2, dilation=(2, 1, 3), padding=(1, 0, 2), stride=(2, 1, 2)),
+    ConvCase("conv3d_same", (1, 2, 4, 5, 3), "same padding of even kernels",
+        w=(3, 2, 2, 3, 4), padding="same"),
+    ConvCase("cropped", (2, 3, 8, 7), "negative padding: the border is not read, its gradient is zero",
+        w=(4, 3, 3, 3), padding=((-1, 1), (1, -2)), stride=(1, 2), schedules=True),
+    *_padding_modes(),
+    ConvCase("transposed_twice", (2, 3, 5, 4), "the usual one: twice the size",
+        transposed=True, w=(3, 4, 3, 3), stride=2, padding=1, output_padding=1,
+        dtypes=ALL, schedules=True),
+    ConvCase("transposed_2x2", (2, 5, 4, 3), "U-Net's: windows that do not overlap",
+        transposed=True, w=(5, 3, 2, 2), stride=2, dtypes=ALL),
+    ConvCase("transposed_4x4", (1, 4, 3, 5), "DCGAN's: every place by four taps",
+        transposed=True, w=(4, 6, 4, 4), stride=2, padding=1),
+    ConvCase("transposed_gaps", (1, 3, 4, 3), "stride beyond the kernel: places of the bias alone",
+        transposed=True, w=(3, 4, 2, 2), stride=3, output_padding=2, schedules=True),
+    ConvCase("transposed_dilated", (2, 4, 5, 4), "output padding beyond the stride, which dilation allows",
+        transposed=True, w=(4, 3, 3, 2), stride=(1, 2), dilation=3, output_padding=(2, 2), padding=1,
+        groups=2, dtypes=ALL),
+    ConvCase("transposed_depthwise", (2, 7, 5, 4), "one filter a channel",
+        transposed=True, w=(7, 1, 3, 3), groups=7, stride=2, padding=1),
+    ConvCase("transposed_cropping", (1, 3, 5, 6), "padding takes more than the border",
+        transposed=True, w=(3, 2, 3, 3), padding=2),
+    ConvCase("transposed_no_bias", (2, 3, 4, 4), "without bias",
+        transposed=True, w=(3, 5, 3, 3), stride=2, bias=False),
+    ConvCase("transposed_wide", (1, 33, 4, 5), "one channel past a tile, in and out",
+        transposed=True, w=(33, 33, 3, 3), stride=2, padding=1),
+    ConvCase("transposed_deep", (1, 300, 2, 2), "a long sum for few outputs: in parts, the bias once",
+        transposed=True, w=(300, 3, 3, 3), schedules=True),
+    ConvCase("transposed_channels_last", (2, 8, 4, 5), "both channels-last",
+        transposed=True, w=(8, 8, 3, 3), stride=2, padding=1,
+        layout="channels_last", w_layout="channels_last", dtypes=ALL),
+    ConvCase("transposed_mixed", (2, 8, 4, 5), "input channels-last, weight not, gradient contiguous",
+        transposed=True, w=(8, 6, 3, 3), layout="channels_last", grad="contiguous"),
+    ConvCase("transposed_sliced", (2, 3, 5, 4), "every second channel of a wider image",
+        transposed=True, w=(3, 4, 3, 3), stride=2, layout="sliced", w_layout="sliced"),
+    ConvCase("transposed_empty_batch", (0, 3, 4, 4), "no image: gradients are zeros",
+        transposed=True, w=(3, 4, 3, 3), stride=2),
+    ConvCase("transposed_1d", (2, 4, 7), "one spatial axis",
+        transposed=True, w=(4, 3, 5), stride=3, padding=2, output_padding=1, dtypes=ALL),
+    ConvCase("transposed_3d", (1, 3, 2, 4, 3), "three spatial axes",
+        transposed=True, w=(3, 2, 3, 2, 3), stride=(1, 2, 2), padding=(1, 0, 1), output_padding=(0, 1, 1),
+        dtypes=ALL),
+    ConvCase("transposed_3d_channels_last", (2, 4, 3, 2, 3), "three axes, channels innermost",
+        transposed=True, w=(4, 6, 2, 2, 2), stride=2, layout="channels_last", w_layout="channels_last"),
 )  # fmt: skip

@@ -112,8 +112,9 @@ def _activations() -> Iterable[NormCase]:
                 mode=mode,
                 residual=True,
                 activation=activation,
-                dtypes=ALL if activation in ("none", "relu", "gelu") else FLOAT32,
-                schedules=activation == "relu",
+                # Most have the backward told y, rounded to the type, in place of the residual.
+                dtypes=FLOAT32 if activation in ("silu", "hardswish") else ALL,
+                schedules=activation in ("relu", "tanh"),
             )
 
 
@@ -145,6 +146,17 @@ NORM_CASES = (
     NormCase("two_dims", (9, 5), "N x D, behind a dense layer", residual=True, activation="relu"),
     NormCase("three_dims", (3, 5, 11), "N x C x L", dtypes=ALL),
     NormCase("five_dims", (2, 3, 4, 3, 5), "N x C x D x H x W"),
+    NormCase("channels_last_3d", (2, 8, 4, 3, 5), "N x C x D x H x W, channels innermost",
+        layout="channels_last", residual=True, activation="relu", dtypes=ALL, schedules=True),
+    NormCase("eval_channels_last_3d", (2, 6, 3, 4, 5), "N x C x D x H x W, channels innermost",
+        layout="channels_last", mode="eval", activation="relu"),
+    NormCase("sliced_3d", (2, 3, 4, 3, 5), "every second channel, a column less", layout="sliced"),
+    NormCase("told_channels_last_long", (4, 6, 33, 31), "y beside x, channels-last, many blocks",
+        layout="channels_last", residual=True, activation="sigmoid", schedules=True),
+    NormCase("told_plain", (3, 4, 6, 5), "neither weight nor bias, y in place of the residual",
+        affine=False, residual=True, activation="leaky_relu"),
+    NormCase("told_mixed_gradient", (3, 8, 6, 5), "y channels-last, its gradient contiguous",
+        layout="channels_last", grad="contiguous", residual=True, activation="relu6"),
     NormCase("one_channel", (2, 1, 13, 7), "C = 1"),
     NormCase("channels_33", (2, 33, 5, 7), "odd planes, odd channels"),
     NormCase("one_image", (1, 7, 9, 9), "a batch of one"),

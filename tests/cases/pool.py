@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,12 +14,24 @@ from torch import Tensor
 
 import cnnops.functional as C
 from cases.base import ALL, Case, Ints, Size, laid_out, moved, normal
-from cnnops.ops import pool as pool_ops
+from cnnops.shapes import axes
+
+FUNCTIONS = {
+    "max": "max_pool",
+    "average": "avg_pool",
+    "adaptive": "adaptive_avg_pool",
+    "adaptive_max": "adaptive_max_pool",
+    "unpool": "max_unpool",
+    "lp": "lp_pool",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class PoolCase(Case):
-    """`kind` is max, average or adaptive (`kernel` is then the output size); `values` is the input's kind."""
+    """`kind` is one of `FUNCTIONS`; adaptive ones have the output size for `kernel`. `values`: of the input.
+
+    Unpooling has different places for all values of a plane, or, if they are `shared`, half as many.
+    """
 
     kind: str = "max"
     kernel: Any = 2
@@ -28,6 +41,9 @@ class PoolCase(Case):
     ceil_mode: bool = False
     count_include_pad: bool = True
     divisor_override: int | None = None
+    output_size: Size | None = None
+    shared: bool = False
+    norm_type: float = 2
     values: str = "normal"
 
     def tensors(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
@@ -48,41 +64,52 @@ class PoolCase(Case):
         return values
 
     def ours(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            return self._any_dims(x)
-        if self.kind == "max":
-            y: Tensor = C.max_pool2d(
-                x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode
-            )
-            return y
-        if self.kind == "adaptive":
-            return C.adaptive_avg_pool2d(x, self.kernel)
-        return C.avg_pool2d(x, self.kernel, self.stride, self.padding, *self._average)
-
-    def _any_dims(self, x: Tensor) -> Tensor:
-        if self.kind == "max":
-            return pool_ops.max_pool(
-                x, self.kernel, self.stride, self.padding, self.dilation, self.ceil_mode
-            )[0]
-        if self.kind == "adaptive":
-            return pool_ops.adaptive_avg_pool(x, self.kernel)
-        return pool_ops.avg_pool(x, self.kernel, self.stride, self.padding, *self._average)
-
-    @property
-    def _average(self) -> tuple[bool, bool, int | None]:
-        return self.ceil_mode, self.count_include_pad, self.divisor_override
+        return self._by(C, x)
 
     def theirs(self, x: Tensor) -> Tensor:
-        dims = x.dim() - 2
+        if not self.shared:
+            return self._by(F, x)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # several would race for a place that values share
+        try:
+            return self._by(F, x)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _by(self, module: ModuleType, x: Tensor) -> Any:
+        pool = getattr(module, f"{FUNCTIONS[self.kind]}{x.dim() - 2}d")
+        window = (self.kernel, self.stride, self.padding)
         if self.kind == "max":
-            pool = getattr(F, f"max_pool{dims}d")
-            return pool(
-                x, self.kernel, self.stride, self.padding, self.dilation, ceil_mode=self.ceil_mode
-            )
-        if self.kind == "adaptive":
-            return getattr(F, f"adaptive_avg_pool{dims}d")(x, self.kernel)
-        average = self._average[: 2 if dims == 1 else 3]
-        return getattr(F, f"avg_pool{dims}d")(x, self.kernel, self.stride, self.padding, *average)
+            return pool(x, *window, self.dilation, ceil_mode=self.ceil_mode)
+        if self.kind == "average":
+            average = (self.ceil_mode, self.count_include_pad, self.divisor_override)
+            return pool(x, *window, *average[: 2 if x.dim() == 3 else 3])
+        if self.kind == "unpool":
+            return pool(x, self.places(x), *window, self.output_size)
+        if self.kind == "lp":
+            return pool(x, self.norm_type, self.kernel, self.stride, self.ceil_mode)
+        return pool(x, self.kernel)
+
+    def with_indices(self, module: ModuleType, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Maxima and indices of max pooling."""
+        pool = getattr(module, f"{FUNCTIONS[self.kind]}{x.dim() - 2}d")
+        if self.kind == "adaptive_max":
+            return pool(x, self.kernel, return_indices=True)
+        window = (self.kernel, self.stride, self.padding, self.dilation)
+        return pool(x, *window, ceil_mode=self.ceil_mode, return_indices=True)
+
+    def places(self, x: Tensor) -> Tensor:
+        """Unpooling's indices: a walk through the plane in steps of a prime, another one in each channel."""
+        dims, values = x.dim() - 2, math.prod(x.shape[2:])
+        window, pads = axes(self.kernel, dims, "kernel"), axes(self.padding, dims, "padding")
+        steps = window if self.stride is None else axes(self.stride, dims, "stride")
+        sizes = zip(x.shape[2:], window, steps, pads, strict=True)
+        output = self.output_size or [(p - 1) * s + k - 2 * pad for p, k, s, pad in sizes]
+        plane = values // 2 if self.shared else math.prod(output[-dims:])
+        step = next(prime for prime in (7, 11, 13, 17) if plane % prime)
+        channel = torch.arange(x.shape[1], device=x.device).view(-1, 1)
+        walk = (torch.arange(values, device=x.device) * step + channel) % plane
+        return walk.view(x.shape[1:]).expand(x.shape).contiguous()
 
 
 POOL_CASES = (
@@ -180,4 +207,124 @@ POOL_CASES = (
     PoolCase("adaptive_offset", (2, 4, 8, 8), "starts off alignment, gradient of a sum",
         kind="adaptive", kernel=3, layout="offset", grad="expanded"),
     PoolCase("adaptive_empty_batch", (0, 3, 6, 6), "no image", kind="adaptive", kernel=2),
+    PoolCase("max_1d_dilated", (2, 3, 14), "dilated, rounded up, along one axis",
+        kernel=3, stride=2, padding=1, dilation=2, ceil_mode=True, dtypes=ALL),
+    PoolCase("max_1d_transposed", (2, 5, 12), "one axis, channels innermost in memory",
+        kernel=3, stride=2, layout="transposed", values="nan"),
+    PoolCase("max_1d_256_places", (1, 2, 262), "offsets of four bytes along one axis",
+        kernel=256, stride=3),
+    PoolCase("max_3d_channels_last", (2, 5, 5, 6, 7), "channels innermost of three axes",
+        kernel=3, stride=2, padding=1, layout="channels_last", dtypes=ALL, schedules=True),
+    PoolCase("max_3d_nan", (1, 3, 6, 5, 7), "NaN, dilated and rounded up, three axes that differ",
+        kernel=(2, 3, 2), stride=(2, 1, 3), padding=(1, 1, 0), dilation=(1, 1, 2), ceil_mode=True,
+        values="nan", dtypes=ALL),
+    PoolCase("max_3d_294_places", (1, 2, 7, 8, 7), "offsets of four bytes, three axes",
+        kernel=(6, 7, 7), stride=1, values="ties"),
+    PoolCase("max_3d_empty_batch", (0, 2, 4, 4, 4), "no image"),
+    PoolCase("avg_1d_ceil", (2, 3, 12), "one axis, rounded up",
+        kind="average", kernel=5, stride=3, padding=2, ceil_mode=True, dtypes=ALL),
+    PoolCase("avg_1d_transposed", (2, 5, 12), "one axis, channels innermost in memory",
+        kind="average", kernel=3, stride=1, layout="transposed"),
+    PoolCase("avg_3d_half", (2, 3, 5, 6, 7), "padding not counted; torch's CPU has no half types for this",
+        kind="average", kernel=3, stride=2, padding=1, count_include_pad=False, dtypes=ALL, schedules=True),
+    PoolCase("avg_3d_divisor_ceil", (1, 2, 5, 6, 7), "divisor of one's own, rounded up, three axes",
+        kind="average", kernel=(2, 3, 2), stride=(2, 2, 3), padding=(1, 0, 1), ceil_mode=True,
+        divisor_override=7),
+    PoolCase("avg_3d_channels_last", (2, 5, 4, 6, 5), "channels innermost: torch's result is not",
+        kind="average", kernel=2, stride=1, layout="channels_last", dtypes=ALL),
+    PoolCase("avg_3d_empty_batch", (0, 2, 4, 4, 4), "no image", kind="average"),
+    PoolCase("adaptive_1d", (2, 3, 11), "one axis, uneven windows",
+        kind="adaptive", kernel=4, dtypes=ALL),
+    PoolCase("adaptive_3d", (2, 3, 5, 7, 6), "three axes, uneven windows, one kept",
+        kind="adaptive", kernel=(3, None, 4), dtypes=ALL),
+    PoolCase("adaptive_3d_channels_last", (2, 5, 5, 4, 6), "channels innermost of three axes",
+        kind="adaptive", kernel=(2, 3, 6), layout="channels_last"),
+    PoolCase("adaptive_3d_larger", (1, 2, 3, 4, 2), "more outputs than inputs along every axis",
+        kind="adaptive", kernel=(4, 5, 3)),
+    PoolCase("global_1d", (2, 7, 19), "global average along one axis", kind="adaptive", kernel=1),
+    PoolCase("global_3d", (2, 7, 5, 6, 7), "global average of three axes",
+        kind="adaptive", kernel=1, dtypes=ALL),
+    PoolCase("adaptive_max_even", (2, 3, 8, 12), "windows of one size: plain pooling",
+        kind="adaptive_max", kernel=(4, 6), dtypes=ALL),
+    PoolCase("adaptive_max_even_narrow", (2, 3, 8, 9), "windows of one size, few outputs in a row",
+        kind="adaptive_max", kernel=(4, 3)),
+    PoolCase("adaptive_max_uneven", (2, 3, 7, 11), "windows of several sizes that overlap",
+        kind="adaptive_max", kernel=(3, 4), dtypes=ALL, schedules=True),
+    PoolCase("adaptive_max_larger", (1, 3, 4, 5), "an output larger than the input",
+        kind="adaptive_max", kernel=(7, 6)),
+    PoolCase("adaptive_max_keep", (2, 3, 7, 5), "None keeps an axis",
+        kind="adaptive_max", kernel=(None, 2)),
+    PoolCase("adaptive_max_global", (2, 7, 6, 5), "the whole plane's maximum",
+        kind="adaptive_max", kernel=1, dtypes=ALL, schedules=True),
+    PoolCase("adaptive_max_global_large", (2, 3, 17, 19), "the whole plane, offsets of four bytes",
+        kind="adaptive_max", kernel=1, dtypes=ALL),
+    PoolCase("adaptive_max_289_places", (1, 2, 33, 50), "uneven windows, the largest of 289 places",
+        kind="adaptive_max", kernel=(2, 3), values="ties"),
+    PoolCase("adaptive_max_ties", (2, 3, 7, 9), "equal maxima: the first one gets the gradient",
+        kind="adaptive_max", kernel=(3, 4), values="ties", dtypes=ALL),
+    PoolCase("adaptive_max_nan", (2, 3, 7, 9), "NaN wins its window, the last of several",
+        kind="adaptive_max", kernel=(3, 4), values="nan", dtypes=ALL),
+    PoolCase("adaptive_max_minus_inf", (2, 3, 7, 9), "windows of nothing but -inf keep their first place",
+        kind="adaptive_max", kernel=(4, 5), values="-inf", dtypes=ALL),
+    PoolCase("adaptive_max_channels_last", (2, 8, 7, 6), "channels innermost",
+        kind="adaptive_max", kernel=(3, 4), layout="channels_last", dtypes=ALL, schedules=True),
+    PoolCase("adaptive_max_nan_channels_last", (2, 5, 8, 9), "NaN, channels innermost",
+        kind="adaptive_max", kernel=(4, 2), values="nan", layout="channels_last"),
+    PoolCase("adaptive_max_mixed_gradient", (2, 8, 7, 6), "channels-last, its gradient contiguous",
+        kind="adaptive_max", kernel=3, layout="channels_last", grad="contiguous"),
+    PoolCase("adaptive_max_sliced", (2, 3, 7, 6), "every second channel of a wider image",
+        kind="adaptive_max", kernel=4, layout="sliced"),
+    PoolCase("adaptive_max_transposed", (2, 3, 7, 6), "columns and rows swapped in memory",
+        kind="adaptive_max", kernel=4, layout="transposed"),
+    PoolCase("adaptive_max_offset", (2, 4, 9, 8), "starts off alignment, gradient of a sum",
+        kind="adaptive_max", kernel=3, layout="offset", grad="expanded"),
+    PoolCase("adaptive_max_empty_batch", (0, 3, 6, 6), "no image", kind="adaptive_max", kernel=2),
+    PoolCase("adaptive_max_1d", (2, 3, 11), "one axis, uneven windows",
+        kind="adaptive_max", kernel=4, values="nan", dtypes=ALL),
+    PoolCase("adaptive_max_3d", (2, 3, 5, 7, 6), "three axes, uneven windows, one kept",
+        kind="adaptive_max", kernel=(3, None, 4), dtypes=ALL, schedules=True),
+    PoolCase("adaptive_max_3d_channels_last", (2, 5, 5, 4, 6), "channels innermost: torch's result is not",
+        kind="adaptive_max", kernel=(2, 3, 6), layout="channels_last", dtypes=ALL),
+    PoolCase("adaptive_max_3d_294_places", (1, 2, 7, 7, 6), "three axes, offsets of four bytes",
+        kind="adaptive_max", kernel=1, values="ties"),
+    PoolCase("unpool", (2, 3, 4, 5), "the usual one: windows tile the plane",
+        kind="unpool", dtypes=ALL, schedules=True),
+    PoolCase("unpool_shared", (2, 3, 6, 7), "two values a place: the last stays, both get its gradient",
+        kind="unpool", shared=True, dtypes=ALL, schedules=True),
+    PoolCase("unpool_overlapping", (2, 3, 4, 5), "padded windows that overlap, a size of one's own",
+        kind="unpool", kernel=3, stride=2, padding=1, output_size=(8, 9)),
+    PoolCase("unpool_full_size", (2, 3, 4, 5), "a size with batch and channels in front",
+        kind="unpool", kernel=(2, 3), output_size=(2, 3, 9, 13)),
+    PoolCase("unpool_channels_last", (2, 8, 4, 5), "channels innermost; gradients are contiguous",
+        kind="unpool", layout="channels_last", dtypes=ALL, schedules=True),
+    PoolCase("unpool_shared_channels_last", (2, 33, 4, 5), "two values a place, channels innermost",
+        kind="unpool", shared=True, layout="channels_last"),
+    PoolCase("unpool_mixed_gradient", (2, 8, 4, 5), "channels-last, its gradient contiguous",
+        kind="unpool", layout="channels_last", grad="contiguous"),
+    PoolCase("unpool_sliced", (2, 3, 4, 5), "every second channel of a wider image",
+        kind="unpool", shared=True, layout="sliced"),
+    PoolCase("unpool_transposed", (2, 3, 4, 5), "columns and rows swapped in memory",
+        kind="unpool", layout="transposed"),
+    PoolCase("unpool_expanded", (3, 2, 4, 4), "one image as a whole batch, gradient of a sum",
+        kind="unpool", layout="expanded", grad="expanded"),
+    PoolCase("unpool_offset", (2, 4, 4, 4), "starts off alignment", kind="unpool", layout="offset"),
+    PoolCase("unpool_empty_batch", (0, 3, 4, 4), "no image", kind="unpool"),
+    PoolCase("unpool_1d", (2, 3, 9), "one axis", kind="unpool", kernel=3, stride=2, dtypes=ALL),
+    PoolCase("unpool_1d_shared", (2, 3, 9), "one axis, two values a place",
+        kind="unpool", shared=True),
+    PoolCase("unpool_3d", (2, 3, 3, 4, 2), "three axes, windows that overlap",
+        kind="unpool", kernel=3, stride=(2, 1, 2), output_size=(7, 6, 6), dtypes=ALL, schedules=True),
+    PoolCase("unpool_3d_channels_last", (2, 5, 3, 2, 4), "channels innermost: torch's result is not",
+        kind="unpool", shared=True, layout="channels_last", dtypes=ALL),
+    PoolCase("lp_1", (2, 3, 8, 7), "sums", kind="lp", norm_type=1, dtypes=(torch.float32, torch.float64)),
+    PoolCase("lp_2", (2, 3, 9, 8), "Euclidean norms of windows that overlap",
+        kind="lp", kernel=3, stride=2, dtypes=(torch.float32, torch.float64)),
+    PoolCase("lp_3.5", (2, 3, 8, 8), "a power that negative numbers do not have: NaN where torch has it",
+        kind="lp", norm_type=3.5),
+    PoolCase("lp_ceil", (2, 3, 8, 7), "last windows reach past the input, which torch evens out",
+        kind="lp", kernel=(3, 2), stride=2, ceil_mode=True),
+    PoolCase("lp_channels_last", (2, 8, 8, 6), "channels innermost", kind="lp", layout="channels_last"),
+    PoolCase("lp_1d", (2, 3, 11), "one axis, odd power: a negative sum has no root",
+        kind="lp", norm_type=3, kernel=3, stride=2),
+    PoolCase("lp_3d", (1, 2, 5, 6, 4), "three axes", kind="lp", kernel=(2, 3, 2), stride=(1, 2, 2)),
 )  # fmt: skip

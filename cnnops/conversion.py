@@ -1,0 +1,111 @@
+"""Whole models: every layer of ``torch.nn`` that this package has, exchanged for its own.
+
+A layer here is a subclass of torch's that computes by other kernels and keeps everything else, so a swap is
+a change of class: parameters, buffers, hooks, parametrizations, names, devices, dtypes and flags stay where
+they are, and an optimizer that holds the parameters notices nothing.
+"""
+
+from __future__ import annotations
+
+import copy as copies
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch.nn
+from torch.nn import Module
+from torch.nn.utils import parametrize
+
+import cnnops.nn
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` or `revert` did. Printing it shows the model as a tree, each layer with its fate.
+
+    `swapped`: a module's name -> its former and its new class. `left`: the name of a module that computes
+    something here or might -> why it stays as it is.
+    """
+
+    model: Module
+    swapped: dict[str, tuple[type[Module], type[Module]]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{type(self.model).__name__}{self._fate('')}"]
+        for name, module in self.model.named_modules():
+            if name:
+                depth = name.count(".") + 1
+                kind = type(module).__name__
+                lines.append(f"{'  ' * depth}{name.rpartition('.')[2]}: {kind}{self._fate(name)}")
+        total = f"{len(self.swapped)} swapped, {len(self.left)} left"
+        return "\n".join([*lines, total])
+
+    def _fate(self, name: str) -> str:
+        if name in self.swapped:
+            before, after = self.swapped[name]
+            return f"  {_origin(before)} -> {_origin(after)}"
+        return f"  left: {self.left[name]}" if name in self.left else ""
+
+
+def convert(model: Module, copy: bool = False) -> Conversion:
+    """Exchange every layer of ``torch.nn`` in `model` that `cnnops.nn` has, in place or, with `copy`, in a
+    deep copy, which the returned `Conversion` has as ``.model``.
+
+    Left alone are subclasses of torch's layers, since they may compute something else, and scripted modules.
+    What a module's forward calls as a function is not seen. Converting twice changes nothing more. Raises
+    TypeError unless `model` is a Module.
+    """
+    return _exchange(model, _ours(), copy)
+
+
+def revert(model: Module, copy: bool = False) -> Conversion:
+    """Undo `convert`: every layer of `cnnops.nn` that ``torch.nn`` has, too, becomes torch's again.
+
+    Raises TypeError unless `model` is a Module.
+    """
+    return _exchange(model, {ours: theirs for theirs, ours in _ours().items()}, copy)
+
+
+@lru_cache(None)
+def _ours() -> dict[type[Module], type[Module]]:
+    """Layers of torch.nn -> those of this package."""
+    names = [name for name in cnnops.nn.__all__ if hasattr(torch.nn, name)]
+    return {getattr(torch.nn, name): getattr(cnnops.nn, name) for name in names}
+
+
+def _origin(kind: type[Module]) -> str:
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+
+
+def _exchange(model: Module, into: dict[type[Module], type[Module]], copy: bool) -> Conversion:
+    if not isinstance(model, Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    done = Conversion(copies.deepcopy(model) if copy else model)
+    for name, module, kind in list(_layers(done.model)):
+        target = into.get(kind)
+        if target is not None:
+            former = type(module)
+            module.__class__ = target if former is kind else _parametrized(former, target)
+            done.swapped[name] = kind, target
+            continue
+        layers = [theirs for theirs in into if isinstance(module, theirs)]
+        if isinstance(module, torch.jit.ScriptModule):
+            done.left[name] = "scripted: convert the model before scripting it"
+        elif layers and kind not in into.values():
+            done.left[name] = f"{kind.__qualname__} is a subclass of {_origin(layers[-1])}"
+    return done
+
+
+def _layers(model: Module) -> Iterator[tuple[str, Module, type[Module]]]:
+    """Every module with its name and its class, for a parametrized one the class before it was so."""
+    for name, module in model.named_modules():
+        kind = type(module)
+        yield name, module, kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+
+
+def _parametrized(former: type[Any], target: type[Module]) -> type[Module]:
+    """`target` with the properties that parametrizing has put into the class `former`."""
+    own = {k: v for k, v in vars(former).items() if k not in ("__dict__", "__weakref__", "__doc__")}
+    return type(f"Parametrized{target.__name__}", (target,), own)
