@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Tests run side by side, each with threads of its own: on busy cores those must wait without spinning.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
 .PHONY: help demo test bench check clean
 .DELETE_ON_ERROR:
