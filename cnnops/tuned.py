@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from cnnops import system
-from cnnops.shapes import Shape
+from cnnops.shapes import LayerShape, Shape
 
 Header = dict[str, Any]
 Axes = Sequence[int]
@@ -59,12 +59,19 @@ _USUAL = {"stride": 1, "padding": 0, "dilation": 1}
 
 def problem(shape: Shape) -> str:
     """The sizes as text, batch first, without what is as usual: "N=32 C=64 K=64 spatial=56x56 kernel=3x3"."""
-    parts = []
+    parts = [f"N={shape.N}"]
+    usual = 0 if isinstance(shape, LayerShape) else len(shape.spatial)
     for field in fields(shape):
         value = getattr(shape, field.name)
         text = _text(value)
-        if value != field.default and text != _text(
-            (_USUAL.get(field.name),) * len(getattr(shape, "spatial", ()))
+        of_batch = field.name in (
+            "N",
+            "outer",
+        )  # a layer's rows are its batch, however they are counted
+        if (
+            not of_batch
+            and value != field.default
+            and text != _text((_USUAL.get(field.name),) * usual)
         ):
             parts.append(f"{field.name}={text}")
     return " ".join(parts)

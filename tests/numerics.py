@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from cases import CASES, Case, device_of, run
 
 import cnnops
+from cnnops import tuned
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ALLOWED = {"cpu": 1.5, "cuda": 1.5, "emulate": 2.5}
@@ -116,7 +117,8 @@ def main() -> int:
     parser.add_argument("--engine", default="cpu")
     parser.add_argument("--worst", type=int, default=20, help="how many of the worst rows to show")
     options = parser.parse_args()
-    found = list(distances(options.engine))
+    with tuned.only(), cnnops.policy("own"), cnnops.fallback("error"):
+        found = list(distances(options.engine))
     print(*table(found), sep="\n")
     beyond = sorted(
         (d for d in found if not d.passes), key=lambda d: -d.ours / max(d.theirs, 1e-30)

@@ -25,7 +25,7 @@ from cases import ALL, CASES, Case, run
 
 import cnnops
 import cnnops.functional as C
-from cnnops import registry
+from cnnops import registry, tuned
 
 README = Path(__file__).parent.parent / "README.md"
 COMMAND = "python -m tests.supported"
@@ -136,5 +136,5 @@ def rewrite() -> None:
 
 
 if __name__ == "__main__":
-    cnnops.fallback("error")
-    rewrite()
+    with tuned.only(), cnnops.policy("own"), cnnops.fallback("error"):
+        rewrite()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from cases import ENGINES, TOLERANCE, assert_close, device_of, laid_out, needs_emulator, normal
+from networks import UNet
 from torch import Tensor
 
 import cnnops
@@ -25,7 +26,7 @@ from cnnops import registry, tuned, tuning
 from cnnops.cuda import conv_direct
 from cnnops.cuda.launch import trace
 from cnnops.registry import Row
-from cnnops.shapes import ConvShape, NormShape, PoolShape
+from cnnops.shapes import ConvShape, GroupShape, LayerShape, NormShape, PoolShape, UnpoolShape
 from cnnops.tuned import Entry
 
 SHAPE = ConvShape.of((4, 3, 8, 8), (6, 3, 3, 3))
@@ -125,6 +126,9 @@ def test_problem_is_text_of_every_size() -> None:
     assert tuned.problem(pool) == "N=2 C=4 spatial=9x7 kernel=2x2 stride=2x2 ceil_mode=True"
     assert tuned.problem(NormShape(3, 5, (2, 2))) == "N=3 C=5 spatial=2x2"
     assert tuned.problem(NormShape(3, 5, ())) == "N=3 C=5"
+    assert tuned.problem(GroupShape(3, 6, (4,), 2)) == "N=3 C=6 spatial=4 groups=2"
+    assert tuned.problem(LayerShape((3, 4), (5, 6))) == "N=12 normalized=5x6"
+    assert tuned.problem(UnpoolShape(2, 3, (4, 4), (8, 9))) == "N=2 C=3 spatial=4x4 output=8x9"
     every = [conv, replace(conv, padding=((0, 2), (1, 1))), replace(conv, dilation=(2, 1)), pool]
     every += [replace(pool, ceil_mode=False), replace(pool, count_include_pad=False)]
     assert len({tuned.problem(shape) for shape in every}) == len(every)
@@ -452,6 +456,20 @@ class Net(torch.nn.Module):
 
 
 X = (4, 3, 8, 8)
+
+
+def test_every_kind_of_layer_is_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows, groups, unpooled planes: each problem is found again in the table that it was written to."""
+    told(monkeypatch, aten_wins)
+    net, x, file = cnnops.convert(UNet(2)).model, torch.randn(2, 3, 8, 8), tmp_path / "t.json"
+    with cnnops.policy("auto"):
+        found = cnnops.tune(net, x, progress=False, file=file)
+        assert not any(r.refused for r in found.results), str(found)
+        ops = {r.problem.op for r in found.results}
+        assert {"group_norm_fwd", "layer_norm_bwd", "max_unpool_bwd", "conv_dgrad"} <= ops
+        with tuned.only(file):
+            choices = cnnops.explain(net, x)
+    assert choices and all(choice.measured for choice in choices)
 
 
 def test_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
