@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -290,6 +291,28 @@ def test_bias_gradient_for_any_shape_with_that_output(
 # ---- laws -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[False, True], ids=["inner", "outer"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The weight gradient by inner products, or by outer ones, whichever would be faster."""
+    conv = cnnops.cpu.conv
+    chosen = partial(conv._weigh_weights, forms=(request.param,))
+    monkeypatch.setattr(conv, "_weigh_weights", chosen)
+    conv._wgrad.cache_clear()
+    yield
+    conv._wgrad.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", EDGES)
+@pytest.mark.usefixtures("products")
+def test_both_forms_of_the_weight_gradient(name: str, dtype: torch.dtype) -> None:
+    """On every shape, also the one that another form is faster on; with one split and with several."""
+    x, w, arguments, modes = EDGES[name]
+    for mode in ("zeros", *modes[:1]):
+        shape = ConvShape.of(x, w, **arguments, padding_mode=mode)
+        check(cnnops.cpu.conv, shape, dtype, ("contiguous", "sliced"))
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     former = torch.get_num_threads()
@@ -298,7 +321,7 @@ def threads() -> Iterator[None]:
 
 
 @every_mode
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("products", "threads")
 def test_same_bits_for_any_number_of_threads(mode: str) -> None:
     shape = ConvShape.of((8, 20, 14, 14), (50, 20, 5, 5), padding=4, padding_mode=mode)
     x, grad_y, padded = map(torch.randn, (shape.x_size, shape.y_size, shape.padded.x_size))
@@ -314,6 +337,7 @@ def test_same_bits_for_any_number_of_threads(mode: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
+@pytest.mark.usefixtures("products")
 @every_mode
 def test_infinity_goes_where_the_padding_shows_it(mode: str) -> None:
     """Work is done on more places than are asked for: an infinity there must not reach other results."""
@@ -329,7 +353,7 @@ def test_infinity_goes_where_the_padding_shows_it(mode: str) -> None:
     assert grad_w[:, 0].isinf().all() and grad_w[:, 1].isfinite().all()
 
 
-@pytest.mark.usefixtures("threads")
+@pytest.mark.usefixtures("products", "threads")
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_what_another_call_left_in_memory_does_not_matter(mode: str) -> None:
     """Seven images in blocks of eight, rows of which vectors read more than there is."""

@@ -51,6 +51,32 @@ def rng() -> np.random.Generator:
 
 
 @lru_cache(None)
+def transpose(T: str, L: int) -> Task:
+    args = layout(f"{T}**2 int32* int64*2")
+
+    def test_transpose(address: int, index: int, scratch: int) -> None:
+        to, source, offsets, pitch, length = unpack(address, args)
+        simd.transpose(L, to, pitch, source, offsets, length)
+
+    return Task(test_transpose, args)
+
+
+@width
+@element
+def test_transpose(T: str, bits: int, rng: np.random.Generator) -> None:
+    """Rows up to a whole number of vectors, and nothing between or behind them."""
+    L = lanes(T, bits)
+    source = rng.standard_normal(1000).astype(T)
+    offsets = rng.integers(0, 900, L).astype(np.int32)
+    for length in (0, 1, L, L + 1):
+        rows = -(-length // L) * L
+        to = np.full((3 * L, L + 5), 7, T)
+        transpose(T, L).run(1, 0, *map(address, (to, source, offsets)), L + 5, length)
+        assert np.array_equal(to[:rows, :L], source[offsets + np.arange(rows)[:, None]])
+        assert (to[rows:] == 7).all() and (to[:, L:] == 7).all()
+
+
+@lru_cache(None)
 def gemm(T: str, L: int, M: int, V: int) -> Task:
     args = layout(f"{T}**3 int32* int64*3")
 

@@ -10,9 +10,12 @@ x into scratch, padded, and multiplies it there against packed weights:
 
 A tap then is one offset into the block, and `simd.gemm` runs along consecutive elements: places of a row,
 images side by side (the innermost axis, for maps too small to fill vectors) or, where that computes less in
-total, whole rows with the padding between them. `_weigh_correlation` picks by an estimate. The weight
-gradient copies x the same way and takes sums along rows with `simd.dot`; it splits the sum by the shape alone
-and adds the parts in order, so its bits do not depend on the number of threads.
+total, whole rows with the padding between them. `_weigh_correlation` picks by an estimate.
+
+The weight gradient copies x the same way. Where rows are long it takes sums along them with `simd.dot`; else
+it turns the block, one tile of (channel, tap) at a time, into ``[place] [channel, tap]`` and adds up outer
+products with `simd.gemm`. `_weigh_weights` picks; it splits the sum by the shape alone and the parts are
+added in order, so the bits do not depend on the number of threads.
 
 A padding mode other than zeros changes the copy and nothing else: places are counted in the padded input, and
 tables say which place of x each of them shows (`_Frame`). Their input gradient is that of the padded input,
@@ -232,25 +235,54 @@ def _correlate(T: str, L: int, M: int, V: int, framed: bool) -> Task:
     return Task(conv_correlate, args)
 
 
+@njit(error_model="numpy", boundscheck=False)
+def _add_products(
+    L, M, V, lines, stack, block, places, tile, count, filters, columns, sums, pitch, former, edge, exact
+):  # fmt: skip
+    """``sums[k, j] (+)= sum_i lines[k // M, i, k % M] * block[i, j]`` for so many filters and columns.
+
+    `lines` have `stack` places each; of the first `count` of them `places` leads to the block's rows, which
+    are `tile` long. Sums are added to where there are `former` ones, overwritten elsewhere; whole tiles of
+    them, unless that must be `exact`: what reaches beyond them then stays in `edge`.
+    """
+    for k in range(0, filters, M):
+        line = ahead(sums, k * pitch)
+        whole = not exact or (k + M <= filters and columns == tile)
+        to = line if whole else edge
+        step = pitch if whole else tile
+        add = former and whole
+        for place in range(0, count, STRETCH):
+            simd.gemm(
+                L, M, V, ahead(lines, k * stack + place * M), ahead(block, place * tile), places,
+                min(STRETCH, count - place), to, step, 1 if add else place,
+            )  # fmt: skip
+        if not whole:
+            for m in range(min(M, filters - k)):
+                for j in range(columns):
+                    value = edge[m * tile + j]
+                    line[m * pitch + j] = value + line[m * pitch + j] if former else value
+
+
 @lru_cache(None)
-def _weights(T: str, L: int, M: int, V: int, framed: bool) -> Task:
-    args = layout(f"{T}**3 int32**5 int64*45")
+def _weights(T: str, L: int, M: int, V: int, framed: bool, turned: bool) -> Task:
+    args = layout(f"{T}**3 int32**6 int64*47")
+    tile = V * L if turned else V
+    half = V // 2
 
     def conv_weights(address: int, index: int, scratch: int) -> None:
-        """A share of the places, for a share of one group's filters and channels: ``sums [K] [C, tap]``."""
+        """A share of the places, for a share of one group's filters and channels: ``sums [K] [C, tap]``.
+
+        `direct`: sums is the result itself, else a place of its own for each task.
+        """
         (
-            x, grad_y, sums, offsets, residues, places_d, places_h, places_w, before, width,
+            x, grad_y, sums, offsets, residues, places,
+            places_d, places_h, places_w, before, width,
             N, groups, C, K, T_, F, splits, parts_k, parts_c,
-            Bi, Bd, Bh, Bw, blocks_n, blocks_d, blocks_h, blocks_w, Zb, Hb, Wb, lines_at,
+            Bi, Bd, Bh, Bw, blocks_n, blocks_d, blocks_h, blocks_w, Zb, Hb, Wb, lines_at, edge_at, direct,
             Z, P, Q, sd, sh, sw, low_d, low_h, low_w, D, H, W,
             xn, xc, xd, xh, xw, yn, yk, yd, yh, yw,
         ) = unpack(address, args)  # fmt: skip
         most_k, most_c = (K + parts_k - 1) // parts_k, (C + parts_c - 1) // parts_c
-        rows, columns = (most_k + M - 1) // M * M, (most_c * T_ + V - 1) // V * V
-        sums = ahead(sums, index * rows * columns)
-        for j in range(rows * columns):
-            sums[j] = 0
-        neutral = -sums[0]  # -0: adding it changes nothing
         c0 = index % parts_c * most_c
         rest = index // parts_c
         k0 = rest % parts_k * most_k
@@ -258,14 +290,29 @@ def _weights(T: str, L: int, M: int, V: int, framed: bool) -> Task:
         group = rest % groups
         split = rest // groups
         channels, filters = min(most_c, C - c0), min(most_k, K - k0)
+        rows, columns = (most_k + M - 1) // M * M, (most_c * T_ + tile - 1) // tile * tile
+        if direct:
+            pitch = C * T_
+            sums = ahead(sums, (group * K + k0) * pitch + c0 * T_)
+        else:
+            pitch = columns
+            sums = ahead(sums, index * rows * columns)
         if channels <= 0 or filters <= 0:
             return
 
         block = pointer(scratch, T)
         lines = pointer(scratch + lines_at, T)
-        line, row, stack = Bw * Bi, Wb * Bi, Bd * Bh * Bw * Bi
+        edge = pointer(scratch + edge_at, T)
+        turned_block = ahead(edge, M * tile)
+        row, stack = Wb * Bi, Bd * Bh * Bw * Bi
         blocks = blocks_n * blocks_d * blocks_h * blocks_w
-        for number in range(split * blocks // splits, (split + 1) * blocks // splits):
+        start = split * blocks // splits
+        if not turned or blocks == 0:
+            for j in range(rows * columns):
+                sums[j] = 0
+        lines[0] = 0
+        neutral = -lines[0]  # -0: adding it changes nothing
+        for number in range(start, (split + 1) * blocks // splits):
             q0 = number % blocks_w * Bw
             rest = number // blocks_w
             p0 = rest % blocks_h * Bh
@@ -280,36 +327,66 @@ def _weights(T: str, L: int, M: int, V: int, framed: bool) -> Task:
                 (D, H, W), (xn, xc, xd, xh, xw),
                 (places_d, places_h, places_w, before, width) if framed else None,
             )  # fmt: skip
+            line = qs * Bi
             if images < Bi:
-                for j in range(filters * stack):
+                for j in range((filters + M - 1) // M * M * stack):
                     lines[j] = 0
             for k in range(filters):
                 for i in range(images):
                     for z in range(zs):
                         for p in range(ps):
-                            to = ahead(lines, k * stack + (z * Bh + p) * line + i)
+                            place = (z * ps + p) * line + i
                             source = ahead(
                                 grad_y,
                                 (n0 + i) * yn + (group * K + k0 + k) * yk
                                 + (z0 + z) * yd + (p0 + p) * yh + q0 * yw,
                             )  # fmt: skip
-                            if Bi == 1 and yw == 1:
-                                simd.copy(L, to, source, qs, neutral)
+                            if turned:
+                                to = ahead(lines, (k // M * stack + place) * M + k % M)
+                                for q in range(qs):
+                                    to[q * Bi * M] = source[q * yw]
+                            elif Bi == 1 and yw == 1:
+                                simd.copy(L, ahead(lines, k * stack + place), source, qs, neutral)
                             else:
+                                to = ahead(lines, k * stack + place)
                                 for q in range(qs):
                                     to[q * Bi] = source[q * yw]
             # Rows without padding between them are one long row.
-            segments, length = ps, qs * Bi
-            if line == row and qs == Bw:
+            segments, length = ps, line
+            if line == row:
                 segments, length = 1, ps * line
-            for k in range(0, filters, M):
-                for j in range(0, channels * T_, V):
-                    for z in range(zs):
-                        simd.dot(
-                            L, M, V, ahead(lines, k * stack + z * Bh * line), stack, line,
-                            ahead(block, z * Hb * row), ahead(offsets, j), row, segments, length,
-                            ahead(sums, k * columns + j), columns,
-                        )  # fmt: skip
+            if not turned:
+                for k in range(0, filters, M):
+                    for j in range(0, channels * T_, V):
+                        for z in range(zs):
+                            simd.dot(
+                                L, M, V, ahead(lines, k * stack + z * ps * line), stack, line,
+                                ahead(block, z * Hb * row), ahead(offsets, j), row, segments, length,
+                                ahead(sums, k * pitch + j), pitch,
+                            )  # fmt: skip
+                continue
+            count = zs * ps * line
+            for j in range(0, channels * T_, tile):
+                vectors = min(V, (channels * T_ - j + L - 1) // L)
+                for z in range(zs):
+                    for p in range(segments):
+                        for v in range(vectors):
+                            simd.transpose(
+                                L, ahead(turned_block, (z * ps + p) * line * tile + v * L), tile,
+                                ahead(block, (z * Hb + p) * row), ahead(offsets, j + v * L), length,
+                            )  # fmt: skip
+                some = min(tile, channels * T_ - j)
+                to, former = ahead(sums, j), number > start
+                if vectors > half:
+                    _add_products(
+                        L, M, V, lines, stack, turned_block, places, tile, count, filters, some,
+                        to, pitch, former, edge, direct,
+                    )  # fmt: skip
+                else:
+                    _add_products(
+                        L, M, half, lines, stack, turned_block, places, tile, count, filters, some,
+                        to, pitch, former, edge, direct,
+                    )  # fmt: skip
 
     return Task(conv_weights, args)
 
@@ -748,8 +825,9 @@ def _dgrad(shape: ConvShape, T: str, threads: int) -> tuple[list[_Correlation], 
 
 class _WeightChoice(NamedTuple):
     """How the weight gradient is cut: filters and channels into parts, the places into `splits`. A task's
-    sums have `rows` times `columns`."""
+    sums have `rows` times `columns`: outer products of a `turned` block, else inner ones."""
 
+    turned: bool
     block: _Block
     parts_k: int
     parts_c: int
@@ -758,41 +836,64 @@ class _WeightChoice(NamedTuple):
     columns: int
 
 
+def _weight_tile(turned: bool, K: int) -> tuple[int, int]:
+    """Rows and vectors of a tile of outer products, or rows and columns of inner ones."""
+    tiles = simd.tiles()
+    if turned:
+        return tiles.gemm if K > 1 else tiles.gemm_thin
+    return tiles.dot if K > 1 else tiles.dot_thin
+
+
 def _weigh_weights(
     T: str, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis], windows: Sequence[_Window],
-    tile: tuple[int, int],
+    forms: Sequence[bool] = (False, True),
 ) -> tuple[float, _WeightChoice]:  # fmt: skip
-    """The fastest choice by estimated cycles, and that estimate for all tasks together."""
-    (M, V), lanes, itemsize = tile, simd.lanes(T), _itemsize(T)
+    """The fastest choice by estimated cycles, and that estimate for all tasks together; `forms` are the
+    values of `turned` to choose from."""
+    lanes, itemsize = simd.lanes(T), _itemsize(T)
     taps = math.prod(len(axis.taps) for axis in axes)
     weighed: list[tuple[float, float, _WeightChoice]] = []
-    for block in _blocks(N, axes, windows):
+    for block, turned in product(_blocks(N, axes, windows), forms):
+        M, V = _weight_tile(turned, K)
+        tile = V * lanes if turned else V
+        stretches = -(-block.places // STRETCH)
         z, p, q = block.outputs
         blocks = math.prod(block.count(N, axes))
         lines, length = z * p, q * block.images
         if block.inputs[2] == q:
             lines, length = z, p * length
-        one = M * V * (lines * -(-length // lanes) + 12 * z) + 15 * lines + 30
+        vectors = lines * -(-length // lanes)
+        one = M * V * (vectors + 12 * z) + 15 * lines + 30
         for parts_k, parts_c in product((1, 2, 4, 8, 16), repeat=2):
             parts = groups * parts_k * parts_c
             if parts_k > K or parts_c > C or parts > max(groups, 4 * SPLITS):
                 continue
             most_k, most_c = -(-K // parts_k), -(-C // parts_c)
-            rows, columns = _up(most_k, M), _up(most_c * taps, V)
+            rows, columns = _up(most_k, M), _up(most_c * taps, tile)
             size = rows * columns
             fitting = PARTIAL_BYTES // (size * parts * itemsize)
             splits = max(1, min(blocks, SPLITS // parts, fitting))
             room = (most_c * block.elements + rows * block.places) * itemsize
-            cycles = (
-                rows // M * (columns // V) * one * _slower(room)
-                + most_c * block.copy_cycles(block.inputs, block.phases)
-                + most_k * block.copy_cycles(block.outputs, 1)
-                + 500
-            ) * -(-blocks // splits) + 2 * size
+            tiles = rows // M * (columns // tile)
+            copies = most_c * block.copy_cycles(block.inputs, block.phases)
+            if turned:
+                room += tile * block.places * itemsize
+                used = _up(most_c * taps, tile // 2) // lanes
+                products = used * rows * block.places + tiles * stretches * (3 * M * V + 60)
+                copies += used * (8 * lanes * vectors + 20 * lines)
+                # grad_y is copied to every M-th element.
+                copies += most_k * block.images * z * (250 + p * (15 + 1.6 * q))
+            else:
+                products = tiles * one
+                copies += most_k * block.copy_cycles(block.outputs, 1)
+            cycles = (products * _slower(room) + copies + 500) * -(-blocks // splits)
+            # A turned block's sums are the result itself if they are not split.
+            if not turned or splits > 1:
+                cycles += 2 * size
             # As if for eight threads; small problems for fewer, which need fewer splits.
             work = cycles * parts * splits
             threads = min(8, max(1, int(work / 50_000)))
-            choice = _WeightChoice(block, parts_k, parts_c, splits, rows, columns)
+            choice = _WeightChoice(turned, block, parts_k, parts_c, splits, rows, columns)
             weighed.append((cycles * -(-parts * splits // threads), work, choice))
     _, work, choice = min(weighed, key=lambda triple: triple[0])
     return work, choice
@@ -807,22 +908,32 @@ class _WeightGradient:
         C, K, taps = shape.C // groups, shape.K // groups, math.prod(shape.TRS)
         axes = _axes(shape)
         windows = [_Window(axis) for axis in axes]
-        tile = simd.tiles().dot if K > 1 else simd.tiles().dot_thin
-        self._work, choice = _weigh_weights(T, N, groups, C, K, axes, windows, tile)
-        block, parts_k, parts_c, splits, rows, columns = choice
+        self._work, choice = _weigh_weights(T, N, groups, C, K, axes, windows)
+        turned, block, parts_k, parts_c, splits, rows, columns = choice
+        M, V = _weight_tile(turned, K)
+        tile = V * lanes if turned else V
         most_c = -(-C // parts_c)
         lines_at = _up((most_c * block.elements + lanes) * itemsize, 64)
-        self._scratch_bytes = lines_at + (rows * block.places + lanes) * itemsize
+        edge_at = _up(lines_at + (rows * block.places + lanes) * itemsize, 64)
+        self._scratch_bytes = edge_at
+        if turned:
+            self._scratch_bytes += (M + block.places + lanes) * tile * itemsize
+        counts = block.count(N, axes)
+        self._direct = turned and splits == 1 and math.prod(counts) > 0
         frame = self._frame = _Frame.of(shape)
-        self._task = _weights(T, lanes, *tile, frame is not None)
+        self._task = _weights(T, lanes, M, V, frame is not None, turned)
         self._count = splits * groups * parts_k * parts_c
         self._sums_size = self._count * rows * columns
-        self._tables = _tables(block, most_c, windows, tile[1])
+        self._tables = (
+            *_tables(block, most_c, windows, tile),
+            np.arange(STRETCH, dtype=np.int32) * np.int32(tile),
+        )
         self._values = (
             *(table.ctypes.data for table in self._tables),
             *(frame.values if frame else _NO_FRAME),
             N, groups, C, K, taps, block.phases, splits, parts_k, parts_c,
-            block.images, *block.outputs, *block.count(N, axes), *block.inputs, lines_at,
+            block.images, *block.outputs, *counts, *block.inputs,
+            lines_at, edge_at, self._direct,
             *(axis.out for axis in axes), *(axis.step for axis in axes), *(w.low for w in windows),
             *(axis.size for axis in axes),
         )  # fmt: skip
@@ -831,20 +942,21 @@ class _WeightGradient:
         self._add_values = (groups, K, C, taps, splits, parts_k, parts_c, rows, columns)
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
-        sums = torch.empty(self._sums_size, dtype=x.dtype)
+        sums = grad_w if self._direct else torch.empty(self._sums_size, dtype=x.dtype)
         self._task.run(
             self._count, self._work,
             x.data_ptr(), grad_y.data_ptr(), sums.data_ptr(), *self._values,
             *strides(x), *strides(grad_y),
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
-        self._add.run(
-            self._add_count,
-            self._sums_size,
-            sums.data_ptr(),
-            grad_w.data_ptr(),
-            *self._add_values,
-        )
+        if not self._direct:
+            self._add.run(
+                self._add_count,
+                self._sums_size,
+                sums.data_ptr(),
+                grad_w.data_ptr(),
+                *self._add_values,
+            )
 
 
 _wgrad = lru_cache(512)(_WeightGradient)

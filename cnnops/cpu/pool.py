@@ -6,24 +6,29 @@ in an adaptive one as if it had the largest window's rows.
 Average: the sum in the window's order, then one division.
 Unpooling: zeros, then the values row by row, so that the last one of a place stays.
 
-A task does some channels of one image, each from its first element to its last, so that whatever windows
-share is added in one order. A row of outputs is done at once, window place by window place, in loops that
-LLVM turns into vectors: along the row, or, in channels-last memory, along its channels, which then are the
-innermost axis of everything (`inner` is their number, 1 otherwise). Average and adaptive windows come from
-tables of (start, stop, extent) along each axis.
+Row-major memory: a task does some channels of one image, each from its first element to its last, so that
+whatever windows share is added in one order. A row of outputs is done at once, window place by window place.
+Channels-last memory: vectors lie along the channels. What writes each element once (forward, and backward of
+windows side by side) is split by rows among tasks, reads half types as they are and rounds once, at the end;
+other backwards have channels as the innermost axis of everything (`inner` is their number, 1 otherwise).
+Windows come from tables along each axis: of (start, stop, extent) for averages and adaptive maxima, of
+(start, stop, first place) for maxima in channels-last memory.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 
+import llvmlite.binding as llvm
 import numpy as np
 import torch
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from cnnops.cpu import simd
 from cnnops.cpu.simd import sum_of
@@ -31,6 +36,7 @@ from cnnops.cpu.task import (
     NAME,
     Task,
     ahead,
+    collapse,
     inside,
     layout,
     native,
@@ -44,6 +50,347 @@ from cnnops.cpu.task import (
 )
 from cnnops.shapes import PoolShape, UnpoolShape
 
+# ---- vectors of any type ----------------------------------------------------------------------------------
+
+_POINTED = {
+    "float32": types.float32,
+    "float64": types.float64,
+    "float16": types.uint16,
+    "bfloat16": types.uint16,
+}
+"""What memory holds of each type, as numba knows it: half types as their bits."""
+
+
+@intrinsic(prefer_literal=True)
+def _elements(typing_context, address, kind):
+    """`address` as a pointer to elements of the type called `kind`."""
+    result = types.CPointer(_POINTED[kind.literal_value])
+
+    def generate(context, builder, signature, values):
+        return builder.inttoptr(values[0], context.get_value_type(result))
+
+    return result(types.int64, kind), generate
+
+
+class _Vectors(simd._Emit):
+    """Vectors of float32 or float64, of which memory holds the type called `kind`."""
+
+    def __init__(self, builder: ir.IRBuilder, kind: str, lanes: int) -> None:
+        super().__init__(builder, ir.DoubleType() if kind == "float64" else ir.FloatType(), lanes)
+        self.half = kind in ("float16", "bfloat16")
+        self.kind = kind
+        self.bits = ir.VectorType(ir.IntType(16), lanes)
+        self.words = ir.VectorType(ir.IntType(32), lanes)
+
+    def word(self, value: int) -> ir.Constant:
+        return ir.Constant(self.words, [value] * self.lanes)
+
+    def read(self, place: ir.Value, mask: ir.Value | None = None) -> ir.Value:
+        """A vector from memory, or its lanes of `mask`, and zeros."""
+        if not self.half:
+            return self.load(place) if mask is None else self.load_some(place, mask)
+        place = self.builder.bitcast(place, self.bits.as_pointer())
+        if mask is None:
+            bits = self.builder.load(place, align=2)
+        else:
+            zero = ir.Constant(self.bits, [0] * self.lanes)
+            align = ir.IntType(32)(2)
+            kind = ir.FunctionType(self.bits, [place.type, align.type, mask.type, self.bits])
+            name = f"llvm.masked.load.v{self.lanes}i16.p0"
+            masked = simd._declared(self.builder.module, name, kind)
+            bits = self.builder.call(masked, [place, align, mask, zero])
+        if self.kind == "float16":
+            halves = self.builder.bitcast(bits, ir.VectorType(ir.HalfType(), self.lanes))
+            return self.builder.fpext(halves, self.vector)
+        words = self.builder.shl(self.builder.zext(bits, self.words), self.word(16))
+        return self.builder.bitcast(words, self.vector)
+
+    def write(self, value: ir.Value, place: ir.Value, mask: ir.Value | None = None) -> None:
+        """A vector, or its lanes of `mask`, to memory: rounded to nearest, ties to even."""
+        if not self.half:
+            return self.store(value, place) if mask is None else self.store_some(value, place, mask)
+        builder = self.builder
+        if self.kind == "float16":
+            halves = builder.fptrunc(value, ir.VectorType(ir.HalfType(), self.lanes))
+            bits = builder.bitcast(halves, self.bits)
+        else:
+            words = builder.bitcast(value, self.words)
+            odd = builder.and_(builder.lshr(words, self.word(16)), self.word(1))
+            rounded = builder.add(words, builder.add(odd, self.word(0x7FFF)))
+            # Rounding could carry a NaN's bits away.
+            nan = builder.fcmp_unordered("uno", value, value)
+            rounded = builder.select(nan, self.word(0x7FC00000), rounded)
+            bits = builder.trunc(builder.lshr(rounded, self.word(16)), self.bits)
+        place = builder.bitcast(place, self.bits.as_pointer())
+        if mask is None:
+            builder.store(bits, place, align=2)
+            return None
+        align = ir.IntType(32)(2)
+        kind = ir.FunctionType(ir.VoidType(), [self.bits, place.type, align.type, mask.type])
+        name = f"llvm.masked.store.v{self.lanes}i16.p0"
+        masked = simd._declared(builder.module, name, kind)
+        builder.call(masked, [bits, place, align, mask])
+        return None
+
+    def over(self, count: ir.Value, body: Callable[[ir.Value, ir.Value | None], None]) -> None:
+        """`body` of each vector's first number and its mask, None but for a last one that is not whole."""
+        builder = self.builder
+        rest = builder.and_(count, simd._i64(self.lanes - 1))
+        whole = builder.sub(count, rest)
+        loop = simd._Loop(builder, simd._i64(0), whole, self.lanes, [])
+        body(loop.index, None)
+        loop.close([])
+        with builder.if_then(builder.icmp_signed("!=", rest, simd._i64(0))):
+            body(whole, self.first(rest))
+
+
+@intrinsic(prefer_literal=True)
+def _larger(typing_context, lanes, kind, best, kept, row, count, place):
+    """As `simd.keep_larger`, for a row without gaps of the type called `kind`."""
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        best, kept, row, count, place = values[2:]
+        emit = _Vectors(builder, of, L)
+        places = simd._splat(builder, builder.trunc(place, ir.IntType(32)), L)
+
+        def update(i, mask):
+            value = emit.read(builder.gep(row, [i]), mask)
+            at = builder.gep(best, [i])
+            where = builder.bitcast(builder.gep(kept, [i]), emit.words.as_pointer())
+            former = emit.load(at)
+            nan = builder.fcmp_unordered("uno", value, value)
+            wins = builder.or_(builder.fcmp_ordered(">", value, former), nan)
+            emit.store(builder.select(wins, value, former), at)
+            before = builder.load(where, align=4)
+            builder.store(builder.select(wins, places, before), where, align=4)
+
+        emit.over(count, update)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    signature = types.void(lanes, kind, best, types.CPointer(types.int32), row, i64, i64)
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def _sum_up(typing_context, lanes, kind, step, sums, row, count):
+    """``sums[i] += row[i * step]`` for i < count; `step` 1 or 2, row of the type called `kind`. Sums are read
+    and written in whole vectors, row is not."""
+    L, of, S = lanes.literal_value, kind.literal_value, step.literal_value
+
+    def generate(context, builder, signature, values):
+        sums, row, count = values[3:]
+        emit = _Vectors(builder, of, L)
+
+        def update(i, mask):
+            start = builder.gep(row, [builder.mul(i, simd._i64(S))])
+            if S == 1:
+                value = emit.read(start, mask)
+            else:
+                # The second load starts one early, to end with the last element that is asked for.
+                early = builder.gep(start, [simd._i64(L - 1)])
+                if mask is None:
+                    pair = emit.read(start), emit.read(early)
+                else:
+                    reach = builder.sub(
+                        builder.mul(builder.sub(count, i), simd._i64(2)), simd._i64(1)
+                    )
+                    over = builder.sub(reach, simd._i64(L - 1))
+                    pair = emit.read(start, emit.first(reach)), emit.read(early, emit.first(over))
+                order = [*range(0, L, 2), *range(L + 1, 2 * L, 2)]
+                value = builder.shuffle_vector(*pair, ir.Constant(emit.words, order))
+            at = builder.gep(sums, [i])
+            emit.store(builder.fadd(emit.load(at), value), at)
+
+        emit.over(count, update)
+        return context.get_dummy_value()
+
+    return types.void(lanes, kind, step, sums, row, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _sum_window(typing_context, lanes, kind, sums, row, lines, line, places, place, count):
+    """``sums[i] += row[l * line + p * place + i]`` for l < lines, p < places, i < count, in this order.
+
+    Each vector of sums is kept in a register: for windows so small that their rows stay in the cache. Row of
+    the type called `kind`; sums are whole vectors.
+    """
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        sums, row, lines, line, places, place, count = values[2:]
+        emit = _Vectors(builder, of, L)
+
+        def update(i, mask):
+            at = builder.gep(sums, [i])
+            start = builder.gep(row, [i])
+            outer = simd._Loop(builder, simd._i64(0), lines, 1, [emit.load(at)])
+            near = builder.gep(start, [builder.mul(outer.index, line)])
+            inner = simd._Loop(builder, simd._i64(0), places, 1, outer.carried)
+            value = emit.read(builder.gep(near, [builder.mul(inner.index, place)]), mask)
+            added = inner.close([builder.fadd(inner.carried[0], value)])
+            emit.store(outer.close(added)[0], at)
+
+        emit.over(count, update)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, kind, sums, row, i64, i64, i64, i64, i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _fill(typing_context, lanes, kind, to, value, count):
+    """``to[i] = value`` for i < count; `to` of the type called `kind`."""
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        to, value, count = values[2:]
+        emit = _Vectors(builder, of, L)
+        vector = simd._splat(builder, value, L)
+        emit.over(count, lambda i, mask: emit.write(vector, builder.gep(to, [i]), mask))
+        return context.get_dummy_value()
+
+    T = types.float64 if of == "float64" else types.float32
+    return types.void(lanes, kind, to, T, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _spread(typing_context, lanes, kind, step, row, width, values, kept, place):
+    """``row[i] = values[i // step]`` where ``kept[i // step] == place + i % step``, else 0, for i < width.
+
+    `step` 1 or 2; all of the type called `kind`, but kept, uint8 or int32.
+    """
+    L, of, S = lanes.literal_value, kind.literal_value, step.literal_value
+
+    def generate(context, builder, signature, operands):
+        row, width, values, kept, place = operands[3:]
+        emit = _Vectors(builder, of, L)
+        numbers = kept.type.pointee
+        vector = ir.VectorType(numbers, L)
+        i64 = simd._i64
+        tests = [
+            simd._splat(builder, builder.trunc(builder.add(place, i64(s)), numbers), L)
+            for s in range(S)
+        ]
+        orders = [
+            ir.Constant(emit.words, [start + i // 2 + i % 2 * L for i in range(L)])
+            for start in (0, L // 2)
+        ]
+        numbers_align = numbers.width // 8
+
+        def update(i, mask):
+            from_kept = builder.bitcast(builder.gep(kept, [i]), vector.as_pointer())
+            if mask is None:
+                k = builder.load(from_kept, align=numbers_align)
+            else:
+                align = ir.IntType(32)(numbers_align)
+                blank = ir.Constant(vector, [0] * L)
+                form = ir.FunctionType(vector, [from_kept.type, align.type, mask.type, vector])
+                name = f"llvm.masked.load.v{L}i{numbers.width}.p0"
+                masked = simd._declared(builder.module, name, form)
+                k = builder.call(masked, [from_kept, align, mask, blank])
+            v = emit.read(builder.gep(values, [i]), mask)
+            sides = [
+                builder.select(builder.icmp_signed("==", k, side), v, emit.zero()) for side in tests
+            ]
+            start = builder.mul(i, i64(S))
+            for part, order in enumerate(orders[:S]):
+                at = builder.add(start, i64(part * L))
+                shuffled = sides[0] if S == 1 else builder.shuffle_vector(*sides, order)
+                some = None if mask is None else emit.first(builder.sub(width, at))
+                emit.write(shuffled, builder.gep(row, [at]), some)
+
+        # A width that ends within a pair has its last value in a vector of masks.
+        count = builder.udiv(builder.add(width, i64(S - 1)), i64(S))
+        rest = builder.and_(width, i64(S * L - 1))
+        whole = builder.udiv(builder.sub(width, rest), i64(S))
+        loop = simd._Loop(builder, i64(0), whole, L, [])
+        update(loop.index, None)
+        loop.close([])
+        with builder.if_then(builder.icmp_signed("!=", rest, i64(0))):
+            update(whole, emit.first(builder.sub(count, whole)))
+        return context.get_dummy_value()
+
+    return types.void(lanes, kind, step, row, types.int64, values, kept, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _narrow(typing_context, lanes, kind, to, source, count):
+    """``to[i] = source[i]`` for i < count; `to` of the type called `kind`, source whole vectors."""
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        to, source, count = values[2:]
+        emit = _Vectors(builder, of, L)
+        emit.over(
+            count,
+            lambda i, mask: emit.write(
+                emit.load(builder.gep(source, [i])), builder.gep(to, [i]), mask
+            ),
+        )
+        return context.get_dummy_value()
+
+    return types.void(lanes, kind, to, source, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _widen(typing_context, lanes, kind, to, source, count):
+    """``to[i] = source[i]`` for i < count; source of the type called `kind`, `to` whole vectors."""
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        to, source, count = values[2:]
+        emit = _Vectors(builder, of, L)
+        emit.over(
+            count,
+            lambda i, mask: emit.store(
+                emit.read(builder.gep(source, [i]), mask), builder.gep(to, [i])
+            ),
+        )
+        return context.get_dummy_value()
+
+    return types.void(lanes, kind, to, source, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _total(typing_context, lanes, kind, values, count):
+    """The sum of `count` values of the type called `kind` in a row, in `lanes` sums of float64.
+
+    LLVM's own loop over float32 costs several times as much, above all for rows as short as 49.
+    """
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, operands):
+        row, count = operands[2:]
+        emit = _Vectors(builder, of, L)
+        sums = simd._Emit(builder, ir.DoubleType(), L)
+
+        def added(former, value):
+            return builder.fadd(
+                former, value if emit.align == 8 else builder.fpext(value, sums.vector)
+            )
+
+        at = simd._i64
+        rest = builder.and_(count, at(4 * L - 1))
+        few = builder.and_(count, at(L - 1))
+        many, whole = builder.sub(count, rest), builder.sub(count, few)
+        loop = simd._Loop(builder, at(0), many, 4 * L, [sums.zero()] * 4)
+        four = loop.close(
+            [
+                added(former, emit.read(builder.gep(row, [builder.add(loop.index, at(k * L))])))
+                for k, former in enumerate(loop.carried)
+            ]
+        )
+        loop = simd._Loop(builder, many, whole, L, four[:1])
+        first = loop.close([added(loop.carried[0], emit.read(builder.gep(row, [loop.index])))])[0]
+        tail = emit.read(builder.gep(row, [whole]), emit.first(few))
+        pairs = builder.fadd(first, four[1]), builder.fadd(four[2], four[3])
+        return sums.total(added(builder.fadd(*pairs), tail))
+
+    return types.float64(lanes, kind, values, types.int64), generate
+
+
 # ---- kernels ----------------------------------------------------------------------------------------------
 
 
@@ -54,20 +401,9 @@ def _first(start, step):
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _keep_larger(L, best, kept, row, step, start, stop, place, inner):
+def _keep_larger(L, best, kept, row, step, start, stop, place):
     """Let `place` of the windows ``start … stop`` win where its value, `step` apart in `row`, is larger."""
-    if inner > 1:
-        for q in range(start, stop):
-            simd.keep_larger(
-                L,
-                1,
-                ahead(best, q * inner),
-                ahead(kept, q * inner),
-                ahead(row, q * step),
-                inner,
-                place,
-            )
-    elif step == 1:
+    if step == 1:
         simd.keep_larger(
             L, 1, ahead(best, start), ahead(kept, start), ahead(row, start), stop - start, place
         )
@@ -133,31 +469,28 @@ def _clear(image, D, H, W, d, h, w, inner):
 
 @lru_cache(None)
 def _max_fwd(T: str, kept_type: str, L: int) -> Task:
-    args = layout(f"{T}**2 {kept_type}* int64*36")
+    args = layout(f"{T}**2 {kept_type}* int64*35")
 
     def max_pool_fwd(address: int, index: int, scratch: int) -> None:
         (
-            x, y, offsets, C, each, together, D, H, W, Z, P, Q, T_, R, S, sd, sh, sw, pd, ph, pw, rd, rh, rw,
+            x, y, offsets, C, each, D, H, W, Z, P, Q, T_, R, S, sd, sh, sw, pd, ph, pw, rd, rh, rw,
             xn, xc, xd, xh, xw, yn, yc, yd, yh, yw, on, oc, od, oh, ow,
         ) = unpack(address, args)  # fmt: skip
         shares = (C + each - 1) // each
         n, first = index // shares, index % shares * each
-        behind = min(first + each, C)
-        inner = behind - first if together else 1
         best = pointer(scratch, T)
-        kept = pointer(scratch + 8 * (Q * inner + L), "int32")
-        for c in range(first, behind, inner):
+        kept = pointer(scratch + 8 * (Q + L), "int32")
+        for c in range(first, min(first + each, C)):
             for z in range(Z):
                 for p in range(P):
                     d, h = z * sd - pd, p * sh - ph
                     first_t, first_r = _first(d, rd), _first(h, rh)
                     corner = (first_t * R + first_r) * S
-                    for q in range(Q * inner):
+                    for q in range(Q):
                         best[q] = -np.inf
                         kept[q] = corner
                     for q in range(min((pw + sw - 1) // sw, Q)):
-                        for i in range(inner):
-                            kept[q * inner + i] = corner + _first(q * sw - pw, rw)
+                        kept[q] = corner + _first(q * sw - pw, rw)
                     for t in range(first_t, T_):
                         for r in range(first_r, R):
                             if d + t * rd >= D or h + r * rh >= H:
@@ -168,36 +501,32 @@ def _max_fwd(T: str, kept_type: str, L: int) -> Task:
                                 start, stop = inside(w, sw, W, Q)
                                 _keep_larger(
                                     L, best, kept, ahead(row, w * xw), sw * xw, start, stop,
-                                    (t * R + r) * S + s, inner,
+                                    (t * R + r) * S + s,
                                 )  # fmt: skip
-                    _put(ahead(y, n * yn + c * yc + z * yd + p * yh), yw, best, inner, Q, inner)
-                    _put(
-                        ahead(offsets, n * on + c * oc + z * od + p * oh), ow, kept, inner, Q, inner
-                    )
+                    _put(ahead(y, n * yn + c * yc + z * yd + p * yh), yw, best, 1, Q, 1)
+                    _put(ahead(offsets, n * on + c * oc + z * od + p * oh), ow, kept, 1, Q, 1)
 
     return Task(max_pool_fwd, args)
 
 
 @lru_cache(None)
-def _adaptive_max_fwd(T: str, kept_type: str, L: int) -> Task:
-    args = layout(f"{T}**2 {kept_type}* int32**3 int64*26")
+def _adaptive_max_fwd(T: str, kept_type: str) -> Task:
+    args = layout(f"{T}**2 {kept_type}* int32**3 int64*22")
 
     def adaptive_max_pool_fwd(address: int, index: int, scratch: int) -> None:
         (
-            x, y, offsets, along_d, along_h, along_w, C, each, together, D, H, W, Z, P, Q, R, S,
+            x, y, offsets, along_d, along_h, along_w, C, each, Z, P, Q, R, S,
             xn, xc, xd, xh, xw, yn, yc, yd, yh, yw, on, oc, od, oh, ow,
         ) = unpack(address, args)  # fmt: skip
         shares = (C + each - 1) // each
         n, first = index // shares, index % shares * each
-        behind = min(first + each, C)
-        inner = behind - first if together else 1
         best = pointer(scratch, T)
-        kept = pointer(scratch + 8 * (Q * inner + L), "int32")
-        for c in range(first, behind, inner):
+        kept = pointer(scratch + 8 * Q, "int32")
+        for c in range(first, min(first + each, C)):
             for z in range(Z):
                 for p in range(P):
                     d0, h0 = along_d[3 * z], along_h[3 * p]
-                    for q in range(Q * inner):
+                    for q in range(Q):
                         best[q] = -np.inf
                         kept[q] = 0
                     for d in range(d0, along_d[3 * z + 1]):
@@ -206,13 +535,6 @@ def _adaptive_max_fwd(T: str, kept_type: str, L: int) -> Task:
                             corner = ((d - d0) * R + h - h0) * S
                             for q in range(Q):
                                 w0, w1 = along_w[3 * q], along_w[3 * q + 1]
-                                if inner > 1:
-                                    for w in range(w0, w1):
-                                        simd.keep_larger(
-                                            L, 1, ahead(best, q * inner), ahead(kept, q * inner),
-                                            ahead(row, w * xw), inner, corner + w - w0,
-                                        )  # fmt: skip
-                                    continue
                                 largest, place = best[q], kept[q]
                                 for w in range(w0, w1):
                                     v = row[w * xw]
@@ -221,12 +543,109 @@ def _adaptive_max_fwd(T: str, kept_type: str, L: int) -> Task:
                                         place = corner + w - w0
                                 best[q] = largest
                                 kept[q] = place
-                    _put(ahead(y, n * yn + c * yc + z * yd + p * yh), yw, best, inner, Q, inner)
-                    _put(
-                        ahead(offsets, n * on + c * oc + z * od + p * oh), ow, kept, inner, Q, inner
-                    )
+                    _put(ahead(y, n * yn + c * yc + z * yd + p * yh), yw, best, 1, Q, 1)
+                    _put(ahead(offsets, n * on + c * oc + z * od + p * oh), ow, kept, 1, Q, 1)
 
     return Task(adaptive_max_pool_fwd, args)
+
+
+@lru_cache(None)
+def _max_last_fwd(kind: str, kept_type: str, L: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout(f"int64*2 {kept_type}* int32**3 int64*26")
+
+    def max_pool_last_fwd(address: int, index: int, scratch: int) -> None:
+        """Channels are neighbours; a task does some rows of y, of some channels. Tables have each window's
+        first place in the input, where it stops, and that place's number in the window."""
+        (
+            x_, y_, offsets, along_d, along_h, along_w, C, each, lines, Z, P, Q, R, S, rd, rh, rw,
+            xn, xc, xd, xh, xw, yn, yc, yd, yh, yw, on, oc, od, oh, ow,
+        ) = unpack(address, args)  # fmt: skip
+        shares, parts = (C + each - 1) // each, (Z * P + lines - 1) // lines
+        n, c = index // parts // shares, index // parts % shares * each
+        first = index % parts * lines
+        inner = min(each, C - c)
+        x = ahead(_elements(x_, kind), n * xn + c)
+        y = ahead(_elements(y_, kind), n * yn + c)
+        best = pointer(scratch, T)
+        kept = pointer(scratch + 8 * (each + L), "int32")
+        for line in range(first, min(first + lines, Z * P)):
+            z, p = line // P, line % P
+            d0, d1, t0 = along_d[3 * z], along_d[3 * z + 1], along_d[3 * z + 2]
+            h0, h1, r0 = along_h[3 * p], along_h[3 * p + 1], along_h[3 * p + 2]
+            for q in range(Q):
+                w0, w1, s0 = along_w[3 * q], along_w[3 * q + 1], along_w[3 * q + 2]
+                corner = (t0 * R + r0) * S + s0
+                for i in range(inner):
+                    best[i] = -np.inf
+                    kept[i] = corner
+                for t in range((d1 - d0 + rd - 1) // rd):
+                    for r in range((h1 - h0 + rh - 1) // rh):
+                        row = ahead(x, (d0 + t * rd) * xd + (h0 + r * rh) * xh + w0 * xw)
+                        for s in range((w1 - w0 + rw - 1) // rw):
+                            place = corner + (t * R + r) * S + s
+                            _larger(L, kind, best, kept, ahead(row, s * rw * xw), inner, place)
+                _narrow(L, kind, ahead(y, z * yd + p * yh + q * yw), best, inner)
+                _put(ahead(offsets, n * on + c + z * od + p * oh + q * ow), 1, kept, 1, inner, 1)
+
+    return Task(max_pool_last_fwd, args)
+
+
+@lru_cache(None)
+def _max_tiles_bwd(kind: str, kept_type: str, L: int) -> Task:
+    args = layout(f"int64*2 {kept_type}* int64*28")
+
+    def max_pool_tiles_bwd(address: int, index: int, scratch: int) -> None:
+        """Windows without gaps or overlap: each row of x is written, not added to. A task does some rows."""
+        (
+            x_, y_, offsets, C, each, together, lines, D, H, W, Z, P, Q, T_, R, S,
+            xn, xc, xd, xh, xw, yn, yc, yd, yh, yw, on, oc, od, oh, ow,
+        ) = unpack(address, args)  # fmt: skip
+        shares, parts = (C + each - 1) // each, (D * H + lines - 1) // lines
+        n, start = index // parts // shares, index // parts % shares * each
+        first = index % parts * lines
+        behind = min(start + each, C)
+        inner = behind - start if together else 1
+        x, y, zeros = _elements(x_, kind), _elements(y_, kind), _elements(scratch, kind)
+        zeros[0] = 0
+        zero = zeros[0]
+        for c in range(start, behind, inner):
+            d, h = first // H, first % H
+            z, p = d // T_, h // R
+            for _ in range(first, min(first + lines, D * H)):
+                row = ahead(x, n * xn + c * xc + d * xd + h * xh)
+                covered = 0
+                if z < Z and p < P:
+                    covered = min(Q * S, W)
+                    place = ((d - z * T_) * R + h - p * R) * S
+                    values = ahead(y, n * yn + c * yc + z * yd + p * yh)
+                    kept = ahead(offsets, n * on + c * oc + z * od + p * oh)
+                    if inner > 1:
+                        for q in range(Q):
+                            v, k = ahead(values, q * yw), ahead(kept, q * ow)
+                            for s in range(min(S, W - q * S)):
+                                to = ahead(row, (q * S + s) * xw)
+                                _spread(L, kind, 1, to, inner, v, k, place + s)
+                    elif S == 2 and xw == 1 and yw == 1 and ow == 1:
+                        _spread(L, kind, 2, row, covered, values, kept, place)
+                    else:
+                        for q in range(Q):
+                            k, v = kept[q * ow], values[q * yw]
+                            for s in range(min(S, W - q * S)):
+                                row[(q * S + s) * xw] = v if k == place + s else zero
+                for w in range(covered, W):
+                    for i in range(inner):
+                        row[w * xw + i] = zero
+                # The next row; divisions would cost more than a short row does.
+                h += 1
+                if h == H:
+                    d, h, p = d + 1, 0, 0
+                    if d == (z + 1) * T_:
+                        z += 1
+                elif h == (p + 1) * R:
+                    p += 1
+
+    return Task(max_pool_tiles_bwd, args)
 
 
 @njit(error_model="numpy", boundscheck=False)
@@ -341,8 +760,56 @@ def _unpool(T: str, backward: bool) -> Task:
     return Task(max_unpool, args)
 
 
+@njit(error_model="numpy", boundscheck=False)
+def _set_widths(widths, along_w, Q, divisor, clipped):
+    """What each window of a row counts along it."""
+    for q in range(Q):
+        w0, w1, size_w = along_w[3 * q], along_w[3 * q + 1], along_w[3 * q + 2]
+        # A window wholly in the padding sums to zero; it is divided by one, not by zero.
+        widths[q] = 1 if divisor != 0 else max(w1 - w0, 1) if clipped else size_w
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _divide(line, inner, Q, by, widths, along_d, along_h, divisor, clipped, adaptive):
+    """The sums of a row of windows, `inner` channels of each, become averages; `by` has room for three.
+
+    PyTorch divides adaptive sums one axis at a time, others once.
+    """
+    by[0], by[1], by[2] = along_d[2], along_h[2], 1
+    if divisor != 0:
+        by[2] = divisor
+    elif clipped:
+        by[2] = max(along_d[1] - along_d[0], 1) * max(along_h[1] - along_h[0], 1)
+    elif not adaptive:
+        by[2] = along_d[2] * along_h[2]
+    by_d, by_h, area = by[0], by[1], by[2]
+    if adaptive:
+        for i in range(Q * inner):
+            line[i] = line[i] / by_d / by_h
+    if inner == 1:
+        for q in range(Q):
+            line[q] /= area * widths[q]
+    else:
+        for q in range(Q):
+            mean, size = ahead(line, q * inner), area * widths[q]
+            for i in range(inner):
+                mean[i] /= size
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _add_row(L, T, to, row, step, count):
+    """``to[q] += row[q * step]`` for q < count; whole vectors of `to` are written."""
+    if step == 1:
+        _sum_up(L, T, 1, to, row, count)
+    elif step == 2:
+        _sum_up(L, T, 2, to, row, count)
+    else:
+        for q in range(count):
+            to[q] += row[q * step]
+
+
 @lru_cache(None)
-def _avg(T: str, backward: bool) -> Task:
+def _avg(T: str, backward: bool, L: int, L64: int) -> Task:
     args = layout(f"{T}**2 int32**3 int64*26")
 
     def avg_pool(address: int, index: int, scratch: int) -> None:
@@ -358,18 +825,15 @@ def _avg(T: str, backward: bool) -> Task:
         by = pointer(scratch, T)
         widths = ahead(by, 3)
         line = ahead(widths, Q)
-        for q in range(Q):
-            w0, w1, size_w = along_w[3 * q], along_w[3 * q + 1], along_w[3 * q + 2]
-            # A window wholly in the padding sums to zero; it is divided by one, not by zero.
-            widths[q] = 1 if divisor != 0 else max(w1 - w0, 1) if clipped else size_w
+        _set_widths(widths, along_w, Q, divisor, clipped)
         for c in range(first, behind, inner):
             image = ahead(x, n * xn + c * xc)
             if backward:
                 _clear(image, D, H, W, xd, xh, xw, inner)
             for z in range(Z):
                 for p in range(P):
-                    d0, d1, size_d = along_d[3 * z], along_d[3 * z + 1], along_d[3 * z + 2]
-                    h0, h1, size_h = along_h[3 * p], along_h[3 * p + 1], along_h[3 * p + 2]
+                    d0, d1 = along_d[3 * z], along_d[3 * z + 1]
+                    h0, h1 = along_h[3 * p], along_h[3 * p + 1]
                     out = ahead(y, n * yn + c * yc + z * yd + p * yh)
                     if backward:
                         _put(line, inner, out, yw, Q, inner)
@@ -382,55 +846,25 @@ def _avg(T: str, backward: bool) -> Task:
                                 if uniform:
                                     for s in range(S):
                                         start, stop = inside(s - pw, sw, W, Q)
-                                        _add(
-                                            line,
-                                            inner,
-                                            ahead(row, (s - pw) * xw),
-                                            sw * xw,
-                                            start,
-                                            stop,
-                                            inner,
-                                        )
-                                elif inner > 1:
-                                    for q in range(Q):
-                                        for w in range(along_w[3 * q], along_w[3 * q + 1]):
-                                            _add(
-                                                ahead(line, q * inner),
-                                                0,
-                                                ahead(row, w * xw),
-                                                0,
-                                                0,
-                                                1,
-                                                inner,
-                                            )
+                                        _add_row(
+                                            L, T, ahead(line, start), ahead(row, (start * sw + s - pw) * xw),
+                                            sw * xw, stop - start,
+                                        )  # fmt: skip
                                 else:
                                     for q in range(Q):
                                         w0, w1 = along_w[3 * q], along_w[3 * q + 1]
+                                        start, count = ahead(row, w0 * xw), w1 - w0
                                         # Whole rows without gaps between them are one long row.
-                                        if w1 - w0 == W and xh == W * xw:
-                                            if h == h0:
-                                                line[q] += sum_of(row, (h1 - h0) * W, xw)
+                                        if count == W and xh == W * xw:
+                                            count = (h1 - h0) * W if h == h0 else 0
+                                        if xw == 1:
+                                            line[q] += _total(L64, T, start, count)
                                         else:
-                                            line[q] += sum_of(ahead(row, w0 * xw), w1 - w0, xw)
-                    # PyTorch divides adaptive sums one axis at a time, others once.
-                    by[0] = size_d if adaptive else 1
-                    by[1] = size_h if adaptive else 1
-                    by[2] = 1
-                    if divisor != 0:
-                        by[2] = divisor
-                    elif clipped:
-                        by[2] = max(d1 - d0, 1) * max(h1 - h0, 1)
-                    elif not adaptive:
-                        by[2] = size_d * size_h
-                    by_d, by_h, area = by[0], by[1], by[2]
-                    if inner == 1:
-                        for q in range(Q):
-                            line[q] = line[q] / by_d / by_h / (area * widths[q])
-                    else:
-                        for q in range(Q):
-                            mean, size = ahead(line, q * inner), area * widths[q]
-                            for i in range(inner):
-                                mean[i] = mean[i] / by_d / by_h / size
+                                            line[q] += sum_of(start, count, xw)
+                    _divide(
+                        line, inner, Q, by, widths, ahead(along_d, 3 * z), ahead(along_h, 3 * p), divisor,
+                        clipped, adaptive,
+                    )  # fmt: skip
                     if not backward:
                         _put(out, yw, line, inner, Q, inner)
                         continue
@@ -470,6 +904,164 @@ def _avg(T: str, backward: bool) -> Task:
     return Task(avg_pool, args)
 
 
+@lru_cache(None)
+def _avg_last_fwd(kind: str, L: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout("int64*2 int32**3 int64*19")
+
+    def avg_pool_last_fwd(address: int, index: int, scratch: int) -> None:
+        """Channels are neighbours; a task does some rows of y, of some channels."""
+        (
+            x_, y_, along_d, along_h, along_w, C, each, lines, Z, P, Q, divisor, clipped, adaptive,
+            xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
+        ) = unpack(address, args)  # fmt: skip
+        shares, parts = (C + each - 1) // each, (Z * P + lines - 1) // lines
+        n, c = index // parts // shares, index // parts % shares * each
+        first = index % parts * lines
+        inner = min(each, C - c)
+        x = ahead(_elements(x_, kind), n * xn + c)
+        y = ahead(_elements(y_, kind), n * yn + c)
+        by = pointer(scratch, T)
+        widths = ahead(by, 3)
+        sums = ahead(widths, Q)
+        _set_widths(widths, along_w, Q, divisor, clipped)
+        for line in range(first, min(first + lines, Z * P)):
+            z, p = line // P, line % P
+            h0, h1 = along_h[3 * p], along_h[3 * p + 1]
+            for q in range(Q):
+                w0, w1 = along_w[3 * q], along_w[3 * q + 1]
+                for i in range(inner):
+                    sums[i] = 0
+                for d in range(along_d[3 * z], along_d[3 * z + 1]):
+                    if (h1 - h0) * (w1 - w0) <= 16:
+                        window = ahead(x, d * xd + h0 * xh + w0 * xw)
+                        _sum_window(L, kind, sums, window, h1 - h0, xh, w1 - w0, xw, inner)
+                        continue
+                    for h in range(h0, h1):
+                        row = ahead(x, d * xd + h * xh)
+                        for w in range(w0, w1):
+                            _sum_up(L, kind, 1, sums, ahead(row, w * xw), inner)
+                _divide(
+                    sums, inner, 1, by, ahead(widths, q), ahead(along_d, 3 * z), ahead(along_h, 3 * p),
+                    divisor, clipped, adaptive,
+                )  # fmt: skip
+                _narrow(L, kind, ahead(y, z * yd + p * yh + q * yw), sums, inner)
+
+    return Task(avg_pool_last_fwd, args)
+
+
+@lru_cache(None)
+def _avg_tiles_bwd(kind: str, L: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout("int64*2 int32**3 int64*26")
+
+    def avg_pool_tiles_bwd(address: int, index: int, scratch: int) -> None:
+        """Windows without gaps or overlap: each row of x is written, not added to. A task does some rows."""
+        (
+            x_, y_, along_d, along_h, along_w, C, each, together, lines, D, H, W, Z, P, Q, T_, R, S,
+            divisor, clipped, adaptive, xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
+        ) = unpack(address, args)  # fmt: skip
+        shares, parts = (C + each - 1) // each, (D * H + lines - 1) // lines
+        n, start = index // parts // shares, index // parts % shares * each
+        first = index % parts * lines
+        behind = min(start + each, C)
+        inner = behind - start if together else 1
+        x, y = _elements(x_, kind), _elements(y_, kind)
+        by = pointer(scratch, T)
+        widths = ahead(by, 3)
+        line = ahead(widths, Q)
+        means = _elements(scratch + 8 * (3 + Q + Q * inner + L), kind)
+        _set_widths(widths, along_w, Q, divisor, clipped)
+        for c in range(start, behind, inner):
+            ready = -1
+            d, h = first // H, first % H
+            z, p = d // T_, h // R
+            for _ in range(first, min(first + lines, D * H)):
+                row = ahead(x, n * xn + c * xc + d * xd + h * xh)
+                covered = 0
+                if z < Z and p < P:
+                    covered = min(Q * S, W)
+                    if ready != z * P + p:
+                        ready = z * P + p
+                        values = ahead(y, n * yn + c * yc + z * yd + p * yh)
+                        if yw == inner:
+                            _widen(L, kind, line, values, Q * inner)
+                        else:
+                            _put(means, inner, values, yw, Q, inner)
+                            _widen(L, kind, line, means, Q * inner)
+                        _divide(
+                            line, inner, Q, by, widths, ahead(along_d, 3 * z), ahead(along_h, 3 * p),
+                            divisor, clipped, adaptive,
+                        )  # fmt: skip
+                        _narrow(L, kind, means, line, Q * inner)
+                    if inner > 1:
+                        for q in range(Q):
+                            mean = ahead(means, q * inner)
+                            for s in range(min(S, W - q * S)):
+                                to = ahead(row, (q * S + s) * xw)
+                                for i in range(inner):
+                                    to[i] = mean[i]
+                    elif S == 2 and xw == 1:
+                        for q in range(covered // 2):
+                            row[2 * q] = means[q]
+                            row[2 * q + 1] = means[q]
+                        if covered % 2:
+                            row[covered - 1] = means[covered // 2]
+                    else:
+                        for q in range(Q):
+                            mean = means[q]
+                            to = ahead(row, q * S * xw)
+                            if xw == 1:
+                                for s in range(min(S, W - q * S)):
+                                    to[s] = mean
+                            else:
+                                for s in range(min(S, W - q * S)):
+                                    to[s * xw] = mean
+                for w in range(covered, W):
+                    for i in range(inner):
+                        row[w * xw + i] = 0
+                # The next row; divisions would cost more than a short row does.
+                h += 1
+                if h == H:
+                    d, h, p = d + 1, 0, 0
+                    if d == (z + 1) * T_:
+                        z += 1
+                elif h == (p + 1) * R:
+                    p += 1
+
+    return Task(avg_pool_tiles_bwd, args)
+
+
+@lru_cache(None)
+def _mean(kind: str, backward: bool, L: int, L64: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout(f"int64 {T}* int64*7 float64")
+
+    def mean(address: int, index: int, scratch: int) -> None:
+        """Averages y of whole planes x without gaps, in float64; or (backward) planes full of y's share."""
+        x_, y, C, each, size, xn, xc, yn, yc, divisor = unpack(address, args)
+        x = _elements(x_, kind)
+        shares = (C + each - 1) // each
+        n, first = index // shares, index % shares * each
+        count = min(each, C - first)
+        planes, means = ahead(x, n * xn + first * xc), ahead(y, n * yn + first * yc)
+        sums = pointer(scratch, "float64")
+        share = pointer(scratch + 8 * each, T)
+        if backward:
+            for c in range(count):
+                sums[c] = means[c * yc]
+                share[c] = sums[c] / divisor
+            for c in range(count):
+                _fill(L, kind, ahead(planes, c * xc), share[c], size)
+        else:
+            for c in range(count):
+                sums[c] = _total(L64, kind, ahead(planes, c * xc), size)
+            for c in range(count):
+                means[c * yc] = sums[c] / divisor
+
+    return Task(mean, args)
+
+
 # ---- plans ------------------------------------------------------------------------------------------------
 
 
@@ -497,6 +1089,24 @@ def _shares(
     count = shape.N * -(-shape.C // each)
     planes = (*_three(shape.spatial), *_three(shape.output))
     return (shape.C, each, together, *planes), count, cycles * shape.N * shape.C
+
+
+@lru_cache(512)
+def _rows(shape: PoolShape, together: bool, of_input: bool) -> tuple[tuple[int, int], int, float]:
+    """Channels and rows of a task that does some rows of x or y for some channels; tasks to run, and an
+    estimate of all their cycles."""
+    (_, each, *_), count, work = _sizes(shape, together)
+    rows = math.prod((shape.DHW if of_input else shape.ZPQ)[:2])
+    if not together:
+        return (each, rows), count, work
+    work /= 8
+    shares = max(1, min(16 // (shape.N * rows), shape.C // 64))
+    each = -(-shape.C // shares // 16) * 16 if shares > 1 else shape.C
+    shares = -(-shape.C // each)
+    lines = max(
+        1, min(rows, shape.N * rows * shares // 16, int(30_000 * shape.N * rows * shares / work))
+    )
+    return (each, lines), shape.N * shares * -(-rows // lines), work
 
 
 @lru_cache(512)
@@ -557,6 +1167,76 @@ def _tables(shape: PoolShape) -> Tables:
     return Tables(tables)
 
 
+@lru_cache(512)
+def _places(shape: PoolShape) -> Tables:
+    """For each axis, of every window the first place in the input, where it stops, and which of the window's
+    places the first one is, int32."""
+    tables = []
+    for size, out, kernel, stride, pad, dilation in zip(
+        shape.DHW, shape.ZPQ, shape.TRS, _three(shape.stride),
+        _three(tuple(before for before, _ in shape.padding), 0), _three(shape.dilation), strict=True,
+    ):  # fmt: skip
+        if shape.adaptive_output is not None:
+            rows = [(o * size // out, -(-(o + 1) * size // out), 0) for o in range(out)]
+        else:
+            rows = []
+            for start in range(-pad, out * stride - pad, stride):
+                skipped = max(0, -(start // dilation))
+                stop = min(start + (kernel - 1) * dilation + 1, size)
+                rows.append((start + skipped * dilation, stop, skipped))
+        tables.append(np.array(rows, np.int32))
+    return Tables(tables)
+
+
+@lru_cache(512)
+def _disjoint(shape: PoolShape) -> bool:
+    """Whether windows lie side by side: none shares a place with another, or leaves one out between them."""
+    return _tiled(shape) is not None or (
+        shape.adaptive_output is None
+        and shape.stride == shape.kernel
+        and all(before == 0 for before, _ in shape.padding)
+        and all(r == 1 for r in shape.dilation)
+    )
+
+
+@lru_cache(512)
+def _global(shape: PoolShape) -> bool:
+    """Whether the only window is the whole plane."""
+    return (
+        math.prod(shape.output) == 1
+        and shape.kernel == shape.spatial
+        and all(before == 0 for before, _ in shape.padding)
+    )
+
+
+def _dense(t: torch.Tensor) -> bool:
+    """Whether each plane is one row without gaps."""
+    return collapse(t.shape[2:], t.stride()[2:]) == (
+        [1] * (t.dim() - 3) + [math.prod(t.shape[2:])],
+        [0] * (t.dim() - 3) + [1],
+    )
+
+
+@lru_cache(None)
+def _kind(dtype: torch.dtype) -> str | None:
+    """The type's name where kernels read it as it is. float16 takes the CPU's own conversion."""
+    if dtype == torch.float16 and not llvm.get_host_cpu_features().get("f16c", False):
+        return None
+    return {**NAME, torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype]
+
+
+def _readable(t: torch.Tensor) -> torch.Tensor:
+    """`t` in a type that kernels with a `kind` read."""
+    return t if _kind(t.dtype) else t.float()
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def _lanes(kind: str) -> int:
+    return simd.lanes("float64" if kind == "float64" else "float32")
+
+
 def _together(t: torch.Tensor) -> bool:
     """Whether neighbours in memory are channels."""
     return t.stride(1) == 1 and t.shape[1] > 1 and t.stride(-1) >= t.shape[1]
@@ -591,22 +1271,35 @@ def _scatter_or_gather(
 
 
 def _average(shape: PoolShape, backward: bool, x: torch.Tensor, y: torch.Tensor) -> None:
-    together = _together(x if backward else y)
-    if backward:
-        y = _like(y, together)
-    else:
-        x = _like(x, together)
+    together = backward and _together(x)
+    y = _like(y, together)
     sizes, count, work = _sizes(shape, together)
-    tables = _tables(shape)
     adaptive = shape.adaptive_output is not None
     # Few outputs of wide windows are better summed one at a time.
     uniform = not adaptive and (together or shape.ZPQ[2] >= 4)
-    _avg(NAME[x.dtype], backward).run(
-        count, work, x.data_ptr(), y.data_ptr(), *tables.addresses, *sizes, uniform,
-        shape.kernel[-1], shape.stride[-1], shape.padding[-1][0], shape.divisor_override or 0,
-        not shape.count_include_pad, adaptive, *strides(x), *strides(y),
-        scratch_bytes=8 * (3 + shape.ZPQ[2] * (1 + sizes[1])),
+    T = NAME[x.dtype]
+    _avg(T, backward, simd.lanes(T), simd.lanes("float64")).run(
+        count, work, x.data_ptr(), y.data_ptr(), *_tables(shape).addresses, *sizes, uniform,
+        shape.kernel[-1], shape.stride[-1], shape.padding[-1][0], *_divisors(shape), *strides(x),
+        *strides(y), scratch_bytes=8 * (19 + shape.ZPQ[2] * (1 + (sizes[1] if together else 1))),
     )  # fmt: skip
+
+
+def _whole(shape: PoolShape, kind: str, backward: bool, x: torch.Tensor, y: torch.Tensor) -> None:
+    """`_mean` of planes of the type called `kind`; y of a type that is computed in."""
+    size = math.prod(shape.spatial)
+    cycles = 30 + size / 4
+    each = max(1, min(shape.C, shape.N * shape.C // 16, int(20_000 / cycles)))
+    _mean(kind, backward, _lanes(kind), simd.lanes("float64")).run(
+        shape.N * -(-shape.C // each), cycles * shape.N * shape.C, x.data_ptr(), y.data_ptr(), shape.C, each,
+        size, *x.stride()[:2], *y.stride()[:2], shape.divisor_override or size, scratch_bytes=16 * each,
+    )  # fmt: skip
+
+
+def _divisors(shape: PoolShape) -> tuple[int, bool, bool]:
+    """What averages are divided by, as the kernels take it."""
+    adaptive = shape.adaptive_output is not None
+    return shape.divisor_override or 0, not shape.count_include_pad, adaptive
 
 
 def _put_or_take(
@@ -631,23 +1324,36 @@ def _put_or_take(
 
 def max_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor) -> None:
     """Each window's maximum, and its place there: `offsets` uint8 or int32, as large as y."""
-    x = native(x)
+    together = _together(y)
+    x = _like(_readable(x), True) if together else native(x)
     result = native_result(y, x.dtype)
-    together = _together(result)
-    x, kept = _like(x, together), _like(offsets, together)
-    sizes, count, work = _sizes(shape, together)
-    tables = Tables(())
-    factory, windows = _max_fwd, _windows(shape)
-    # Few outputs of wide windows are better searched one at a time.
-    if (tiles := _tiled(shape)) and (together or shape.ZPQ[2] >= 4):
-        windows = _windows(tiles)
-    elif shape.adaptive_output is not None:
-        tables = _tables(shape)
-        factory, windows = _adaptive_max_fwd, shape.TRS[1:]
-    factory(NAME[x.dtype], NAME[kept.dtype], simd.lanes(NAME[x.dtype])).run(
-        count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), *tables.addresses, *sizes, *windows,
-        *strides(x), *strides(result), *strides(kept), scratch_bytes=12 * (shape.ZPQ[2] * sizes[1] + 16),
-    )  # fmt: skip
+    kept = _like(offsets, together)
+    kind = _kind(x.dtype)
+    if together and kind:
+        L = _lanes(kind)
+        (each, lines), count, work = _rows(shape, True, False)
+        _max_last_fwd(kind, NAME[kept.dtype], L).run(
+            count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), *_places(shape).addresses, shape.C,
+            each, lines, *shape.ZPQ, *shape.TRS[1:], *_three(shape.dilation), *strides(x), *strides(result),
+            *strides(kept), scratch_bytes=12 * (each + L),
+        )  # fmt: skip
+    else:
+        (_, each, *_), count, work = _sizes(shape, False)
+        T, kept_type = NAME[x.dtype], NAME[kept.dtype]
+        # Few outputs of wide windows are better searched one at a time.
+        tiles = _tiled(shape) if shape.ZPQ[2] >= 4 else None
+        if shape.adaptive_output is None or tiles:
+            task = _max_fwd(T, kept_type, simd.lanes(T))
+            tables, windows = Tables(()), _windows(tiles or shape)
+            planes: tuple[int, ...] = (*shape.DHW, *shape.ZPQ)
+        else:
+            task = _adaptive_max_fwd(T, kept_type)
+            tables, planes, windows = _tables(shape), shape.ZPQ, shape.TRS[1:]
+        task.run(
+            count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), *tables.addresses, shape.C, each,
+            *planes, *windows, *strides(x), *strides(result), *strides(kept),
+            scratch_bytes=12 * (shape.ZPQ[2] + 16),
+        )  # fmt: skip
     if result is not y:
         y.copy_(result)
     if kept is not offsets:
@@ -658,6 +1364,19 @@ def max_pool_bwd(
     shape: PoolShape, grad_y: torch.Tensor, offsets: torch.Tensor, grad_x: torch.Tensor
 ) -> None:
     """Each window's gradient goes to the place it kept."""
+    kind = _kind(grad_x.dtype)
+    together = _together(grad_x)
+    # Pairs along a row are written in whole vectors where it has some; else one place a window is faster.
+    pairs = shape.kernel[-1] == 2 and shape.spatial[-1] >= 24
+    if kind and _disjoint(shape) and (together or pairs):
+        grad_y, offsets = _like(grad_y, together), _like(offsets, together)
+        (each, lines), count, work = _rows(shape, together, True)
+        _max_tiles_bwd(kind, NAME[offsets.dtype], _lanes(kind)).run(
+            count, work, grad_x.data_ptr(), grad_y.data_ptr(), offsets.data_ptr(), shape.C, each, together,
+            lines, *shape.DHW, *shape.ZPQ, *shape.TRS, *strides(grad_x), *strides(grad_y),
+            *strides(offsets), scratch_bytes=8,
+        )  # fmt: skip
+        return
     grad_y = native(grad_y)
     result = native_result(grad_x, grad_y.dtype)
     _scatter_or_gather(shape, True, result, grad_y, offsets)
@@ -700,15 +1419,46 @@ def max_unpool_bwd(
 
 def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
     """Each window's average."""
-    x = native(x)
-    result = native_result(y, x.dtype)
-    _average(shape, False, x, result)
+    whole = _global(shape) and _dense(x)
+    together = _together(y) and not whole
+    x = _readable(x) if whole or together else native(x)
+    result = native_result(y, torch.float32 if whole and x.dtype in HALVES else x.dtype)
+    kind = _kind(x.dtype)
+    if whole and kind:
+        _whole(shape, kind, False, x, result)
+    elif together and kind:
+        x = _like(x, True)
+        L = _lanes(kind)
+        (each, lines), count, work = _rows(shape, True, False)
+        _avg_last_fwd(kind, L).run(
+            count, work, x.data_ptr(), result.data_ptr(), *_tables(shape).addresses, shape.C, each, lines,
+            *shape.ZPQ, *_divisors(shape), *strides(x), *strides(result),
+            scratch_bytes=8 * (3 + shape.ZPQ[2] + each + L),
+        )  # fmt: skip
+    else:
+        _average(shape, False, x, result)
     if result is not y:
         y.copy_(result)
 
 
 def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -> None:
     """Each window's gradient, divided as its average was, goes to all of its places."""
+    kind = _kind(grad_x.dtype)
+    if kind and _global(shape) and _dense(grad_x):
+        _whole(shape, kind, True, grad_x, native(grad_y))
+        return
+    if kind and _disjoint(shape):
+        together = _together(grad_x)
+        grad_y = _like(grad_y, together)
+        L = _lanes(kind)
+        (each, lines), count, work = _rows(shape, together, True)
+        inner, Q = each if together else 1, shape.ZPQ[2]
+        _avg_tiles_bwd(kind, L).run(
+            count, work, grad_x.data_ptr(), grad_y.data_ptr(), *_tables(shape).addresses, shape.C, each,
+            together, lines, *shape.DHW, *shape.ZPQ, *shape.TRS, *_divisors(shape), *strides(grad_x),
+            *strides(grad_y), scratch_bytes=8 * (3 + Q + 2 * Q * inner + 2 * L),
+        )  # fmt: skip
+        return
     grad_y = native(grad_y)
     result = native_result(grad_x, grad_y.dtype)
     _average(shape, True, result, grad_y)

@@ -1,10 +1,10 @@
 """Vector micro-kernels as LLVM IR, for use inside numba functions.
 
 numba's own loops lose 4 to 10 times against a good library here: LLVM keeps no tile of accumulators in
-registers by itself. These intrinsics write that tile down: `gemm` for products against packed weights, `dot`
-for sums of products along rows. Lanes and tile sizes are literal arguments, so one source serves every CPU;
-`lanes` and `Tiles` say what fits the one at hand. Vectors wider than the CPU's still compute rightly (LLVM
-splits them), which is how the tests try every width everywhere.
+registers by itself. These intrinsics write that tile down: `gemm` for outer products, `dot` for sums of
+products along rows. Lanes and tile sizes are literal arguments, so one source serves every CPU; `lanes` and
+`Tiles` say what fits the one at hand. Vectors wider than the CPU's still compute rightly (LLVM splits them),
+which is how the tests try every width everywhere.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -301,6 +301,45 @@ def dot(
         lanes, rows, columns, a, i64, i64, b, types.CPointer(types.int32), i64, i64, i64, c, i64
     )  # fmt: skip
     return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def transpose(typing_context, lanes, to, pitch, source, offsets, length):
+    """``to[i * pitch + n] = source[offsets[n] + i]`` for n < lanes, i < length rounded up to whole vectors.
+
+    `offsets` int32, in elements. Reads are whole vectors, too.
+    """
+    L = lanes.literal_value
+
+    def generate(context, builder, signature, values):
+        to, pitch, source, offsets, length = values[1:]
+        emit = _Emit(builder, source.type.pointee, L)
+        index = ir.VectorType(ir.IntType(32), L)
+        columns = [
+            builder.gep(source, [builder.sext(builder.load(builder.gep(offsets, [_i64(n)])), _I64)])
+            for n in range(L)
+        ]
+        loop = _Loop(builder, _i64(0), length, L, [])
+        rows = [emit.load(builder.gep(column, [loop.index])) for column in columns]
+        # Quarters change places across the diagonal, then each quarter's quarters, down to elements.
+        half = L // 2
+        while half:
+            upper = ir.Constant(index, [n + L - half if n & half else n for n in range(L)])
+            lower = ir.Constant(index, [n + L if n & half else n + half for n in range(L)])
+            for n in range(L):
+                if not n & half:
+                    pair = rows[n], rows[n + half]
+                    rows[n] = builder.shuffle_vector(*pair, upper)
+                    rows[n + half] = builder.shuffle_vector(*pair, lower)
+            half //= 2
+        for n, row in enumerate(rows):
+            place = builder.mul(builder.add(loop.index, _i64(n)), pitch)
+            emit.store(row, builder.gep(to, [place]))
+        loop.close([])
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, to, i64, source, types.CPointer(types.int32), i64), generate
 
 
 @intrinsic(prefer_literal=True)
