@@ -19,18 +19,16 @@ Windows come from tables along each axis: of (start, stop, extent) for averages 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
 import llvmlite.binding as llvm
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
 
-from cnnops.cpu import simd
+from cnnops.cpu import simd, vectors
 from cnnops.cpu.simd import sum_of
 from cnnops.cpu.task import (
     NAME,
@@ -49,347 +47,6 @@ from cnnops.cpu.task import (
     supports as supports,
 )
 from cnnops.shapes import PoolShape, UnpoolShape
-
-# ---- vectors of any type ----------------------------------------------------------------------------------
-
-_POINTED = {
-    "float32": types.float32,
-    "float64": types.float64,
-    "float16": types.uint16,
-    "bfloat16": types.uint16,
-}
-"""What memory holds of each type, as numba knows it: half types as their bits."""
-
-
-@intrinsic(prefer_literal=True)
-def _elements(typing_context, address, kind):
-    """`address` as a pointer to elements of the type called `kind`."""
-    result = types.CPointer(_POINTED[kind.literal_value])
-
-    def generate(context, builder, signature, values):
-        return builder.inttoptr(values[0], context.get_value_type(result))
-
-    return result(types.int64, kind), generate
-
-
-class _Vectors(simd._Emit):
-    """Vectors of float32 or float64, of which memory holds the type called `kind`."""
-
-    def __init__(self, builder: ir.IRBuilder, kind: str, lanes: int) -> None:
-        super().__init__(builder, ir.DoubleType() if kind == "float64" else ir.FloatType(), lanes)
-        self.half = kind in ("float16", "bfloat16")
-        self.kind = kind
-        self.bits = ir.VectorType(ir.IntType(16), lanes)
-        self.words = ir.VectorType(ir.IntType(32), lanes)
-
-    def word(self, value: int) -> ir.Constant:
-        return ir.Constant(self.words, [value] * self.lanes)
-
-    def read(self, place: ir.Value, mask: ir.Value | None = None) -> ir.Value:
-        """A vector from memory, or its lanes of `mask`, and zeros."""
-        if not self.half:
-            return self.load(place) if mask is None else self.load_some(place, mask)
-        place = self.builder.bitcast(place, self.bits.as_pointer())
-        if mask is None:
-            bits = self.builder.load(place, align=2)
-        else:
-            zero = ir.Constant(self.bits, [0] * self.lanes)
-            align = ir.IntType(32)(2)
-            kind = ir.FunctionType(self.bits, [place.type, align.type, mask.type, self.bits])
-            name = f"llvm.masked.load.v{self.lanes}i16.p0"
-            masked = simd._declared(self.builder.module, name, kind)
-            bits = self.builder.call(masked, [place, align, mask, zero])
-        if self.kind == "float16":
-            halves = self.builder.bitcast(bits, ir.VectorType(ir.HalfType(), self.lanes))
-            return self.builder.fpext(halves, self.vector)
-        words = self.builder.shl(self.builder.zext(bits, self.words), self.word(16))
-        return self.builder.bitcast(words, self.vector)
-
-    def write(self, value: ir.Value, place: ir.Value, mask: ir.Value | None = None) -> None:
-        """A vector, or its lanes of `mask`, to memory: rounded to nearest, ties to even."""
-        if not self.half:
-            return self.store(value, place) if mask is None else self.store_some(value, place, mask)
-        builder = self.builder
-        if self.kind == "float16":
-            halves = builder.fptrunc(value, ir.VectorType(ir.HalfType(), self.lanes))
-            bits = builder.bitcast(halves, self.bits)
-        else:
-            words = builder.bitcast(value, self.words)
-            odd = builder.and_(builder.lshr(words, self.word(16)), self.word(1))
-            rounded = builder.add(words, builder.add(odd, self.word(0x7FFF)))
-            # Rounding could carry a NaN's bits away.
-            nan = builder.fcmp_unordered("uno", value, value)
-            rounded = builder.select(nan, self.word(0x7FC00000), rounded)
-            bits = builder.trunc(builder.lshr(rounded, self.word(16)), self.bits)
-        place = builder.bitcast(place, self.bits.as_pointer())
-        if mask is None:
-            builder.store(bits, place, align=2)
-            return None
-        align = ir.IntType(32)(2)
-        kind = ir.FunctionType(ir.VoidType(), [self.bits, place.type, align.type, mask.type])
-        name = f"llvm.masked.store.v{self.lanes}i16.p0"
-        masked = simd._declared(builder.module, name, kind)
-        builder.call(masked, [bits, place, align, mask])
-        return None
-
-    def over(self, count: ir.Value, body: Callable[[ir.Value, ir.Value | None], None]) -> None:
-        """`body` of each vector's first number and its mask, None but for a last one that is not whole."""
-        builder = self.builder
-        rest = builder.and_(count, simd._i64(self.lanes - 1))
-        whole = builder.sub(count, rest)
-        loop = simd._Loop(builder, simd._i64(0), whole, self.lanes, [])
-        body(loop.index, None)
-        loop.close([])
-        with builder.if_then(builder.icmp_signed("!=", rest, simd._i64(0))):
-            body(whole, self.first(rest))
-
-
-@intrinsic(prefer_literal=True)
-def _larger(typing_context, lanes, kind, best, kept, row, count, place):
-    """As `simd.keep_larger`, for a row without gaps of the type called `kind`."""
-    L, of = lanes.literal_value, kind.literal_value
-
-    def generate(context, builder, signature, values):
-        best, kept, row, count, place = values[2:]
-        emit = _Vectors(builder, of, L)
-        places = simd._splat(builder, builder.trunc(place, ir.IntType(32)), L)
-
-        def update(i, mask):
-            value = emit.read(builder.gep(row, [i]), mask)
-            at = builder.gep(best, [i])
-            where = builder.bitcast(builder.gep(kept, [i]), emit.words.as_pointer())
-            former = emit.load(at)
-            nan = builder.fcmp_unordered("uno", value, value)
-            wins = builder.or_(builder.fcmp_ordered(">", value, former), nan)
-            emit.store(builder.select(wins, value, former), at)
-            before = builder.load(where, align=4)
-            builder.store(builder.select(wins, places, before), where, align=4)
-
-        emit.over(count, update)
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    signature = types.void(lanes, kind, best, types.CPointer(types.int32), row, i64, i64)
-    return signature, generate
-
-
-@intrinsic(prefer_literal=True)
-def _sum_up(typing_context, lanes, kind, step, sums, row, count):
-    """``sums[i] += row[i * step]`` for i < count; `step` 1 or 2, row of the type called `kind`. Sums are read
-    and written in whole vectors, row is not."""
-    L, of, S = lanes.literal_value, kind.literal_value, step.literal_value
-
-    def generate(context, builder, signature, values):
-        sums, row, count = values[3:]
-        emit = _Vectors(builder, of, L)
-
-        def update(i, mask):
-            start = builder.gep(row, [builder.mul(i, simd._i64(S))])
-            if S == 1:
-                value = emit.read(start, mask)
-            else:
-                # The second load starts one early, to end with the last element that is asked for.
-                early = builder.gep(start, [simd._i64(L - 1)])
-                if mask is None:
-                    pair = emit.read(start), emit.read(early)
-                else:
-                    reach = builder.sub(
-                        builder.mul(builder.sub(count, i), simd._i64(2)), simd._i64(1)
-                    )
-                    over = builder.sub(reach, simd._i64(L - 1))
-                    pair = emit.read(start, emit.first(reach)), emit.read(early, emit.first(over))
-                order = [*range(0, L, 2), *range(L + 1, 2 * L, 2)]
-                value = builder.shuffle_vector(*pair, ir.Constant(emit.words, order))
-            at = builder.gep(sums, [i])
-            emit.store(builder.fadd(emit.load(at), value), at)
-
-        emit.over(count, update)
-        return context.get_dummy_value()
-
-    return types.void(lanes, kind, step, sums, row, types.int64), generate
-
-
-@intrinsic(prefer_literal=True)
-def _sum_window(typing_context, lanes, kind, sums, row, lines, line, places, place, count):
-    """``sums[i] += row[l * line + p * place + i]`` for l < lines, p < places, i < count, in this order.
-
-    Each vector of sums is kept in a register: for windows so small that their rows stay in the cache. Row of
-    the type called `kind`; sums are whole vectors.
-    """
-    L, of = lanes.literal_value, kind.literal_value
-
-    def generate(context, builder, signature, values):
-        sums, row, lines, line, places, place, count = values[2:]
-        emit = _Vectors(builder, of, L)
-
-        def update(i, mask):
-            at = builder.gep(sums, [i])
-            start = builder.gep(row, [i])
-            outer = simd._Loop(builder, simd._i64(0), lines, 1, [emit.load(at)])
-            near = builder.gep(start, [builder.mul(outer.index, line)])
-            inner = simd._Loop(builder, simd._i64(0), places, 1, outer.carried)
-            value = emit.read(builder.gep(near, [builder.mul(inner.index, place)]), mask)
-            added = inner.close([builder.fadd(inner.carried[0], value)])
-            emit.store(outer.close(added)[0], at)
-
-        emit.over(count, update)
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(lanes, kind, sums, row, i64, i64, i64, i64, i64), generate
-
-
-@intrinsic(prefer_literal=True)
-def _fill(typing_context, lanes, kind, to, value, count):
-    """``to[i] = value`` for i < count; `to` of the type called `kind`."""
-    L, of = lanes.literal_value, kind.literal_value
-
-    def generate(context, builder, signature, values):
-        to, value, count = values[2:]
-        emit = _Vectors(builder, of, L)
-        vector = simd._splat(builder, value, L)
-        emit.over(count, lambda i, mask: emit.write(vector, builder.gep(to, [i]), mask))
-        return context.get_dummy_value()
-
-    T = types.float64 if of == "float64" else types.float32
-    return types.void(lanes, kind, to, T, types.int64), generate
-
-
-@intrinsic(prefer_literal=True)
-def _spread(typing_context, lanes, kind, step, row, width, values, kept, place):
-    """``row[i] = values[i // step]`` where ``kept[i // step] == place + i % step``, else 0, for i < width.
-
-    `step` 1 or 2; all of the type called `kind`, but kept, uint8 or int32.
-    """
-    L, of, S = lanes.literal_value, kind.literal_value, step.literal_value
-
-    def generate(context, builder, signature, operands):
-        row, width, values, kept, place = operands[3:]
-        emit = _Vectors(builder, of, L)
-        numbers = kept.type.pointee
-        vector = ir.VectorType(numbers, L)
-        i64 = simd._i64
-        tests = [
-            simd._splat(builder, builder.trunc(builder.add(place, i64(s)), numbers), L)
-            for s in range(S)
-        ]
-        orders = [
-            ir.Constant(emit.words, [start + i // 2 + i % 2 * L for i in range(L)])
-            for start in (0, L // 2)
-        ]
-        numbers_align = numbers.width // 8
-
-        def update(i, mask):
-            from_kept = builder.bitcast(builder.gep(kept, [i]), vector.as_pointer())
-            if mask is None:
-                k = builder.load(from_kept, align=numbers_align)
-            else:
-                align = ir.IntType(32)(numbers_align)
-                blank = ir.Constant(vector, [0] * L)
-                form = ir.FunctionType(vector, [from_kept.type, align.type, mask.type, vector])
-                name = f"llvm.masked.load.v{L}i{numbers.width}.p0"
-                masked = simd._declared(builder.module, name, form)
-                k = builder.call(masked, [from_kept, align, mask, blank])
-            v = emit.read(builder.gep(values, [i]), mask)
-            sides = [
-                builder.select(builder.icmp_signed("==", k, side), v, emit.zero()) for side in tests
-            ]
-            start = builder.mul(i, i64(S))
-            for part, order in enumerate(orders[:S]):
-                at = builder.add(start, i64(part * L))
-                shuffled = sides[0] if S == 1 else builder.shuffle_vector(*sides, order)
-                some = None if mask is None else emit.first(builder.sub(width, at))
-                emit.write(shuffled, builder.gep(row, [at]), some)
-
-        # A width that ends within a pair has its last value in a vector of masks.
-        count = builder.udiv(builder.add(width, i64(S - 1)), i64(S))
-        rest = builder.and_(width, i64(S * L - 1))
-        whole = builder.udiv(builder.sub(width, rest), i64(S))
-        loop = simd._Loop(builder, i64(0), whole, L, [])
-        update(loop.index, None)
-        loop.close([])
-        with builder.if_then(builder.icmp_signed("!=", rest, i64(0))):
-            update(whole, emit.first(builder.sub(count, whole)))
-        return context.get_dummy_value()
-
-    return types.void(lanes, kind, step, row, types.int64, values, kept, types.int64), generate
-
-
-@intrinsic(prefer_literal=True)
-def _narrow(typing_context, lanes, kind, to, source, count):
-    """``to[i] = source[i]`` for i < count; `to` of the type called `kind`, source whole vectors."""
-    L, of = lanes.literal_value, kind.literal_value
-
-    def generate(context, builder, signature, values):
-        to, source, count = values[2:]
-        emit = _Vectors(builder, of, L)
-        emit.over(
-            count,
-            lambda i, mask: emit.write(
-                emit.load(builder.gep(source, [i])), builder.gep(to, [i]), mask
-            ),
-        )
-        return context.get_dummy_value()
-
-    return types.void(lanes, kind, to, source, types.int64), generate
-
-
-@intrinsic(prefer_literal=True)
-def _widen(typing_context, lanes, kind, to, source, count):
-    """``to[i] = source[i]`` for i < count; source of the type called `kind`, `to` whole vectors."""
-    L, of = lanes.literal_value, kind.literal_value
-
-    def generate(context, builder, signature, values):
-        to, source, count = values[2:]
-        emit = _Vectors(builder, of, L)
-        emit.over(
-            count,
-            lambda i, mask: emit.store(
-                emit.read(builder.gep(source, [i]), mask), builder.gep(to, [i])
-            ),
-        )
-        return context.get_dummy_value()
-
-    return types.void(lanes, kind, to, source, types.int64), generate
-
-
-@intrinsic(prefer_literal=True)
-def _total(typing_context, lanes, kind, values, count):
-    """The sum of `count` values of the type called `kind` in a row, in `lanes` sums of float64.
-
-    LLVM's own loop over float32 costs several times as much, above all for rows as short as 49.
-    """
-    L, of = lanes.literal_value, kind.literal_value
-
-    def generate(context, builder, signature, operands):
-        row, count = operands[2:]
-        emit = _Vectors(builder, of, L)
-        sums = simd._Emit(builder, ir.DoubleType(), L)
-
-        def added(former, value):
-            return builder.fadd(
-                former, value if emit.align == 8 else builder.fpext(value, sums.vector)
-            )
-
-        at = simd._i64
-        rest = builder.and_(count, at(4 * L - 1))
-        few = builder.and_(count, at(L - 1))
-        many, whole = builder.sub(count, rest), builder.sub(count, few)
-        loop = simd._Loop(builder, at(0), many, 4 * L, [sums.zero()] * 4)
-        four = loop.close(
-            [
-                added(former, emit.read(builder.gep(row, [builder.add(loop.index, at(k * L))])))
-                for k, former in enumerate(loop.carried)
-            ]
-        )
-        loop = simd._Loop(builder, many, whole, L, four[:1])
-        first = loop.close([added(loop.carried[0], emit.read(builder.gep(row, [loop.index])))])[0]
-        tail = emit.read(builder.gep(row, [whole]), emit.first(few))
-        pairs = builder.fadd(first, four[1]), builder.fadd(four[2], four[3])
-        return sums.total(added(builder.fadd(*pairs), tail))
-
-    return types.float64(lanes, kind, values, types.int64), generate
-
 
 # ---- kernels ----------------------------------------------------------------------------------------------
 
@@ -565,8 +222,8 @@ def _max_last_fwd(kind: str, kept_type: str, L: int) -> Task:
         n, c = index // parts // shares, index // parts % shares * each
         first = index % parts * lines
         inner = min(each, C - c)
-        x = ahead(_elements(x_, kind), n * xn + c)
-        y = ahead(_elements(y_, kind), n * yn + c)
+        x = ahead(vectors.elements(x_, kind), n * xn + c)
+        y = ahead(vectors.elements(y_, kind), n * yn + c)
         best = pointer(scratch, T)
         kept = pointer(scratch + 8 * (each + L), "int32")
         for line in range(first, min(first + lines, Z * P)):
@@ -584,8 +241,10 @@ def _max_last_fwd(kind: str, kept_type: str, L: int) -> Task:
                         row = ahead(x, (d0 + t * rd) * xd + (h0 + r * rh) * xh + w0 * xw)
                         for s in range((w1 - w0 + rw - 1) // rw):
                             place = corner + (t * R + r) * S + s
-                            _larger(L, kind, best, kept, ahead(row, s * rw * xw), inner, place)
-                _narrow(L, kind, ahead(y, z * yd + p * yh + q * yw), best, inner)
+                            vectors.larger(
+                                L, kind, best, kept, ahead(row, s * rw * xw), inner, place
+                            )
+                vectors.narrow(L, kind, ahead(y, z * yd + p * yh + q * yw), best, inner)
                 _put(ahead(offsets, n * on + c + z * od + p * oh + q * ow), 1, kept, 1, inner, 1)
 
     return Task(max_pool_last_fwd, args)
@@ -606,7 +265,11 @@ def _max_tiles_bwd(kind: str, kept_type: str, L: int) -> Task:
         first = index % parts * lines
         behind = min(start + each, C)
         inner = behind - start if together else 1
-        x, y, zeros = _elements(x_, kind), _elements(y_, kind), _elements(scratch, kind)
+        x, y, zeros = (
+            vectors.elements(x_, kind),
+            vectors.elements(y_, kind),
+            vectors.elements(scratch, kind),
+        )
         zeros[0] = 0
         zero = zeros[0]
         for c in range(start, behind, inner):
@@ -625,9 +288,9 @@ def _max_tiles_bwd(kind: str, kept_type: str, L: int) -> Task:
                             v, k = ahead(values, q * yw), ahead(kept, q * ow)
                             for s in range(min(S, W - q * S)):
                                 to = ahead(row, (q * S + s) * xw)
-                                _spread(L, kind, 1, to, inner, v, k, place + s)
+                                vectors.spread(L, kind, 1, to, inner, v, k, place + s)
                     elif S == 2 and xw == 1 and yw == 1 and ow == 1:
-                        _spread(L, kind, 2, row, covered, values, kept, place)
+                        vectors.spread(L, kind, 2, row, covered, values, kept, place)
                     else:
                         for q in range(Q):
                             k, v = kept[q * ow], values[q * yw]
@@ -800,9 +463,9 @@ def _divide(line, inner, Q, by, widths, along_d, along_h, divisor, clipped, adap
 def _add_row(L, T, to, row, step, count):
     """``to[q] += row[q * step]`` for q < count; whole vectors of `to` are written."""
     if step == 1:
-        _sum_up(L, T, 1, to, row, count)
+        vectors.sum_up(L, T, 1, to, row, count)
     elif step == 2:
-        _sum_up(L, T, 2, to, row, count)
+        vectors.sum_up(L, T, 2, to, row, count)
     else:
         for q in range(count):
             to[q] += row[q * step]
@@ -858,7 +521,7 @@ def _avg(T: str, backward: bool, L: int, L64: int) -> Task:
                                         if count == W and xh == W * xw:
                                             count = (h1 - h0) * W if h == h0 else 0
                                         if xw == 1:
-                                            line[q] += _total(L64, T, start, count)
+                                            line[q] += vectors.total(L64, T, start, count)
                                         else:
                                             line[q] += sum_of(start, count, xw)
                     _divide(
@@ -919,8 +582,8 @@ def _avg_last_fwd(kind: str, L: int) -> Task:
         n, c = index // parts // shares, index // parts % shares * each
         first = index % parts * lines
         inner = min(each, C - c)
-        x = ahead(_elements(x_, kind), n * xn + c)
-        y = ahead(_elements(y_, kind), n * yn + c)
+        x = ahead(vectors.elements(x_, kind), n * xn + c)
+        y = ahead(vectors.elements(y_, kind), n * yn + c)
         by = pointer(scratch, T)
         widths = ahead(by, 3)
         sums = ahead(widths, Q)
@@ -935,17 +598,17 @@ def _avg_last_fwd(kind: str, L: int) -> Task:
                 for d in range(along_d[3 * z], along_d[3 * z + 1]):
                     if (h1 - h0) * (w1 - w0) <= 16:
                         window = ahead(x, d * xd + h0 * xh + w0 * xw)
-                        _sum_window(L, kind, sums, window, h1 - h0, xh, w1 - w0, xw, inner)
+                        vectors.sum_window(L, kind, sums, window, h1 - h0, xh, w1 - w0, xw, inner)
                         continue
                     for h in range(h0, h1):
                         row = ahead(x, d * xd + h * xh)
                         for w in range(w0, w1):
-                            _sum_up(L, kind, 1, sums, ahead(row, w * xw), inner)
+                            vectors.sum_up(L, kind, 1, sums, ahead(row, w * xw), inner)
                 _divide(
                     sums, inner, 1, by, ahead(widths, q), ahead(along_d, 3 * z), ahead(along_h, 3 * p),
                     divisor, clipped, adaptive,
                 )  # fmt: skip
-                _narrow(L, kind, ahead(y, z * yd + p * yh + q * yw), sums, inner)
+                vectors.narrow(L, kind, ahead(y, z * yd + p * yh + q * yw), sums, inner)
 
     return Task(avg_pool_last_fwd, args)
 
@@ -966,11 +629,11 @@ def _avg_tiles_bwd(kind: str, L: int) -> Task:
         first = index % parts * lines
         behind = min(start + each, C)
         inner = behind - start if together else 1
-        x, y = _elements(x_, kind), _elements(y_, kind)
+        x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
         by = pointer(scratch, T)
         widths = ahead(by, 3)
         line = ahead(widths, Q)
-        means = _elements(scratch + 8 * (3 + Q + Q * inner + L), kind)
+        means = vectors.elements(scratch + 8 * (3 + Q + Q * inner + L), kind)
         _set_widths(widths, along_w, Q, divisor, clipped)
         for c in range(start, behind, inner):
             ready = -1
@@ -985,15 +648,15 @@ def _avg_tiles_bwd(kind: str, L: int) -> Task:
                         ready = z * P + p
                         values = ahead(y, n * yn + c * yc + z * yd + p * yh)
                         if yw == inner:
-                            _widen(L, kind, line, values, Q * inner)
+                            vectors.widen(L, kind, line, values, Q * inner)
                         else:
                             _put(means, inner, values, yw, Q, inner)
-                            _widen(L, kind, line, means, Q * inner)
+                            vectors.widen(L, kind, line, means, Q * inner)
                         _divide(
                             line, inner, Q, by, widths, ahead(along_d, 3 * z), ahead(along_h, 3 * p),
                             divisor, clipped, adaptive,
                         )  # fmt: skip
-                        _narrow(L, kind, means, line, Q * inner)
+                        vectors.narrow(L, kind, means, line, Q * inner)
                     if inner > 1:
                         for q in range(Q):
                             mean = ahead(means, q * inner)
@@ -1040,7 +703,7 @@ def _mean(kind: str, backward: bool, L: int, L64: int) -> Task:
     def mean(address: int, index: int, scratch: int) -> None:
         """Averages y of whole planes x without gaps, in float64; or (backward) planes full of y's share."""
         x_, y, C, each, size, xn, xc, yn, yc, divisor = unpack(address, args)
-        x = _elements(x_, kind)
+        x = vectors.elements(x_, kind)
         shares = (C + each - 1) // each
         n, first = index // shares, index % shares * each
         count = min(each, C - first)
@@ -1052,10 +715,10 @@ def _mean(kind: str, backward: bool, L: int, L64: int) -> Task:
                 sums[c] = means[c * yc]
                 share[c] = sums[c] / divisor
             for c in range(count):
-                _fill(L, kind, ahead(planes, c * xc), share[c], size)
+                vectors.fill(L, kind, ahead(planes, c * xc), share[c], size)
         else:
             for c in range(count):
-                sums[c] = _total(L64, kind, ahead(planes, c * xc), size)
+                sums[c] = vectors.total(L64, kind, ahead(planes, c * xc), size)
             for c in range(count):
                 means[c * yc] = sums[c] / divisor
 

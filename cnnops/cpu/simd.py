@@ -76,7 +76,7 @@ def tiles() -> Tiles:
     return Tiles((4, 3), (1, 6), (3, 3), (1, 5))
 
 
-class _Emit:
+class Emit:
     """Writes vector instructions on elements of one type."""
 
     def __init__(self, builder: ir.IRBuilder, element: ir.Type, lanes: int) -> None:
@@ -104,7 +104,7 @@ class _Emit:
         """Lanes of `mask` from memory, zero in the others; nothing behind them is touched."""
         address = self.builder.bitcast(place, self.vector.as_pointer())
         kind = ir.FunctionType(self.vector, [address.type, ir.IntType(32), mask.type, self.vector])
-        function = _declared(self.builder.module, f"llvm.masked.load.{self._suffix}.p0", kind)
+        function = declared(self.builder.module, f"llvm.masked.load.{self._suffix}.p0", kind)
         align = ir.Constant(ir.IntType(32), self.align)
         return self.builder.call(function, [address, align, mask, self.zero()])
 
@@ -113,29 +113,29 @@ class _Emit:
         kind = ir.FunctionType(
             ir.VoidType(), [self.vector, address.type, ir.IntType(32), mask.type]
         )
-        function = _declared(self.builder.module, f"llvm.masked.store.{self._suffix}.p0", kind)
+        function = declared(self.builder.module, f"llvm.masked.store.{self._suffix}.p0", kind)
         self.builder.call(function, [value, address, ir.Constant(ir.IntType(32), self.align), mask])
 
     def first(self, count: ir.Value) -> ir.Value:
         """A mask of the first `count` lanes."""
         numbers = ir.Constant(ir.VectorType(_I64, self.lanes), list(range(self.lanes)))
-        return self.builder.icmp_signed("<", numbers, _splat(self.builder, count, self.lanes))
+        return self.builder.icmp_signed("<", numbers, splat(self.builder, count, self.lanes))
 
     def multiply_add(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
         # fmuladd is one instruction where the CPU has it; llvm.fma would call libm where it does not.
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
-        function = _declared(self.builder.module, f"llvm.fmuladd.{self._suffix}", kind)
+        function = declared(self.builder.module, f"llvm.fmuladd.{self._suffix}", kind)
         return self.builder.call(function, [a, b, c])
 
     def total(self, vector: ir.Value) -> ir.Value:
         """The sum of the lanes, in a fixed tree's order."""
         kind = ir.FunctionType(self.element, [self.element, self.vector])
-        function = _declared(self.builder.module, f"llvm.vector.reduce.fadd.{self._suffix}", kind)
+        function = declared(self.builder.module, f"llvm.vector.reduce.fadd.{self._suffix}", kind)
         start = ir.Constant(self.element, -0.0)
         return self.builder.call(function, [start, vector], fastmath=("reassoc",))
 
 
-def _splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
+def splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     """A vector with `scalar` in every lane."""
     blank = ir.Constant(ir.VectorType(scalar.type, lanes), ir.Undefined)
     first = builder.insert_element(blank, scalar, ir.Constant(ir.IntType(32), 0))
@@ -143,12 +143,12 @@ def _splat(builder: ir.IRBuilder, scalar: ir.Value, lanes: int) -> ir.Value:
     return builder.shuffle_vector(first, blank, zeros)
 
 
-def _declared(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:
+def declared(module: ir.Module, name: str, kind: ir.FunctionType) -> ir.Function:
     found = module.globals.get(name)
     return found if found is not None else ir.Function(module, kind, name)
 
 
-class _Loop:
+class Loop:
     """``for index in range(start, stop, step)`` with `carried` values: fill its body, then call `close`."""
 
     def __init__(
@@ -185,7 +185,7 @@ class _Loop:
         return self.carried
 
 
-def _i64(value: int) -> ir.Constant:
+def int_constant(value: int) -> ir.Constant:
     return ir.Constant(_I64, value)
 
 
@@ -200,20 +200,20 @@ def gemm(typing_context, lanes, rows, vectors, a, b, offsets, count, c, pitch, a
 
     def generate(context, builder, signature, values):
         a, b, offsets, count, c, pitch, accumulate = values[3:]
-        emit = _Emit(builder, a.type.pointee, L)
+        emit = Emit(builder, a.type.pointee, L)
         places = [
-            builder.gep(c, [builder.add(builder.mul(pitch, _i64(m)), _i64(v * L))])
+            builder.gep(c, [builder.add(builder.mul(pitch, int_constant(m)), int_constant(v * L))])
             for m in range(M)
             for v in range(V)
         ]
-        loop = _Loop(builder, _i64(0), count, 1, [emit.zero()] * (M * V))
+        loop = Loop(builder, int_constant(0), count, 1, [emit.zero()] * (M * V))
         k = loop.index
         row = builder.gep(b, [builder.sext(builder.load(builder.gep(offsets, [k])), _I64)])
-        column = [emit.load(builder.gep(row, [_i64(v * L)])) for v in range(V)]
-        packed = builder.gep(a, [builder.mul(k, _i64(M))])
+        column = [emit.load(builder.gep(row, [int_constant(v * L)])) for v in range(V)]
+        packed = builder.gep(a, [builder.mul(k, int_constant(M))])
         sums = []
         for m in range(M):
-            weight = _splat(builder, builder.load(builder.gep(packed, [_i64(m)])), L)
+            weight = splat(builder, builder.load(builder.gep(packed, [int_constant(m)])), L)
             sums += [
                 emit.multiply_add(weight, column[v], loop.carried[m * V + v]) for v in range(V)
             ]
@@ -221,7 +221,7 @@ def gemm(typing_context, lanes, rows, vectors, a, b, offsets, count, c, pitch, a
         # rounds less.
         fresh = loop.close(sums)
         before = builder.block
-        with builder.if_then(builder.icmp_signed("!=", accumulate, _i64(0))):
+        with builder.if_then(builder.icmp_signed("!=", accumulate, int_constant(0))):
             added = [
                 builder.fadd(emit.load(place), value)
                 for place, value in zip(places, fresh, strict=True)
@@ -255,11 +255,14 @@ def dot(
 
     def generate(context, builder, signature, values):
         a, row, line, b, offsets, step, lines, length, c, pitch = values[3:]
-        emit = _Emit(builder, a.type.pointee, L)
-        rest = builder.and_(length, _i64(L - 1))
+        emit = Emit(builder, a.type.pointee, L)
+        rest = builder.and_(length, int_constant(L - 1))
         whole = builder.sub(length, rest)
         inside = emit.first(rest)
-        far = [builder.sext(builder.load(builder.gep(offsets, [_i64(n)])), _I64) for n in range(N)]
+        far = [
+            builder.sext(builder.load(builder.gep(offsets, [int_constant(n)])), _I64)
+            for n in range(N)
+        ]
 
         def products(i, left, right, sums, part):
             xs = [part(emit.load(builder.gep(place, [i]))) for place in left]
@@ -270,15 +273,15 @@ def dot(
                     result[m * N + n] = emit.multiply_add(xs[m], y, sums[m * N + n])
             return result
 
-        outer = _Loop(builder, _i64(0), lines, 1, [emit.zero()] * (M * N))
+        outer = Loop(builder, int_constant(0), lines, 1, [emit.zero()] * (M * N))
         near = builder.gep(a, [builder.mul(outer.index, line)])
-        left = [builder.gep(near, [builder.mul(row, _i64(m))]) for m in range(M)]
+        left = [builder.gep(near, [builder.mul(row, int_constant(m))]) for m in range(M)]
         base = builder.gep(b, [builder.mul(outer.index, step)])
         right = [builder.gep(base, [offset]) for offset in far]
-        inner = _Loop(builder, _i64(0), whole, L, outer.carried)
+        inner = Loop(builder, int_constant(0), whole, L, outer.carried)
         sums = inner.close(products(inner.index, left, right, inner.carried, lambda v: v))
         before = builder.block
-        with builder.if_then(builder.icmp_signed("!=", rest, _i64(0))):
+        with builder.if_then(builder.icmp_signed("!=", rest, int_constant(0))):
             tail = products(
                 whole, left, right, sums, lambda v: builder.select(inside, v, emit.zero())
             )
@@ -292,7 +295,9 @@ def dot(
         sums = outer.close(joined)
         for m in range(M):
             for n in range(N):
-                place = builder.gep(c, [builder.add(builder.mul(pitch, _i64(m)), _i64(n))])
+                place = builder.gep(
+                    c, [builder.add(builder.mul(pitch, int_constant(m)), int_constant(n))]
+                )
                 builder.store(builder.fadd(builder.load(place), emit.total(sums[m * N + n])), place)
         return context.get_dummy_value()
 
@@ -313,13 +318,15 @@ def transpose(typing_context, lanes, to, pitch, source, offsets, length):
 
     def generate(context, builder, signature, values):
         to, pitch, source, offsets, length = values[1:]
-        emit = _Emit(builder, source.type.pointee, L)
+        emit = Emit(builder, source.type.pointee, L)
         index = ir.VectorType(ir.IntType(32), L)
         columns = [
-            builder.gep(source, [builder.sext(builder.load(builder.gep(offsets, [_i64(n)])), _I64)])
+            builder.gep(
+                source, [builder.sext(builder.load(builder.gep(offsets, [int_constant(n)])), _I64)]
+            )
             for n in range(L)
         ]
-        loop = _Loop(builder, _i64(0), length, L, [])
+        loop = Loop(builder, int_constant(0), length, L, [])
         rows = [emit.load(builder.gep(column, [loop.index])) for column in columns]
         # Quarters change places across the diagonal, then each quarter's quarters, down to elements.
         half = L // 2
@@ -333,7 +340,7 @@ def transpose(typing_context, lanes, to, pitch, source, offsets, length):
                     rows[n + half] = builder.shuffle_vector(*pair, lower)
             half //= 2
         for n, row in enumerate(rows):
-            place = builder.mul(builder.add(loop.index, _i64(n)), pitch)
+            place = builder.mul(builder.add(loop.index, int_constant(n)), pitch)
             emit.store(row, builder.gep(to, [place]))
         loop.close([])
         return context.get_dummy_value()
@@ -349,15 +356,15 @@ def copy(typing_context, lanes, to, source, count, shift):
 
     def generate(context, builder, signature, values):
         to, source, count, shift = values[1:]
-        emit = _Emit(builder, source.type.pointee, L)
-        addend = _splat(builder, shift, L)
-        rest = builder.and_(count, _i64(L - 1))
+        emit = Emit(builder, source.type.pointee, L)
+        addend = splat(builder, shift, L)
+        rest = builder.and_(count, int_constant(L - 1))
         whole = builder.sub(count, rest)
-        loop = _Loop(builder, _i64(0), whole, L, [])
+        loop = Loop(builder, int_constant(0), whole, L, [])
         value = emit.load(builder.gep(source, [loop.index]))
         emit.store(builder.fadd(value, addend), builder.gep(to, [loop.index]))
         loop.close([])
-        with builder.if_then(builder.icmp_signed("!=", rest, _i64(0))):
+        with builder.if_then(builder.icmp_signed("!=", rest, int_constant(0))):
             mask = emit.first(rest)
             value = emit.load_some(builder.gep(source, [whole]), mask)
             emit.store_some(builder.fadd(value, addend), builder.gep(to, [whole]), mask)
@@ -377,18 +384,18 @@ def keep_larger(typing_context, lanes, step, best, kept, row, count, place):
 
     def generate(context, builder, signature, values):
         best, kept, row, count, place = values[2:]
-        emit = _Emit(builder, best.type.pointee, L)
+        emit = Emit(builder, best.type.pointee, L)
         numbers = ir.VectorType(ir.IntType(32), L)
-        places = _splat(builder, builder.trunc(place, ir.IntType(32)), L)
-        rest = builder.and_(count, _i64(L - 1))
+        places = splat(builder, builder.trunc(place, ir.IntType(32)), L)
+        rest = builder.and_(count, int_constant(L - 1))
         whole = builder.sub(count, rest)
 
         def update(i, load, part):
-            start = builder.gep(row, [builder.mul(i, _i64(S))])
-            value = load(start, _i64(0))
+            start = builder.gep(row, [builder.mul(i, int_constant(S))])
+            value = load(start, int_constant(0))
             if S == 2:
                 # The second load starts one early, to end with the last element that is asked for.
-                early = load(builder.gep(start, [_i64(L - 1)]), _i64(L - 1))
+                early = load(builder.gep(start, [int_constant(L - 1)]), int_constant(L - 1))
                 lanes = [*range(0, L, 2), *range(L + 1, 2 * L, 2)]
                 order = ir.Constant(ir.VectorType(ir.IntType(32), L), lanes)
                 value = builder.shuffle_vector(value, early, order)
@@ -403,12 +410,12 @@ def keep_larger(typing_context, lanes, step, best, kept, row, count, place):
             before = builder.load(where, align=4)
             builder.store(builder.select(wins, places, before), where, align=4)
 
-        loop = _Loop(builder, _i64(0), whole, L, [])
+        loop = Loop(builder, int_constant(0), whole, L, [])
         update(loop.index, lambda place, skipped: emit.load(place), None)
         loop.close([])
-        with builder.if_then(builder.icmp_signed("!=", rest, _i64(0))):
+        with builder.if_then(builder.icmp_signed("!=", rest, int_constant(0))):
             # So many elements of the row belong to the lanes that are left.
-            reach = builder.sub(builder.mul(rest, _i64(S)), _i64(S - 1))
+            reach = builder.sub(builder.mul(rest, int_constant(S)), int_constant(S - 1))
             update(
                 whole,
                 lambda place, skipped: emit.load_some(
