@@ -48,7 +48,8 @@ def test_no_row_keeps_more_than_pytorch(case: Case) -> None:
         tensors = [t.requires_grad_() for t in case.tensors(dtype)]
         try:
             theirs = saved_bytes(case.theirs, *tensors)
-        except NotImplementedError:
+        except NotImplementedError:  # PyTorch on a CPU has no 3-D average of float16, for one
+            assert dtype.itemsize == 2
             continue
         ours = saved_bytes(case.ours, *tensors)
         # Mean and rstd of a half type's norm are float32, in PyTorch on a GPU as well; its CPU rounds them,

@@ -32,8 +32,8 @@ from cnnops.ops import (
     is_channels_last,
     is_stack,
 )
-from cnnops.ops.norm import batch_norm
-from cnnops.ops.vmap import folded, one_by_one
+from cnnops.ops.norm import batch_norm, statistics_dtype
+from cnnops.ops.vmap import folded, one_by_one, unfolded
 from cnnops.shapes import GroupShape, LayerShape, whole
 
 Run = Callable[..., None]
@@ -422,7 +422,7 @@ def _scaled(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, size: Ints
 
 def _group_composed(groups: int, eps: float, activation: str) -> Pure:
     def composed(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        rows = x.to(_statistics_dtype(x)).reshape(x.shape[0], groups, -1)
+        rows = x.to(statistics_dtype(x)).reshape(x.shape[0], groups, -1)
         xhat = _xhat(rows, eps).view(x.shape)
         z = _scaled(xhat, weight, bias, (-1, *(1,) * (x.dim() - 2)))
         return activate(z, None, activation).to(x.dtype)
@@ -432,7 +432,7 @@ def _group_composed(groups: int, eps: float, activation: str) -> Pure:
 
 def _layer_composed(axes: int, eps: float) -> Pure:
     def composed(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        wide = x.to(_statistics_dtype(x))
+        wide = x.to(statistics_dtype(x))
         xhat = _xhat(wide.flatten(x.dim() - axes), eps).view(x.shape)
         y = _scaled(xhat, weight, bias, x.shape[x.dim() - axes :])
         return y.to(x.dtype)
@@ -478,11 +478,6 @@ def _second(
 # side, with as many times the groups; rows of a layer norm cannot do the same.
 
 
-def _apart(t: Tensor, maps: int, axis: int) -> Tensor:
-    found: Tensor = t.unflatten(axis, (maps, t.shape[axis] // maps))
-    return found
-
-
 def _vmap_group_norm_fwd(
     info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor | None, bias: Tensor | None,
     groups: int, *rest: Any,
@@ -490,11 +485,11 @@ def _vmap_group_norm_fwd(
     maps = info.batch_size
     if in_dims[1] is None and in_dims[2] is None:
         found = group_norm_fwd(folded(x, in_dims[0], maps, 0), weight, bias, groups, *rest)
-        return tuple(_apart(t, maps, 0) for t in found), (0, 0, 0)
+        return tuple(unfolded(t, maps, 0) for t in found), (0, 0, 0)
     x = folded(x, in_dims[0], maps, 1)
     weight, bias = _side_by_side((weight, bias), in_dims[1:3], maps)
     found = group_norm_fwd(x, weight, bias, groups * maps, *rest)
-    return tuple(_apart(t, maps, 1) for t in found), (1, 1, 1)
+    return tuple(unfolded(t, maps, 1) for t in found), (1, 1, 1)
 
 
 def _vmap_group_norm_bwd(
@@ -510,7 +505,7 @@ def _vmap_group_norm_bwd(
     rest = (groups * maps, eps, activation, last, parameters, wanted, engine)
     found = iter(group_norm_bwd(grad_y, x, *affine, mean, rstd, *rest))
     dims = [axis for name, axis in zip(NAMES, (1, 0, 0), strict=True) if name in wanted]
-    return [_apart(next(found), maps, axis) for axis in dims], dims
+    return [unfolded(next(found), maps, axis) for axis in dims], dims
 
 
 def _side_by_side(
@@ -531,10 +526,6 @@ def _vmap_layer_norm_fwd(
 
 
 # ---- torch.library --------------------------------------------------------------------------------------
-
-
-def _statistics_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
@@ -566,7 +557,7 @@ def _expect_parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) ->
 
 
 def _statistics(x: Tensor, size: Ints) -> tuple[Tensor, Tensor]:
-    dtype = _statistics_dtype(x)
+    dtype = statistics_dtype(x)
     return empty(size, x, dtype=dtype), empty(size, x, dtype=dtype)
 
 

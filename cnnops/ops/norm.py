@@ -33,7 +33,7 @@ from cnnops.ops import (
     is_channels_last,
     is_stack,
 )
-from cnnops.ops.vmap import folded
+from cnnops.ops.vmap import folded, unfolded
 from cnnops.shapes import NormShape
 
 Run = Callable[..., None]
@@ -156,7 +156,7 @@ class _Infer(Function):
 
 def _frozen(running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and rstd as copies: training may go on and change running statistics before the backward comes."""
-    wide = _statistics_dtype(running_mean)
+    wide = statistics_dtype(running_mean)
     return running_mean.to(wide, copy=True), torch.rsqrt(running_var.to(wide) + eps)
 
 
@@ -319,7 +319,8 @@ def _tangent(
 # ---- torch.library --------------------------------------------------------------------------------------
 
 
-def _statistics_dtype(x: Tensor) -> torch.dtype:
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of the mean and rstd of `x`."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -347,7 +348,7 @@ def _checked(
 
 def _batch_norm_stats(run: Run, x: Tensor, engine: str) -> tuple[Tensor, Tensor]:
     shape = _shape(x.shape)
-    mean, var = (empty((shape.C,), x, dtype=_statistics_dtype(x)) for _ in range(2))
+    mean, var = (empty((shape.C,), x, dtype=statistics_dtype(x)) for _ in range(2))
     if x.numel():
         run("batch_norm_stats", engine, shape, x.dtype, x, mean, var)
     else:
@@ -363,7 +364,7 @@ def _batch_norm_train(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     shape = _checked(x, weight, bias, running_mean, running_var, residual, True)
     y = empty(shape.x_size, x, is_channels_last(x))
-    mean, rstd = (empty((shape.C,), x, dtype=_statistics_dtype(x)) for _ in range(2))
+    mean, rstd = (empty((shape.C,), x, dtype=statistics_dtype(x)) for _ in range(2))
     if x.numel():
         run(
             "batch_norm_train", engine, shape, x.dtype, x, weight, bias, residual, running_mean, running_var,
@@ -430,9 +431,9 @@ def _side_by_side(
     ]
     results = operation(*together, *arguments[tensors:])
     if isinstance(results, Tensor):
-        return results.unflatten(1, (maps, -1)), 1
+        return unfolded(results, maps, 1), 1
     at = [_channel_axis(r.dim()) for r in results]
-    apart = [r.unflatten(axis, (maps, -1)) for r, axis in zip(results, at, strict=True)]
+    apart = [unfolded(r, maps, axis) for r, axis in zip(results, at, strict=True)]
     return type(results)(apart), type(results)(at)
 
 
