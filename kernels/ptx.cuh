@@ -1,6 +1,6 @@
-// Everything that has no plain C++ spelling. With ptx_async.cuh and ptx_sm90.cuh the ONLY files with inline
-// assembly: each wrapper holds its device body (PTX) and its emulator body side by side, so that a kernel is
-// the same text in both worlds.
+// Everything that has no plain C++ spelling. With ptx_async.cuh, ptx_sm90.cuh and ptx_cluster.cuh the ONLY files
+// with inline assembly: each wrapper holds its device body (PTX) and its emulator body side by side, so that a
+// kernel is the same text in both worlds.
 //
 // EMULATOR is defined by kernels/emulator/cuda_on_cpu.h, which the emulator includes before any kernel;
 // there a kernel is compiled by g++ and threads are fibers on the CPU.

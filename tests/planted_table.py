@@ -1,9 +1,9 @@
 """The table of planted bugs in kernels/emulator/README.md: ``python -m tests.planted_table`` rewrites it.
 
 Each kernel in tests/emulated that can do one thing wrong is run with its bug, and the table says what the
-emulator then said. The tests know these kernels, and a pattern of each report: `test_emulator.PLANTED` and
-`test_emulator_async.REPORTS`. What test_planted_table.py compares is that every bug has its row and that the
-row fits the pattern, so that a line that has moved makes nothing stale.
+emulator then said. The tests know these kernels, and a pattern of each report: `test_emulator.PLANTED`,
+`test_emulator_async.REPORTS` and `test_emulator_cluster.REPORTS`. What test_planted_table.py compares is that
+every bug has its row and that the row fits the pattern, so that a line that has moved makes nothing stale.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ def bugs() -> Iterator[Bug]:
     """All planted bugs, by file, in the order of the tests' tables."""
     import test_emulator
     import test_emulator_async
+    import test_emulator_cluster
 
     rows = [Bug(bug.file, entry, bug.report) for entry, bug in test_emulator.PLANTED.items()]
-    for file, reports in test_emulator_async.REPORTS.items():
+    for file, reports in {**test_emulator_async.REPORTS, **test_emulator_cluster.REPORTS}.items():
         rows += [Bug(file, entry, pattern) for entry, pattern in reports.items()]
     files = list(dict.fromkeys(row.file for row in rows))
     yield from sorted(rows, key=lambda row: files.index(row.file))
@@ -45,9 +46,14 @@ def report(bug: Bug) -> str:
     """What the emulator says of the bug, without whose fault it is and where."""
     import test_emulator
     import test_emulator_async
+    import test_emulator_cluster
 
-    tests = test_emulator if bug.entry in test_emulator.PLANTED else test_emulator_async
-    plan, tensors = tests.planted(bug.entry, bug=1)
+    planted = test_emulator_async.planted
+    if bug.entry in test_emulator.PLANTED:
+        planted = test_emulator.planted
+    elif bug.file in test_emulator_cluster.REPORTS:
+        planted = test_emulator_cluster.planted
+    plan, tensors = planted(bug.entry, bug=1)
     try:
         with emulate.schedule("all"), emulate.time_limit(0.05):
             emulate.execute(plan, tensors)

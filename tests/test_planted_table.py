@@ -25,7 +25,7 @@ def test_every_planted_bug_has_its_row_in_the_readme() -> None:
 
 
 def test_the_reports_are_those_of_now() -> None:
-    """For one bug of each file; test_emulator.py and test_emulator_async.py run them all."""
+    """For one bug of each file; the tests of the emulator run them all."""
     rows = planted_table.rows_of_readme()
     first = {bug.file: bug for bug in reversed(list(planted_table.bugs()))}
     for bug in first.values():

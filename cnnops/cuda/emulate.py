@@ -15,7 +15,7 @@ Kernels run on copies of their tensors: a launch that fails leaves the caller's 
     with emulate.profile() as launches:  sectors, bank conflicts and the like, line by line
 
 What it does not model: rounding inside tensor cores, the weak ordering that `__threadfence` is for, and
-communication between blocks of one launch, which it reports as a race.
+communication between blocks of one launch, which it reports as a race, unless they are of one cluster.
 """
 
 from __future__ import annotations
@@ -107,7 +107,10 @@ def schedule(name: str, seed: int = 0) -> Iterator[None]:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Within the context a block that takes this much CPU time is reported as an endless loop (60 s else)."""
+    """Within the context a block that takes this much CPU time is reported as an endless loop (60 s else).
+
+    The blocks of a cluster share their time.
+    """
     former, _settings.seconds = _settings.seconds, seconds
     try:
         yield
@@ -195,6 +198,8 @@ class _LaunchInfo(ctypes.Structure):
         ("tensor_map_count", ctypes.c_uint64),
         ("params", ctypes.c_void_p),
         ("profile", ctypes.c_uint32),
+        ("cluster", ctypes.c_uint32),
+        ("declared_cluster", ctypes.c_uint32),
     ]
 
 
@@ -223,6 +228,7 @@ class _Signature(ctypes.Structure):
     _fields_ = [
         ("count", ctypes.c_uint),
         ("max_threads", ctypes.c_uint),
+        ("cluster", ctypes.c_uint),
         ("parameter", _Parameter * 32),
     ]
 
@@ -488,6 +494,8 @@ def _run_once(
         tensor_map_count=len(maps),
         params=params.address if ctypes.sizeof(plan.params) else None,
         profile=_settings.profiles is not None,
+        cluster=plan.cluster,
+        declared_cluster=entry.signature.cluster,
     )
     report, counters = _Report(), _Counters()
     runtime, _ = _runtime()

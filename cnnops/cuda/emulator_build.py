@@ -170,10 +170,14 @@ def runtime_library() -> Path:
 
 # ---- compiling a kernel file -----------------------------------------------------------------------------
 
-# Read in the preprocessed text, where macros and #if are gone and __launch_bounds__ has become an attribute.
+# Read in the preprocessed text, where macros and #if are gone and __launch_bounds__ and __cluster_dims__ have
+# become attributes.
+_NESTED = r"(?:[^()]|\((?:[^()]|\([^()]*\))*\))*"
 _ENTRY = re.compile(
-    r'extern\s+"C"\s+(?:void\s+|__attribute__\s*\(\(emulator_launch_bounds\s*'
-    r"\((?P<bounds>(?:[^()]|\((?:[^()]|\([^()]*\))*\))*)\)\s*\)\)\s*)+(?P<name>\w+)\s*\("
+    r'extern\s+"C"\s+(?:void\s+'
+    rf"|__attribute__\s*\(\(emulator_launch_bounds\s*\((?P<bounds>{_NESTED})\)\s*\)\)\s*"
+    rf"|__attribute__\s*\(\(emulator_cluster_dims\s*\((?P<cluster>{_NESTED})\)\s*\)\)\s*"
+    r")+(?P<name>\w+)\s*\("
 )
 _LINE_MARKER = re.compile(r"^#.*$", re.MULTILINE)
 _DYNAMIC = re.compile(r"extern\s+thread_local\b[^;{}]*?(\w+)\s*\[\s*\]\s*;")
@@ -191,12 +195,11 @@ def _trampolines(text: str) -> str:
         f"{export} void* emulator_module_anchor() {{ return &{ANCHOR}; }}",
     ]
     for match in _ENTRY.finditer(_LINE_MARKER.sub("", text)):
-        name, bounds = match["name"], match["bounds"]
-        limit = f", {bounds}" if bounds else ""
+        name, bounds, cluster = match["name"], match["bounds"] or "", match["cluster"] or ""
         lines += [
             f"{export} void emulator_call_{name}(void** a) {{ emulator_call(&{name}, a); }}",
             f'__attribute__((visibility("default"))) EmulatorSignature emulator_signature_{name}'
-            f" = emulator_signature(&{name}{limit});",
+            f" = emulator_signature(&{name}, EmulatorBounds{{{bounds}}}, EmulatorClusterDims{{{cluster}}});",
         ]
     lines += ["}"]
     return "\n".join(lines) + "\n"
@@ -207,7 +210,9 @@ def _with_gap(storage: re.Match[str]) -> str:
 
 
 def _with_shared_storage(assembly: str, dynamic: Sequence[str]) -> str:
-    """Put a gap behind each shared variable, and define the dynamic shared array under all its names."""
+    """Put a gap behind each shared variable, define the dynamic shared array under all its names, and let the
+    runtime answer where they are: each block of a cluster has its own."""
+    assembly = assembly.replace("__tls_get_addr", "emulator_shared_variable")
     parts = re.split(r"(?m)^(?=\s*\.(?:section|text|data|bss)\b)", assembly)
     for i, part in enumerate(parts):
         if re.match(r"\s*\.section\s+\.tbss", part):

@@ -27,6 +27,9 @@ _RESOURCES = re.compile(
     r".*?Used (?P<registers>\d+) registers(?:[^\n]*?(?P<shared>\d+) bytes smem)?",
     re.DOTALL,
 )
+# CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, for which CuPy has no name.
+NON_PORTABLE_CLUSTER_SIZE_ALLOWED = 14
+PORTABLE_CLUSTER = 8
 _lock = threading.RLock()
 _cubins = DiskCache("cubin", ".cubin")
 
@@ -223,7 +226,18 @@ def _by_value(content: bytes) -> Any:
 
 def _prepare(plan: Launch, device_index: int) -> tuple[Any, Any]:
     """The kernel and the params struct."""
-    return _function(plan.kernel, plan.shared_bytes, device_index), _by_value(bytes(plan.params))
+    arch = arch_of(device_index) if plan.cluster > 1 else ""
+    if plan.cluster > 1 and int(arch.rstrip("a")) < 90:
+        raise RuntimeError(
+            f"{plan.kernel}: clusters of {plan.cluster} blocks: expected a GPU of compute capability 9.0 or "
+            f"newer, got {arch[:-1]}.{arch[-1]}"
+        )
+    function = _function(plan.kernel, plan.shared_bytes, device_index)
+    if plan.cluster > PORTABLE_CLUSTER:
+        from cupy.cuda import driver
+
+        driver.funcSetAttribute(function.ptr, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1)
+    return function, _by_value(bytes(plan.params))
 
 
 def _tensor_maps(plan: Launch, tensors: Sequence[torch.Tensor | None]) -> list[Any]:

@@ -36,6 +36,9 @@ ACCUMULATOR = {
 
 INT32_MAX = 2**31 - 1
 
+CLUSTERS = (1, 2, 4, 8, 16)
+"""Sizes of thread-block clusters; every GPU that has clusters runs up to 8 blocks, some 16 (H100, B200)."""
+
 
 @lru_cache(None)
 def kernels_dir() -> Path:
@@ -76,7 +79,9 @@ class Launch:
     `tensor_maps`, of some of these tensors, follow the pointers as parameters of type TensorMap by value.
     `params` is the trailing struct, a ctypes.Structure whose fields mirror the `.cu` file's struct; its size
     is checked there against the constant ``PARAMS_BYTES``, which `launch_of` adds; it must not change once
-    the launch has run. `prepared` is for the executor: what it found out about this launch the first time.
+    the launch has run. `cluster` blocks along x form a thread-block cluster (kernels/ptx_cluster.cuh), which
+    runs together; more than one needs a GPU of capability 9.0 or newer. `prepared` is for the executor:
+    what it found out about this launch the first time.
     """
 
     kernel: Kernel
@@ -88,6 +93,7 @@ class Launch:
     updates: tuple[str, ...] = ()
     shared_bytes: int = 0
     tensor_maps: tuple[TensorMap, ...] = ()
+    cluster: int = 1
     prepared: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -108,10 +114,27 @@ def launch_of(
     updates: Sequence[str] = (),
     shared_bytes: int = 0,
     tensor_maps: Sequence[TensorMap] = (),
+    cluster: int | None = None,
 ) -> Launch:
-    """A `Launch`; grid and block may have one to three axes (x first)."""
+    """A `Launch`; grid and block may have one to three axes (x first).
+
+    `cluster` is for kernels that include ptx_cluster.cuh and declare their entry
+    ``__cluster_dims__(CLUSTER, 1, 1)``: it becomes the constant ``CLUSTER``. Raises ValueError unless it is a
+    power of two up to 16 that divides the grid's x. More than 8 are not portable: a GPU may refuse them.
+    """
     sized = {**constants, "PARAMS_BYTES": ctypes.sizeof(params)}
     three = [tuple(int(v) for v in (*axes, 1, 1)[:3]) for axes in (grid, block)]
+    if cluster is not None:
+        if cluster not in CLUSTERS:
+            raise ValueError(
+                f"{source}:{entry}: cluster: expected a power of two from 1 to 16, got {cluster}"
+            )
+        if three[0][0] % cluster:
+            raise ValueError(
+                f"{source}:{entry}: grid: expected x to be a multiple of the cluster's {cluster} blocks, "
+                f"got {three[0][0]}"
+            )
+        sized["CLUSTER"] = cluster
     return Launch(
         Kernel(source, entry, tuple(sorted(sized.items()))),
         three[0],  # type: ignore[arg-type]
@@ -122,6 +145,7 @@ def launch_of(
         tuple(updates),
         shared_bytes,
         tuple(tensor_maps),
+        cluster or 1,
     )
 
 

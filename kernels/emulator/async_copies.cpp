@@ -1,5 +1,6 @@
 #include "async_copies.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "diagnostics.h"
@@ -30,7 +31,7 @@ struct SmallCopy {
 struct SmallCopies {
   std::vector<SmallCopy> under_way;
   unsigned groups;  // committed so far
-} small[MAX_THREADS];
+} small[MAX_BLOCKS * MAX_THREADS];
 
 void complete(const SmallCopy& copy) {
   if (memcmp(copy.source, copy.content, copy.source_bytes) != 0)
@@ -109,7 +110,7 @@ std::vector<Store> stores;
 struct StoringThread {
   uint16_t agent;
   unsigned groups;  // committed so far
-} storing[MAX_THREADS];
+} storing[MAX_BLOCKS * MAX_THREADS];
 
 void issue(Store store) {
   StoringThread& self = storing[current->number];
@@ -167,14 +168,17 @@ Bulk boxed(uint32_t shared, const void* map, const EmulatorBox& box, const char*
 
 bool complete_a_load() {
   std::vector<size_t> needed;
-  for (size_t i = 0; i < loads.size(); i++)
+  for (size_t i = 0; i < loads.size(); i++) {
+    enter(blocks[threads[loads[i].thread].rank]);
     if (!mbarrier_at(loads[i].barrier).waiting.empty()) needed.push_back(i);
+  }
   if (needed.empty()) return false;
   const size_t i = launch.schedule == Schedule::forward   ? needed.front()
                    : launch.schedule == Schedule::reverse ? needed.back()
                                                           : needed[random_number() % needed.size()];
   const Load load = loads[i];
   loads.erase(loads.begin() + (long)i);
+  enter(blocks[threads[load.thread].rank]);
   complete(load);
   return true;
 }
@@ -190,19 +194,22 @@ void check_copies_of(const Thread& thread) {
 }
 
 void finish_copies() {
-  if (!loads.empty()) {
-    current = &threads[loads[0].thread];
-    fail_at(loads[0].place, "bulk load: the block ends while this load is under way on %s",
-            describe_mbarrier(loads[0].barrier).c_str());
-  }
-  for (const Store& store : stores) write_target(store);
-  stores.clear();
+  auto is_mine = [](const Bulk& copy) { return threads[copy.thread].rank == block->rank; };
+  for (const Load& load : loads)
+    if (is_mine(load)) {
+      current = &threads[load.thread];
+      fail_at(load.place, "bulk load: the block ends while this load is under way on %s",
+              describe_mbarrier(load.barrier).c_str());
+    }
+  for (const Store& store : stores)
+    if (is_mine(store)) write_target(store);
+  stores.erase(std::remove_if(stores.begin(), stores.end(), is_mine), stores.end());
 }
 
 void reset_copies() {
   loads.clear();
   stores.clear();
-  for (unsigned i = 0; i < launch.threads; i++) {
+  for (unsigned i = 0; i < cluster.blocks * cluster.stride; i++) {
     small[i].under_way.clear();
     small[i].groups = 0;
     storing[i] = {};

@@ -13,7 +13,7 @@ namespace emulator {
 bool complete_a_load();
 // The thread returns from the kernel: fails if its copies still need its shared memory.
 void check_copies_of(const Thread& thread);
-// All threads have returned: does the stores that are left; fails if loads are.
+// All threads of the running block have returned: does its stores that are left; fails if loads are.
 void finish_copies();
 void reset_copies();
 

@@ -17,16 +17,16 @@ struct BlockBarrier {
   int passed;  // threads with a non-zero predicate, so far
   int result;  // of the last complete round; nobody can complete the next before all have read it
   EmulatorPlace place;
-} barrier;
+} block_barriers[MAX_BLOCKS];
 
 // ---- named barriers -------------------------------------------------------------------------------------
 struct NamedBarrier {
   unsigned threads, arrived;    // expected, and so far
-  uint32_t lanes[MAX_WARPS];    // that have arrived
+  uint32_t lanes[MAX_THREADS / WARP];  // that have arrived
   std::vector<Thread*> waiting;
   Clocks clocks;  // what happened before the arrivals
   EmulatorPlace place;
-} named[16];
+} named_barriers[MAX_BLOCKS][16];
 
 // ---- warp operations ------------------------------------------------------------------------------------
 struct Lane {
@@ -50,7 +50,7 @@ struct Warp {
 } warps[MAX_WARPS];
 
 uint32_t lanes_of(unsigned warp) {
-  const unsigned count = launch.threads - warp * WARP;
+  const unsigned count = launch.threads - in_block(warp * WARP);
   return count >= WARP ? ~0u : (1u << count) - 1;
 }
 
@@ -126,19 +126,23 @@ void join_warp(const WarpOperation& operation, void* mine, EmulatorPlace place) 
 }
 
 void reset_collectives() {
-  barrier.waiting.clear();
-  barrier.arrived = 0;
-  barrier.passed = 0;
-  for (NamedBarrier& each : named) each = {};
-  for (Warp& warp : warps) {
-    warp.exited = 0;
-    warp.groups.clear();
+  for (unsigned rank = 0; rank < cluster.blocks; rank++) {
+    BlockBarrier& barrier = block_barriers[rank];
+    barrier.waiting.clear();
+    barrier.arrived = 0;
+    barrier.passed = 0;
+    for (NamedBarrier& each : named_barriers[rank]) each = {};
+  }
+  for (unsigned warp = 0; warp < cluster.blocks * cluster.stride / WARP; warp++) {
+    warps[warp].exited = 0;
+    warps[warp].groups.clear();
   }
 }
 
 std::string describe_named_barrier(unsigned id) {
-  return "named barrier " + std::to_string(id) + " (" + std::to_string(named[id].arrived) + " of " +
-         std::to_string(named[id].threads) + " threads have arrived)";
+  const NamedBarrier& named = named_barriers[block->rank][id];
+  return "named barrier " + std::to_string(id) + " (" + std::to_string(named.arrived) + " of " +
+         std::to_string(named.threads) + " threads have arrived)";
 }
 
 void leave_warp(const Thread& thread) {
@@ -157,6 +161,7 @@ using namespace emulator;
 extern "C" {
 
 int emulator_block_barrier(int predicate, EmulatorPlace place) {
+  BlockBarrier& barrier = block_barriers[block->rank];
   if (barrier.arrived && !same_place(barrier.place, place))
     fail_at(place,
             "divergent barrier: this thread is at the block barrier of %s while %u others wait at that of %s",
@@ -223,17 +228,18 @@ void emulator_named_barrier(unsigned id, unsigned threads, bool waits, EmulatorP
   if (!threads || threads % WARP || threads > (launch.threads + WARP - 1) / WARP * WARP)
     fail_at(place, "named barrier %u: expected a multiple of 32 threads of this block of %u, got %u", id,
             launch.threads, threads);
-  NamedBarrier& barrier = named[id];
+  NamedBarrier& barrier = named_barriers[block->rank][id];
   Thread& self = *current;
+  const unsigned own_warp = in_block(self.number) / WARP;
   if (barrier.arrived && barrier.threads != threads)
     fail_at(place, "named barrier %u: this thread counts on %u threads, %u others that have arrived at %s on %u", id,
             threads, barrier.arrived, describe_place(barrier.place).c_str(), barrier.threads);
-  if (barrier.lanes[self.warp] >> self.lane & 1)
+  if (barrier.lanes[own_warp] >> self.lane & 1)
     fail_at(place, "named barrier %u: the thread arrives again before the others have: %u of %u", id,
             barrier.arrived, threads);
   barrier.threads = threads;
   barrier.place = place;
-  barrier.lanes[self.warp] |= 1u << self.lane;
+  barrier.lanes[own_warp] |= 1u << self.lane;
   release(self, barrier.clocks);
   if (waits) barrier.waiting.push_back(&self);
   if (++barrier.arrived < threads) {
@@ -241,8 +247,8 @@ void emulator_named_barrier(unsigned id, unsigned threads, bool waits, EmulatorP
     if (waits) wait(State::at_named_barrier, place);
     return;
   }
-  for (unsigned warp = 0; warp < MAX_WARPS; warp++)
-    if (barrier.lanes[warp] && barrier.lanes[warp] != lanes_of(warp))
+  for (unsigned warp = 0; warp < MAX_THREADS / WARP; warp++)
+    if (barrier.lanes[warp] && barrier.lanes[warp] != lanes_of(block->first / WARP + warp))
       fail_at(place, "named barrier %u: of warp %u only the lanes %08x have arrived", id, warp, barrier.lanes[warp]);
   for (Thread* thread : barrier.waiting) {
     acquire(*thread, barrier.clocks);

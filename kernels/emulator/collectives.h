@@ -4,7 +4,7 @@
 
 namespace emulator {
 
-// Forgets what is under way; for a new block.
+// Forgets what is under way; for a new cluster.
 void reset_collectives();
 // A thread has returned from the kernel: fails if lanes of its warp wait for it.
 void leave_warp(const Thread& thread);

@@ -1,6 +1,6 @@
 // Read by g++ before any kernel file: gives plain C++ the part of CUDA C++ that the kernels use.
 //
-// A CUDA thread is a fiber, `__shared__` is a thread_local of the one OS thread that runs all fibers, and what
+// A CUDA thread is a fiber, `__shared__` is thread_local, where the runtime answers for its address, and what
 // a GPU does in hardware (barriers, shuffles, votes) is a call into the runtime library. Loads and stores stay
 // plain C++; the compiler reports each of them to the runtime through the call-backs of -fsanitize=thread.
 // No toolkit and no standard header is used: compiling a kernel takes a fraction of a second, and a header
@@ -25,8 +25,9 @@
 #define __restrict__ __restrict
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __grid_constant__
-// Kept in the preprocessed text, where emulate.py reads it next to the entry's name; the compiler skips it.
+// Kept in the preprocessed text, where emulator_build.py reads it next to the entry's name; the compiler skips it.
 #define __launch_bounds__(...) __attribute__((emulator_launch_bounds(__VA_ARGS__)))
+#define __cluster_dims__(...) __attribute__((emulator_cluster_dims(__VA_ARGS__)))
 
 // Last parameters of whatever threads do together: as default arguments, they name the caller's line.
 #define EMULATOR_CALLER const char *file = __builtin_FILE(), int line = __builtin_LINE()
@@ -163,10 +164,14 @@ template <class T> struct EmulatorDescribe<const T*> {
 template <class T> struct EmulatorDescribe<T* __restrict> : EmulatorDescribe<T*> {};
 template <class T> struct EmulatorDescribe<const T* __restrict> : EmulatorDescribe<const T*> {};
 
+// The arguments of __launch_bounds__ and __cluster_dims__.
+struct EmulatorBounds { unsigned threads = 0, blocks = 0, cluster_blocks = 0; };
+struct EmulatorClusterDims { unsigned x = 0, y = 1, z = 1; };
+
 template <class... T>
-constexpr EmulatorSignature emulator_signature(void (*)(T...), unsigned max_threads = 0, unsigned = 0, unsigned = 0) {
+constexpr EmulatorSignature emulator_signature(void (*)(T...), EmulatorBounds bounds, EmulatorClusterDims dims) {
   static_assert(sizeof...(T) <= 32, "an entry has at most 32 parameters");
-  return {sizeof...(T), max_threads, {EmulatorDescribe<T>::value...}};
+  return {sizeof...(T), bounds.threads, dims.x * dims.y * dims.z, {EmulatorDescribe<T>::value...}};
 }
 template <class T> struct EmulatorValue { typedef T type; };
 template <class T> struct EmulatorValue<T&> { typedef T type; };

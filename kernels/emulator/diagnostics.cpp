@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 
+#include "clusters.h"
 #include "collectives.h"
 #include "mbarriers.h"
 #include "schedule.h"
@@ -26,6 +27,7 @@ std::string format_index(Index i) {
 
 Index thread_index(unsigned number) {
   const Index size = unpack(launch.block_size);
+  number %= cluster.stride;
   return {number % size.x, number / size.x % size.y, number / size.x / size.y};
 }
 
@@ -55,13 +57,13 @@ void collect_frames() {
   report->place = place;
   if (current) {
     report->in_thread = 1;
-    const Index at = unpack(current->index), in = unpack(block.index);
+    const Index at = unpack(current->index), in = unpack(blocks[current->rank].index);
     const uint32_t thread[3] = {at.x, at.y, at.z}, of[3] = {in.x, in.y, in.z};
     memcpy(report->thread, thread, sizeof thread);
     memcpy(report->block, of, sizeof of);
     collect_frames();
   }
-  abandon_block();
+  abandon_cluster();
 }
 
 }  // namespace
@@ -84,7 +86,11 @@ void set_other(const Access& access) { report->other = access.code ? access.code
 
 void set_interrupted(uintptr_t pc) { interrupted = pc; }
 
-std::string describe_thread(unsigned number) { return "thread " + format_index(thread_index(number)); }
+std::string describe_rank(unsigned rank) { return cluster.blocks > 1 ? " of rank " + std::to_string(rank) : ""; }
+
+std::string describe_thread(unsigned number) {
+  return "thread " + format_index(thread_index(number)) + describe_rank(number / cluster.stride);
+}
 
 bool same_place(EmulatorPlace a, EmulatorPlace b) { return a.line == b.line && !strcmp(a.file, b.file); }
 
@@ -95,8 +101,9 @@ std::string describe_place(EmulatorPlace place) {
 
 std::string describe_thread(const Access& access) {
   if (access.thread >= FIRST_AGENT) return agent_name(access.thread);
-  std::string text = describe_thread(access.thread);
-  if (access.epoch < block.first_epoch) text += " of block " + format_index(block_index(block_of(access.epoch)));
+  if (access.epoch >= cluster.first_epoch) return describe_thread(access.thread);
+  std::string text = "thread " + format_index(thread_index(access.thread));
+  text += " of block " + format_index(block_index(block_of(access)));
   return text;
 }
 
@@ -109,6 +116,7 @@ std::string describe_wait(const Thread& thread) {
     case State::at_block_barrier: return "wait at the block barrier " + describe_place(thread.waits_at);
     case State::at_named_barrier:
       return "wait at " + describe_named_barrier(thread.waits_for) + " " + describe_place(thread.waits_at);
+    case State::at_cluster_barrier: return "wait at " + describe_cluster_barrier(thread);
     case State::at_mbarrier:
       return "wait at " + describe_mbarrier(thread.waits_for) + " " + describe_place(thread.waits_at);
     case State::at_warp_operation: return "wait for their warp at " + describe_place(thread.waits_at);
@@ -127,19 +135,22 @@ void fail_deadlock() {
     unsigned count, first;
   };
   std::vector<Group> groups;
-  unsigned waiting = launch.threads;
-  for (unsigned i = 0; i < launch.threads; i++) {
-    const std::string what = describe_wait(threads[i]);
-    size_t known = 0;
-    while (known < groups.size() && groups[known].what != what) known++;
-    if (known == groups.size()) groups.push_back({what, 0, i});
-    groups[known].count++;
-    if (threads[i].state != State::exited) waiting = std::min(waiting, i);
+  unsigned waiting = MAX_BLOCKS * MAX_THREADS;
+  for (unsigned rank = 0; rank < cluster.blocks; rank++) {
+    enter(blocks[rank]);
+    for (unsigned i = block->first; i < block->first + launch.threads; i++) {
+      const std::string what = describe_rank(rank) + " " + describe_wait(threads[i]);
+      size_t known = 0;
+      while (known < groups.size() && groups[known].what != what) known++;
+      if (known == groups.size()) groups.push_back({what, 0, i});
+      groups[known].count++;
+      if (threads[i].state != State::exited) waiting = std::min(waiting, i);
+    }
   }
   std::string text = "deadlock:";
   for (const Group& group : groups)
-    text += (&group == &groups[0] ? " " : "; ") + std::to_string(group.count) + " threads " + group.what + ", first " +
-            describe_thread(group.first);
+    text += (&group == &groups[0] ? " " : "; ") + std::to_string(group.count) + " threads" + group.what +
+            ", first thread " + format_index(thread_index(group.first));
   current = &threads[waiting];
   fail_at(current->waits_at, "%s", text.c_str());
 }

@@ -25,8 +25,9 @@ uint32_t code_offset(const void* pc);
 
 bool same_place(EmulatorPlace a, EmulatorPlace b);
 std::string describe_place(EmulatorPlace place);    // "conv.cu:12"
-std::string describe_thread(unsigned number);       // "thread (3,0,0)"
-std::string describe_thread(const Access& access);  // and its block, where that is another one
+std::string describe_rank(unsigned rank);           // " of rank 1" where a cluster has several blocks, else ""
+std::string describe_thread(unsigned number);       // "thread (3,0,0)", and its rank
+std::string describe_thread(const Access& access);  // and its block, where that is of another cluster
 [[noreturn]] void fail_deadlock();
 
 // What emulate.py gets when a launch fails. Offsets are into the module, 0 where there is none.

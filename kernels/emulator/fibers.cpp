@@ -41,6 +41,9 @@ namespace {
 
 constexpr size_t STRIDE = STACK_BYTES + GUARD_BYTES;
 
+// Of as many threads as a block may have at a time: clusters of many blocks are rare.
+char* mapped[MAX_BLOCKS];
+
 char* map_stacks() {
   void* all = mmap(nullptr, MAX_THREADS * STRIDE, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -49,26 +52,26 @@ char* map_stacks() {
   return (char*)all;
 }
 
-char* stacks() {
-  static char* const all = map_stacks();
-  return all;
+int owner(uintptr_t address, bool of_guard) {
+  for (unsigned i = 0; i < MAX_BLOCKS && mapped[i]; i++) {
+    const uintptr_t offset = address - (uintptr_t)mapped[i];
+    if (offset >= MAX_THREADS * STRIDE) continue;
+    return (offset % STRIDE < GUARD_BYTES) == of_guard ? (int)(i * MAX_THREADS + offset / STRIDE) : -1;
+  }
+  return -1;
 }
 
 }  // namespace
 
-char* stack(unsigned thread) { return stacks() + thread * STRIDE + GUARD_BYTES; }
-
-int stack_owner(uintptr_t address) {
-  const uintptr_t offset = address - (uintptr_t)stacks();
-  if (offset >= MAX_THREADS * STRIDE || offset % STRIDE < GUARD_BYTES) return -1;
-  return (int)(offset / STRIDE);
+char* stack(unsigned thread) {
+  for (unsigned i = 0; i <= thread / MAX_THREADS; i++)
+    if (!mapped[i]) mapped[i] = map_stacks();
+  return mapped[thread / MAX_THREADS] + thread % MAX_THREADS * STRIDE + GUARD_BYTES;
 }
 
-int guard_owner(uintptr_t address) {
-  const uintptr_t offset = address - (uintptr_t)stacks();
-  if (offset >= MAX_THREADS * STRIDE || offset % STRIDE >= GUARD_BYTES) return -1;
-  return (int)(offset / STRIDE);
-}
+int stack_owner(uintptr_t address) { return owner(address, false); }
+
+int guard_owner(uintptr_t address) { return owner(address, true); }
 
 #if defined(__x86_64__)
 

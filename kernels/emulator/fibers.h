@@ -24,7 +24,8 @@ struct Fiber {
 constexpr size_t STACK_BYTES = 64 << 10;
 constexpr size_t GUARD_BYTES = 16 << 10;  // below each stack; touching it is a stack overflow
 
-// The stacks of all threads, mapped at first use; stack i spans [stack(i), stack(i) + STACK_BYTES).
+// The stacks of all threads, mapped at first use; stack i spans [stack(i), stack(i) + STACK_BYTES). They stay where
+// they are.
 char* stack(unsigned thread);
 // The thread whose stack, or whose guard zone, holds `address`; -1: none.
 int stack_owner(uintptr_t address);

@@ -112,7 +112,8 @@ void on_timer(int, siginfo_t*, void* opaque) {
 }  // namespace
 
 void fail_overdue() {
-  fail("endless loop: one block has run for more than %g s of CPU time, this thread last", limit);
+  const char* who = cluster.blocks > 1 ? "the blocks of a cluster have" : "one block has";
+  fail("endless loop: %s run for more than %g s of CPU time, this thread last", who, limit);
 }
 
 Guards::Guards(double seconds) {

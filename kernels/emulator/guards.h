@@ -4,7 +4,7 @@
 namespace emulator {
 
 // Watches the launch from construction to destruction: catches touches of a stack's guard zone, and ends a
-// launch of which one block takes more than `seconds` of this OS thread's CPU time.
+// launch of which one block (or cluster) takes more than `seconds` of this OS thread's CPU time.
 class Guards {
  public:
   explicit Guards(double seconds);

@@ -29,6 +29,13 @@ unsigned emulator_ballot(unsigned mask, int predicate, EmulatorPlace place);
 void emulator_warp_barrier(unsigned mask, EmulatorPlace place);
 unsigned emulator_active_mask();
 
+// The address of a shared variable in the running thread's block. Takes the place of __tls_get_addr in a compiled
+// kernel file, where shared variables are thread-local ones.
+struct EmulatorSharedVariable {
+  unsigned long module, offset;
+};
+void* emulator_shared_variable(const EmulatorSharedVariable* variable);
+
 // Announces an atomic read-modify-write of `bytes` at `address`, made by the code at `pc`.
 void emulator_atomic(const void* address, unsigned bytes, const void* pc);
 
@@ -72,6 +79,14 @@ void emulator_bulk_store(void* global, unsigned shared, unsigned bytes, Emulator
 void emulator_bulk_commit();
 void emulator_bulk_wait(int groups, bool for_reads_only, EmulatorPlace place);
 
+// Clusters of blocks: see kernels/ptx_cluster.cuh. `shared` points into the caller's own shared memory.
+__attribute__((const)) unsigned emulator_cluster_rank();
+__attribute__((const)) unsigned emulator_cluster_blocks();
+void emulator_cluster_arrive(EmulatorPlace place);
+void emulator_cluster_wait(EmulatorPlace place);
+void emulator_cluster_load(void* value, const void* shared, unsigned rank, unsigned bytes, EmulatorPlace place);
+void emulator_cluster_store(const void* value, void* shared, unsigned rank, unsigned bytes, EmulatorPlace place);
+
 // Warpgroups.
 struct EmulatorWgmma {
   int type;  // WgmmaType
@@ -101,6 +116,7 @@ struct EmulatorParameter {
 struct EmulatorSignature {
   unsigned count;
   unsigned max_threads;  // from __launch_bounds__; 0: none stated
+  unsigned cluster;      // from __cluster_dims__; 0: none stated
   EmulatorParameter parameter[32];
 };
 }

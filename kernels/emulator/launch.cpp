@@ -1,6 +1,7 @@
 // The functions that emulate.py calls: registering a compiled kernel file, and running a launch.
 #include <execinfo.h>
 #include <link.h>
+#include <sys/mman.h>
 
 #include <algorithm>
 #include <cstdarg>
@@ -10,6 +11,7 @@
 #include <new>
 
 #include "async_copies.h"
+#include "clusters.h"
 #include "collectives.h"
 #include "diagnostics.h"
 #include "guards.h"
@@ -63,6 +65,8 @@ struct LaunchInfo {
   uint64_t tensor_map_count;
   void* params;  // null: the entry takes none
   uint32_t profile;
+  uint32_t cluster;           // blocks along x
+  uint32_t declared_cluster;  // by the entry's __cluster_dims__; 0: it has none
 };
 
 int find_segments(dl_phdr_info* info, size_t, void* data) {
@@ -100,6 +104,12 @@ bool within_limits(const LaunchInfo& info) {
     refuse("block of %lu threads: the entry's __launch_bounds__ allows %u", count, info.max_threads);
   else if (!grid[0] || grid[0] > 0x7fffffff || !grid[1] || grid[1] > 65535 || !grid[2] || grid[2] > 65535)
     refuse("grid of %u x %u x %u blocks: expected 1 to 2147483647, 65535 and 65535", grid[0], grid[1], grid[2]);
+  else if (!info.cluster || info.cluster > MAX_BLOCKS || info.cluster & (info.cluster - 1) || grid[0] % info.cluster)
+    refuse("clusters of %u blocks in a grid of %u along x: expected a power of two up to 16 that divides it",
+           info.cluster, grid[0]);
+  else if (info.declared_cluster ? info.cluster != info.declared_cluster : info.cluster > 1)
+    refuse("clusters of %u blocks: the entry is declared for clusters of %u, by __cluster_dims__", info.cluster,
+           std::max(1u, info.declared_cluster));
   else if (info.dynamic_shared > MAX_SHARED)
     refuse("%u bytes of dynamic shared memory: at most %u bytes (227 KiB) of shared memory can be had",
            info.dynamic_shared, MAX_SHARED);
@@ -162,20 +172,64 @@ void copy_results(const LaunchInfo& info) {
   }
 }
 
-void number_threads(const uint32_t (&size)[3]) {
+void number_threads(const uint32_t (&size)[3], unsigned blocks) {
   launch.threads = size[0] * size[1] * size[2];
-  for (unsigned i = 0; i < launch.threads; i++) {
-    Thread& thread = threads[i];
-    thread.number = (uint16_t)i;
-    thread.lane = (uint8_t)(i % WARP);
-    thread.warp = (uint8_t)(i / WARP);
-    thread.index = pack({i % size[0], i / size[0] % size[1], i / size[0] / size[1]});
+  cluster.blocks = blocks;
+  cluster.stride = (launch.threads + WARPGROUP - 1) / WARPGROUP * WARPGROUP;
+  for (unsigned rank = 0; rank < blocks; rank++)
+    for (unsigned i = 0; i < launch.threads; i++) {
+      const unsigned number = rank * cluster.stride + i;
+      Thread& thread = threads[number];
+      thread.number = (uint16_t)number;
+      thread.lane = (uint8_t)(number % WARP);
+      thread.warp = (uint16_t)(number / WARP);
+      thread.rank = (uint8_t)rank;
+      thread.stack = stack(number);
+      thread.index = pack({i % size[0], i / size[0] % size[1], i / size[0] / size[1]});
+    }
+}
+
+// Shared memory for as many blocks as a cluster has. False if the compiled kernel does not ask for its address, but
+// lets the system decide: then there is one, and clusters cannot be run.
+bool place_shared(Module& module, unsigned blocks) {
+  const size_t bytes = (module.owner.size() + (64 << 10)) & ~(size_t)4095;
+  while (module.shared.size() < blocks) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    module.shared.push_back({(uintptr_t)memory, {}});
+    module.shared.back().shadow.resize(2, module.owner.size());
   }
+  shared_window = module.shared[0].base;
+  launch.shared_base = (uintptr_t)module.anchor() - module.anchor_offset;
+  if (launch.shared_base == shared_window) return true;
+  module.shared[0].base = launch.shared_base;
+  if (blocks > 1) refuse("clusters cannot be emulated on this machine: thread-local storage has a fixed address");
+  return blocks == 1;
+}
+
+void begin_cluster(unsigned first_number, Index grid) {
+  cluster.first_epoch = last_epoch + 1;
+  launch.blocks_by_epoch.push_back({cluster.first_epoch, first_number});
+  for (unsigned rank = 0; rank < cluster.blocks; rank++) {
+    const unsigned number = first_number + rank;
+    const unsigned long index = pack({number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y});
+    blocks[rank] = {index, rank, rank * cluster.stride, launch.threads, ++last_epoch, 0, &launch.module->shared[rank]};
+  }
+  block = &blocks[0];
+  epoch = block->epoch;
+  enter(*block);
+  poison_shared();
+  reset_collectives();
+  reset_agents();
+  reset_mbarriers();
+  reset_copies();
+  reset_warpgroups();
+  reset_cluster();
 }
 
 bool run_all_blocks(const LaunchInfo& info) {
   const Index grid{info.grid[0], info.grid[1], info.grid[2]};
-  const uint64_t count = (uint64_t)grid.x * grid.y * grid.z;
+  const uint64_t count = (uint64_t)grid.x * grid.y * grid.z / cluster.blocks;
   std::vector<uint32_t> shuffled;
   if (launch.schedule == Schedule::random) {
     for (uint64_t i = 0; i < count; i++) shuffled.push_back((uint32_t)i);
@@ -185,36 +239,27 @@ bool run_all_blocks(const LaunchInfo& info) {
     const uint64_t number = launch.schedule == Schedule::forward   ? turn
                             : launch.schedule == Schedule::reverse ? count - 1 - turn
                                                                    : shuffled[turn];
-    advance_epoch();
-    block = {pack({(uint32_t)(number % grid.x), (uint32_t)(number / grid.x % grid.y),
-                   (uint32_t)(number / grid.x / grid.y)}), (unsigned)number, launch.threads, epoch};
-    launch.blocks_by_epoch.push_back({epoch, (unsigned)number});
-    poison_shared();
-    reset_collectives();
-    reset_agents();
-    reset_mbarriers();
-    reset_copies();
-    reset_warpgroups();
-    if (!run_block()) return false;
-    if (launch.profiled) end_requests();
+    begin_cluster((unsigned)number * cluster.blocks, grid);
+    if (!run_cluster()) return false;
     if (turn == 0 && !shared_within_limits(info)) return false;
   }
   return true;
 }
 
 void forget_old_epochs() {
-  epoch = 0;
+  last_epoch = 0;
   tensor_shadows.clear();
-  for (auto& module : modules) {
-    module->shadow.clear();
-    module->shadow.resize(2, module->owner.size());
-  }
+  for (auto& module : modules)
+    for (SharedMemory& shared : module->shared) {
+      shared.shadow.clear();
+      shared.shadow.resize(2, module->owner.size());
+    }
 }
 
 bool run(const LaunchInfo& info) {
-  if (epoch > LAST_EPOCH) forget_old_epochs();
+  if (last_epoch > LAST_EPOCH) forget_old_epochs();
   launch.module = info.module;
-  launch.shared_base = (uintptr_t)info.module->anchor() - info.module->anchor_offset;
+  if (!place_shared(*info.module, info.cluster)) return false;
   launch.shared_bytes = info.module->owner.size();
   launch.entry = info.entry;
   launch.block_size = pack({info.block[0], info.block[1], info.block[2]});
@@ -225,7 +270,8 @@ bool run(const LaunchInfo& info) {
   reset_profile();
   launch.blocks_by_epoch.clear();
   seed_random(info.seed);
-  number_threads(info.block);
+  number_threads(info.block, info.cluster);
+  cluster.declared = info.declared_cluster;
   reset_clocks();
   prepare_shared(*info.module, info.dynamic_shared);
   std::vector<void*> pointers, arguments;
@@ -241,11 +287,10 @@ bool run(const LaunchInfo& info) {
   }
   if (info.params) arguments.push_back(info.params);
   launch.arguments = arguments.data();
-  advance_epoch();
-  launch.first_epoch = epoch;
+  launch.first_epoch = last_epoch + 1;
   bool succeeded;
   {
-    Guards guards(info.seconds);
+    Guards guards(info.seconds * cluster.blocks);
     succeeded = run_all_blocks(info);
   }
   if (succeeded) copy_results(info);
@@ -278,7 +323,6 @@ Module* emulator_register(void* (*anchor)(), uint32_t anchor_offset, const Share
     module->variables.push_back({from.name, from.offset, end, from.dynamic != 0});
     for (uint32_t at = from.offset; at < end; at++) module->owner[at] = (uint16_t)(i + 1);
   }
-  module->shadow.resize(2, bytes);
   modules.push_back(std::move(module));
   return modules.back().get();
 }

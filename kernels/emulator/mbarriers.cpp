@@ -13,7 +13,9 @@ namespace {
 constexpr unsigned BYTES = 8;       // of an mbarrier in shared memory
 constexpr uint32_t LIMIT = 1 << 20;  // of arrivals, and of bytes expected at a time
 
-std::map<uint32_t, Mbarrier> mbarriers;  // by address
+std::map<uint32_t, Mbarrier> of_block[MAX_BLOCKS];  // by address
+
+std::map<uint32_t, Mbarrier>& mbarriers() { return of_block[block->rank]; }
 
 void check_phase(Mbarrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
@@ -27,11 +29,11 @@ void check_phase(Mbarrier& barrier) {
 
 }  // namespace
 
-Mbarrier& mbarrier_at(uint32_t address) { return mbarriers.at(address); }
+Mbarrier& mbarrier_at(uint32_t address) { return mbarriers().at(address); }
 
 Mbarrier& find_mbarrier(uint32_t address, const char* instruction, EmulatorPlace place) {
-  const auto found = mbarriers.find(address);
-  if (found == mbarriers.end())
+  const auto found = mbarriers().find(address);
+  if (found == mbarriers().end())
     fail_at(place, "%s: expected an mbarrier, got %s, which nobody has initialised as one", instruction,
             describe_shared(address).c_str());
   Mbarrier& barrier = found->second;
@@ -49,7 +51,7 @@ void complete_bytes(Mbarrier& barrier, uint32_t bytes) {
 }
 
 std::string describe_mbarrier(uint32_t address) {
-  const Mbarrier& barrier = mbarriers.at(address);
+  const Mbarrier& barrier = mbarriers().at(address);
   std::string text = "the mbarrier " + describe_shared(address) + " (phase " + std::to_string(barrier.phase) + ": " +
                      std::to_string(barrier.count - barrier.pending) + " of " + std::to_string(barrier.count) +
                      " arrivals";
@@ -59,7 +61,9 @@ std::string describe_mbarrier(uint32_t address) {
   return text + ")";
 }
 
-void reset_mbarriers() { mbarriers.clear(); }
+void reset_mbarriers() {
+  for (unsigned rank = 0; rank < cluster.blocks; rank++) of_block[rank].clear();
+}
 
 }  // namespace emulator
 
@@ -72,14 +76,14 @@ void emulator_mbarrier_init(unsigned address, unsigned count, EmulatorPlace plac
     fail_at(place, "mbarrier.init: expected an address that is a multiple of 8, got %s",
             describe_shared(address).c_str());
   if (!count || count >= LIMIT) fail_at(place, "mbarrier.init: expected a count of 1 to 1048575, got %u", count);
-  if (mbarriers.count(address))
+  if (mbarriers().count(address))
     fail_at(place, "mbarrier.init: %s is an mbarrier already: mbarrier_inval must come first",
             describe_shared(address).c_str());
   const Access now = access_now(Kind::write, __builtin_return_address(0));
   access_shared(Kind::write, address, BYTES, now, *current);
   settle_shared(address, BYTES, {epoch, UNDER_WAY, now.code, MBARRIER, 0, 1, 0});
   const uint16_t agent = new_agent("a bulk copy on mbarrier " + describe_shared(address));
-  mbarriers[address] = {address, count, count, 0, 0, 0, {}, {}, agent, now, false, {}};
+  mbarriers()[address] = {address, count, count, 0, 0, 0, {}, {}, agent, now, false, {}};
 }
 
 void emulator_mbarrier_inval(unsigned address, EmulatorPlace place) {
@@ -88,7 +92,7 @@ void emulator_mbarrier_inval(unsigned address, EmulatorPlace place) {
     fail_at(place, "mbarrier.inval: %zu threads wait at %s", barrier.waiting.size(),
             describe_mbarrier(address).c_str());
   settle_shared(address, BYTES, access_now(Kind::write, __builtin_return_address(0)));
-  mbarriers.erase(address);
+  mbarriers().erase(address);
 }
 
 void emulator_mbarrier_arrive(unsigned address, unsigned expected_bytes, EmulatorPlace place) {
@@ -120,7 +124,7 @@ bool emulator_mbarrier_try_wait(unsigned address, unsigned parity, EmulatorPlace
 }
 
 void emulator_fence_mbarrier_init() {
-  for (auto& [address, barrier] : mbarriers)
+  for (auto& [address, barrier] : mbarriers())
     if (barrier.initialised.thread == current->number) barrier.visible_to_async_proxy = true;
 }
 

@@ -15,6 +15,8 @@
 
 namespace emulator {
 
+uintptr_t shared_window;
+
 namespace {
 
 // An address this near to the module's shared memory is taken for an index that has left it.
@@ -27,20 +29,25 @@ struct Arena {
 
 const char* verb(Kind kind) { return kind == Kind::read ? "read" : kind == Kind::write ? "write" : "atomic update"; }
 
-// What is at an offset of shared memory.
-std::string shared_place(uint64_t offset) {
+// What is at an offset of shared memory; where it is another block's, with its rank.
+std::string shared_place(uint64_t offset, unsigned rank = block->rank) {
   const Module& module = *launch.module;
   const unsigned owner = offset < module.owner.size() ? module.owner[offset] : 0;
-  if (!owner) return "shared memory offset " + std::to_string(offset);
+  const std::string of = rank != block->rank ? describe_rank(rank) : "";
+  if (!owner) return "shared memory offset " + std::to_string(offset) + of;
   const SharedVariable& variable = module.variables[owner - 1];
-  return "shared '" + variable.name + "' byte " + std::to_string(offset - variable.begin);
+  return "shared '" + variable.name + "' byte " + std::to_string(offset - variable.begin) + of;
 }
 
 [[noreturn]] void fail_race(Conflict conflict, Kind kind, const std::string& place, const Access& other) {
   if (conflict == Conflict::never_written)
     fail("%s of %s before anything has written it", verb(kind), place.c_str());
   const char* earlier = conflict == Conflict::write_after_read ? "read" : other.atomic ? "atomic update" : "write";
-  const bool same_block = other.epoch >= block.first_epoch;
+  const char* advice = "";
+  if (other.epoch < cluster.first_epoch)
+    advice = " (blocks of one launch cannot wait for each other)";
+  else if (other.thread < FIRST_AGENT && other.thread / cluster.stride != current->rank)
+    advice = " (between blocks of a cluster only cluster_arrive and cluster_wait make an order)";
   if (other.thread == MBARRIER) fail("%s of %s, which is an mbarrier", verb(kind), place.c_str());
   set_other(other);
   if (other.clock == UNDER_WAY) {
@@ -52,8 +59,7 @@ std::string shared_place(uint64_t offset) {
     fail("missing fence_proxy_async: %s of %s by TMA or wgmma after the write by %s, which has not fenced since",
          verb(kind), place.c_str(), describe_thread(other).c_str());
   fail("race: %s of %s is not ordered after the %s by %s%s", verb(kind), place.c_str(), earlier,
-       describe_thread(other).c_str(),
-       same_block ? "" : " (blocks of one launch cannot wait for each other)");
+       describe_thread(other).c_str(), advice);
 }
 
 // Blames the variable that is nearest to `offset`, which lies in none of them.
@@ -71,23 +77,41 @@ std::string shared_place(uint64_t offset) {
 
 template <Kind kind>
 __attribute__((always_inline)) inline void check_shared(uintptr_t offset, unsigned bytes, unsigned alignment,
-                                                        const Access& now, const Thread& thread) {
+                                                        const Access& now, const Thread& thread, Shadow& shadow,
+                                                        unsigned rank) {
   Module& module = *launch.module;
   launch.counters.shared_accesses++;
   const unsigned owner = module.owner[offset];
   if (!owner || offset + bytes > launch.shared_bytes || module.owner[offset + bytes - 1] != owner)
     fail_shared_bounds((int64_t)offset, bytes, kind);
   if ((launch.shared_base + offset) % alignment)
-    fail("misaligned: %s of %u bytes at %s", verb(kind), bytes, shared_place(offset).c_str());
+    fail("misaligned: %s of %u bytes at %s", verb(kind), bytes, shared_place(offset, rank).c_str());
   module.touched[owner] = 1;
   Access other;
   uint64_t at;
   const Conflict conflict =
-      module.shadow.access<kind>(offset, bytes, now, thread, block.first_epoch, true, &other, &at);
-  if (conflict != Conflict::none) fail_race(conflict, kind, shared_place(at), other);
+      shadow.access<kind>(offset, bytes, now, thread, cluster.first_epoch, true, &other, &at);
+  if (conflict != Conflict::none) fail_race(conflict, kind, shared_place(at, rank), other);
+}
+
+// In the running block's own shared memory.
+template <Kind kind>
+__attribute__((always_inline)) inline void check_shared(uintptr_t offset, unsigned bytes, unsigned alignment,
+                                                        const Access& now, const Thread& thread) {
+  check_shared<kind>(offset, bytes, alignment, now, thread, *launch.shared_shadow, block->rank);
+}
+
+// The block of the cluster, other than the running one, in whose shared memory an address lies; -1: none.
+int foreign_rank(uintptr_t address) {
+  for (unsigned rank = 0; rank < cluster.blocks; rank++)
+    if (rank != block->rank && address - blocks[rank].shared->base < launch.shared_bytes) return (int)rank;
+  return -1;
 }
 
 [[noreturn]] void fail_global_bounds(uintptr_t address, unsigned bytes, Kind kind) {
+  if (foreign_rank(address) >= 0)
+    fail("out of bounds: %s of %u bytes at %s, through a pointer of that block's: cluster_load and cluster_store are "
+         "for that", verb(kind), bytes, describe_address(address).c_str());
   if (address + SHARED_MARGIN - launch.shared_base < launch.shared_bytes + 2 * SHARED_MARGIN)
     fail_shared_bounds((int64_t)(address - launch.shared_base), bytes, kind);
   if (address < 1ul << 32) {
@@ -161,7 +185,7 @@ inline void check(const void* pointer, unsigned bytes, unsigned alignment, const
   if (offset < launch.shared_bytes) return check_shared<kind>(offset, bytes, alignment, now, *current);
   if (address - (uintptr_t)arena.begin < arena.bytes)
     return check_global<kind>(address, bytes, alignment, now, *current);
-  if (address - (uintptr_t)stack(current->number) < STACK_BYTES) {
+  if (address - (uintptr_t)current->stack < STACK_BYTES) {
     if (current->has_fragments) touch_registers(address, bytes, kind);
     return;
   }
@@ -195,6 +219,8 @@ void release_arena() { madvise(arena.begin, arena.bytes, MADV_DONTNEED); }
 
 std::string describe_address(uintptr_t address) {
   if (address - launch.shared_base < launch.shared_bytes) return shared_place(address - launch.shared_base);
+  if (const int rank = foreign_rank(address); rank >= 0)
+    return shared_place(address - blocks[rank].shared->base, (unsigned)rank);
   if (const Tensor* tensor = tensor_at(address))
     return "'" + tensor->name + "' byte " + std::to_string(address - tensor->begin);
   char text[40];
@@ -228,12 +254,25 @@ void access_global(Kind kind, uintptr_t address, unsigned bytes, const Access& n
 Access access_now(Kind kind, const void* pc) { return access_by(*current, kind, code_offset(pc)); }
 
 void settle_shared(uint32_t address, unsigned bytes, const Access& write) {
-  launch.module->shadow.settle(address, bytes, write);
+  launch.shared_shadow->settle(address, bytes, write);
 }
 
 void settle_global(uintptr_t address, unsigned bytes, const Access& write) {
   const Tensor& tensor = *tensor_at(address);
   tensor.shadow->settle(address - tensor.begin, bytes, write);
+}
+
+char* access_distributed(Kind kind, const void* pointer, unsigned rank, unsigned bytes, const void* pc) {
+  const uintptr_t offset = (uintptr_t)pointer - launch.shared_base;
+  if (offset >= launch.shared_bytes) fail_global_bounds((uintptr_t)pointer, bytes, kind);
+  if (launch.profiled) note_access(kind, (uintptr_t)pointer, bytes, pc);
+  SharedMemory& there = *blocks[rank].shared;
+  const Access now = access_by(*current, kind, code_offset(pc));
+  if (kind == Kind::read)
+    check_shared<Kind::read>(offset, bytes, bytes, now, *current, there.shadow, rank);
+  else
+    check_shared<Kind::write>(offset, bytes, bytes, now, *current, there.shadow, rank);
+  return (char*)there.base + offset;
 }
 
 void prepare_shared(Module& module, uint32_t dynamic_bytes) {
@@ -248,8 +287,9 @@ void prepare_shared(Module& module, uint32_t dynamic_bytes) {
 }
 
 void poison_shared() {
-  for (const SharedVariable& variable : launch.module->variables)
-    memset((char*)launch.shared_base + variable.begin, 0xff, variable.end - variable.begin);
+  for (unsigned rank = 0; rank < cluster.blocks; rank++)
+    for (const SharedVariable& variable : launch.module->variables)
+      memset((char*)blocks[rank].shared->base + variable.begin, 0xff, variable.end - variable.begin);
 }
 
 uint32_t static_shared_used() {
@@ -304,6 +344,10 @@ unsigned emulator_shared_address(const void* pointer, EmulatorPlace place) {
     emulator::fail_at(place, "shared_address: expected a pointer to shared memory, got %s",
                       emulator::describe_address((uintptr_t)pointer).c_str());
   return (unsigned)offset;
+}
+
+void* emulator_shared_variable(const EmulatorSharedVariable* variable) {
+  return (void*)(emulator::shared_window + variable->offset);
 }
 
 void emulator_prefetch(const void* address) {

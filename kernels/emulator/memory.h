@@ -20,6 +20,10 @@ void release_arena();
 std::string describe_address(uintptr_t address);
 std::string describe_shared(uint32_t address);
 
+// Checks what the running thread does, through a pointer to shared memory, with the same place in the block of the
+// given rank. Returns where that is.
+char* access_distributed(Kind kind, const void* pointer, unsigned rank, unsigned bytes, const void* pc);
+
 // Checks what an instruction does with `bytes` at a shared address, on behalf of the running thread and as for
 // an access through a pointer; `pc` is in the kernel. Returns where the bytes are.
 const char* read_shared(uint32_t address, unsigned bytes, unsigned alignment, const void* pc);
@@ -37,8 +41,10 @@ Access access_now(Kind kind, const void* pc);
 // Sets the size of the module's dynamic shared array and prepares its shared memory for a launch.
 struct Module;
 void prepare_shared(Module& module, uint32_t dynamic_bytes);
-// A new block finds 0xFF in all of its shared memory: NaN in every float type.
+// The blocks of a new cluster find 0xFF in all of their shared memory: NaN in every float type.
 void poison_shared();
+// Where the shared variables of all modules are for the running thread; the kernels ask for it, see emulator_build.py.
+extern uintptr_t shared_window;
 // Bytes of the static shared variables that this launch has used so far.
 uint32_t static_shared_used();
 

@@ -5,6 +5,7 @@
 #include "diagnostics.cpp"
 #include "schedule.cpp"
 #include "collectives.cpp"
+#include "clusters.cpp"
 #include "profile.cpp"
 #include "memory.cpp"
 #include "tensor_cores.cpp"

@@ -1,21 +1,26 @@
 #include "schedule.h"
 
 #include "async_copies.h"
+#include "clusters.h"
 #include "collectives.h"
 #include "diagnostics.h"
 #include "guards.h"
+#include "memory.h"
+#include "profile.h"
 #include "wgmma.h"
 
 namespace emulator {
 
-Thread threads[MAX_THREADS];
+Thread threads[MAX_BLOCKS * MAX_THREADS];
 Thread* current;
-Block block;
+Block blocks[MAX_BLOCKS];
+Block* block = &blocks[0];
+Cluster cluster;
 Launch launch;
 
 namespace {
 
-Fiber scheduler;  // where run_block() stands while threads run
+Fiber scheduler;  // where run_cluster() stands while threads run
 bool failed;
 uint64_t random_state = 1;
 
@@ -56,6 +61,7 @@ Thread& next() {
 
 void switch_to(Thread& thread) {
   Thread& from = *current;
+  if (thread.rank != block->rank) enter(blocks[thread.rank]);
   if (&thread == &from) return;
   launch.counters.switches++;
   current = &thread;
@@ -68,13 +74,18 @@ void run_thread() {
   Thread& self = *current;
   check_copies_of(self);
   leave_warpgroup(self);
+  leave_cluster(self);
   self.state = State::exited;
-  block.live--;
+  block->live--;
   leave_warp(self);
-  if (block.live == 0) {
+  if (block->live == 0) {
     finish_copies();
-    current = nullptr;
-    switch_fiber(self.fiber, scheduler);
+    end_block();
+    if (launch.profiled) end_requests();
+    if (--cluster.live == 0) {
+      current = nullptr;
+      switch_fiber(self.fiber, scheduler);
+    }
   }
   switch_to(next());
   __builtin_unreachable();
@@ -82,19 +93,31 @@ void run_thread() {
 
 }  // namespace
 
-bool run_block() {
+bool run_cluster() {
   failed = false;
   queue.clear();
   head = 0;
-  for (unsigned i = 0; i < launch.threads; i++) {
-    prepare(threads[i].fiber, i, run_thread);
-    threads[i].state = State::ready;
-    queue.push_back(&threads[i]);
-  }
+  cluster.live = cluster.blocks;
+  for (unsigned rank = 0; rank < cluster.blocks; rank++)
+    for (unsigned i = 0; i < launch.threads; i++) {
+      Thread& thread = threads[blocks[rank].first + i];
+      prepare(thread.fiber, thread.number, run_thread);
+      thread.state = State::ready;
+      queue.push_back(&thread);
+    }
   current = &next();
+  enter(blocks[current->rank]);
   switch_fiber(scheduler, current->fiber);
   current = nullptr;
   return !failed;
+}
+
+void enter(Block& next) {
+  block->epoch = epoch;
+  block = &next;
+  epoch = next.epoch;
+  launch.shared_base = shared_window = next.shared->base;
+  launch.shared_shadow = &next.shared->shadow;
 }
 
 void wake(Thread& thread) {
@@ -121,7 +144,7 @@ void maybe_let_others_run() {
   if (launch.schedule == Schedule::random) let_others_run();
 }
 
-void abandon_block() {
+void abandon_cluster() {
   failed = true;
   Fiber nobody;
   current = nullptr;
@@ -142,7 +165,7 @@ uint64_t random_number() {  // xorshift64*
 
 extern "C" {
 unsigned long emulator_thread_index() { return emulator::current->index; }
-unsigned long emulator_block_index() { return emulator::block.index; }
+unsigned long emulator_block_index() { return emulator::block->index; }
 unsigned long emulator_block_size() { return emulator::launch.block_size; }
 unsigned long emulator_grid_size() { return emulator::launch.grid_size; }
 }

@@ -6,8 +6,11 @@
 
 namespace emulator {
 
-// Runs the threads of the current block to their end. False if the launch failed (see `report`).
-bool run_block();
+// Runs the threads of the cluster to their end. False if the launch failed (see `report`).
+bool run_cluster();
+
+// From now on `block` is the running one: its epoch and its shared memory are those that count.
+void enter(Block& block);
 
 // Makes a waiting thread runnable again.
 void wake(Thread& thread);
@@ -18,8 +21,8 @@ void let_others_run();
 // As the last one to arrive somewhere: under the random schedule it need not be the first to go on.
 void maybe_let_others_run();
 
-// Leaves kernel code for good; run_block() returns false.
-[[noreturn]] void abandon_block();
+// Leaves kernel code for good; run_cluster() returns false.
+[[noreturn]] void abandon_cluster();
 
 void seed_random(uint64_t seed);
 uint64_t random_number();

@@ -8,6 +8,10 @@
 // Named barriers and mbarriers order threads of different warps without a new epoch: they hand clocks of all
 // threads from one to the other. Asynchronous work is done by agents, which have clocks as threads do; it is
 // ordered by these alone, since no block barrier waits for it.
+//
+// The blocks of a cluster run together, each in epochs of its own. Between them only the cluster barrier makes an
+// order: each of its phases keeps the epochs of the blocks and the clocks of the threads as they arrived, and a
+// thread knows what was before those of the last phase that it, or its block, has waited for.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -22,7 +26,7 @@ struct Access {
   uint32_t epoch;
   uint32_t clock;   // the thread's own clock
   uint32_t code;    // offset of the instruction in the module
-  uint16_t thread;  // within its block; from FIRST_AGENT on, an agent
+  uint16_t thread;  // within its cluster; from FIRST_AGENT on, an agent
   uint16_t atomic : 1;
   uint16_t asynchronous : 1;  // block barriers do not order it, clocks do
   uint16_t fences : 14;       // between the proxies, executed by the thread before
@@ -65,8 +69,8 @@ class Shadow {
 
  private:
   // Two reads are kept a place. They are chosen so that any later write that races with some read since the
-  // last write also races with one of these two: from different blocks if there were such, else from
-  // different warps, else from different lanes. (A __syncwarp of part of a warp may hide a third reader.)
+  // last write also races with one of these two: from different blocks if there were such (of one cluster or not),
+  // else from different warps, else from different lanes. (A __syncwarp of part of a warp may hide a third reader.)
   struct Reads {
     Access last, apart;
   };
@@ -81,25 +85,34 @@ class Shadow {
   std::vector<Reads> reads_;  // empty until the first read
 };
 
-extern uint32_t epoch;
+extern uint32_t epoch;       // of the running block
+extern uint32_t last_epoch;  // that any block had; no two have the same
 
 // Moves the running block to a new epoch: everything its threads did before is ordered before what follows.
 void advance_epoch();
 // Orders the accesses of the lanes in `mask` of one warp: before this call against after it.
 void synchronise_lanes(unsigned warp, uint32_t mask);
-// The number of the block that was running in `epoch`.
-unsigned block_of(uint32_t epoch);
+// The number of the block that made an access.
+unsigned block_of(const Access& access);
 
 // ---- order without a block barrier ----------------------------------------------------------------------
-// For each thread and each agent, the clock up to which its accesses are known.
+// For each thread of the block and each agent, the clock up to which its accesses are known; last the phase of the
+// cluster barrier.
 using Clocks = std::vector<uint32_t>;
 // All that `thread` has done and knows is ordered before what a thread does that acquires `to` later.
 void release(Thread& thread, Clocks& to);
-void acquire(const Thread& thread, const Clocks& from);
+void acquire(Thread& thread, const Clocks& from);
 
-// Agents: the copies that complete on one mbarrier, the wgmma of one warpgroup, the stores of one thread. There
-// are few; from the 64th on they share a clock, and a race between two of those may be missed.
-constexpr uint16_t FIRST_AGENT = 1024;
+// The cluster barrier: `thread` arrives; all have; `thread` has waited for all phases that are complete.
+void release_to_cluster(Thread& thread);
+void complete_cluster_phase();
+void acquire_from_cluster(Thread& thread);
+// Whether `earlier`, by a thread of another block of the cluster, is ordered before the end of the running block.
+bool ordered_before_end(const Access& earlier);
+
+// Agents: the copies that complete on one mbarrier, the wgmma of one warpgroup, the stores of one thread. A block has
+// few; from the 64th on they share a clock, and a race between two of those may be missed.
+constexpr uint16_t FIRST_AGENT = 16 * 1024;
 uint16_t new_agent(std::string name);  // numbered as in Access::thread
 const std::string& agent_name(uint16_t agent);
 // The clock of what the agent does next; it then moves on.
@@ -110,12 +123,12 @@ void acquire(const Thread& thread, uint16_t agent, uint32_t clock);
 
 // `thread` makes what it has written visible to the async proxy.
 void fence_proxies(Thread& thread);
-// Whether `earlier`, an event in the life of a thread of this block, is ordered before what `thread` does now.
+// Whether `earlier`, an event in the life of a thread of this cluster, is ordered before what `thread` does now.
 bool ordered(const Access& earlier, const Thread& thread);
 
 // For a new launch: no thread knows anything of another.
 void reset_clocks();
-// For a new block: no agents, no fences.
+// For a new cluster: no agents, no fences, no cluster barriers.
 void reset_agents();
 
 }  // namespace emulator

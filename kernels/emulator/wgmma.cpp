@@ -18,7 +18,6 @@ namespace emulator {
 
 namespace {
 
-constexpr unsigned WARPGROUP = 128;
 constexpr unsigned M = 64, MAX_N = 256, MAX_K = 16;
 constexpr unsigned PIECE = 16;            // bytes that lie together in every layout
 constexpr unsigned REGISTERS = 64 << 10;  // of a multiprocessor
@@ -32,7 +31,7 @@ struct Fragment {
   bool touched;         // accessed since the last wgmma_fence
   EmulatorPlace place;  // of the last multiplication
 };
-std::vector<Fragment> fragments[MAX_THREADS];
+std::vector<Fragment> fragments[MAX_BLOCKS * MAX_THREADS];
 
 void use_registers(Thread& thread, const void* registers, unsigned bytes, EmulatorPlace place) {
   const uintptr_t begin = (uintptr_t)registers, end = begin + bytes;
@@ -180,12 +179,12 @@ struct Warpgroup {
 
   Thread& thread(unsigned i) const { return threads[number * WARPGROUP + i]; }
   const EmulatorWgmma& operands(unsigned i) const { return ((const Issue*)lanes[i])->operands; }
-} warpgroups[MAX_THREADS / WARPGROUP];
+} warpgroups[MAX_BLOCKS * MAX_THREADS / WARPGROUP];
 
 void join_warpgroup(const WarpgroupOperation& operation, const void* mine, EmulatorPlace place) {
   const unsigned number = current->number / WARPGROUP;
   Warpgroup& group = warpgroups[number];
-  if ((number + 1) * WARPGROUP > launch.threads)
+  if (in_block(number * WARPGROUP) + WARPGROUP > launch.threads)
     fail_at(place, "%s: expected a warpgroup of 128 threads, got the last %u of a block", operation.name,
             launch.threads % WARPGROUP);
   if (group.exited)
@@ -263,8 +262,10 @@ void issue(Warpgroup& group, EmulatorPlace place) {
     op.a_registers[t] = mine.a_registers;
   }
   const Operand b(first.b, first.b_major, (unsigned)first.n, first.type, "B", place);
-  if (!group.agent) group.agent = new_agent("wgmma of warps " + std::to_string(4 * group.number) + " to " +
-                                            std::to_string(4 * group.number + 3));
+  const unsigned warp = in_block(group.number * WARPGROUP) / WARP;
+  if (!group.agent)
+    group.agent = new_agent("wgmma of warps " + std::to_string(warp) + " to " + std::to_string(warp + 3) +
+                            describe_rank(block->rank));
   op.clock = tick(group.agent);
   const Access read{epoch, op.clock, code_offset(((const Issue*)group.lanes[0])->pc), group.agent, 0, 1, 0};
   // All warps read B, each its own rows of A: a row of B is judged by what one warp knows, the next by another.
@@ -335,7 +336,8 @@ const WarpgroupOperation WAIT{"wgmma.wait_group", [](Warpgroup& group, EmulatorP
 const WarpgroupOperation SET_REGISTERS{"setmaxnreg", [](Warpgroup& group, EmulatorPlace place) {
   group.registers = *(const unsigned*)group.lanes[0];
   unsigned sum = 0;
-  for (const Warpgroup& each : warpgroups) sum += each.registers * WARPGROUP;
+  for (unsigned i = 0; i < launch.threads; i += WARPGROUP)
+    sum += warpgroups[(block->first + i) / WARPGROUP].registers * WARPGROUP;
   if (sum > REGISTERS)
     fail_at(place, "setmaxnreg: the warpgroups ask for %u registers together: there are %u", sum, REGISTERS);
 }};
@@ -364,11 +366,11 @@ void leave_warpgroup(const Thread& thread) {
 }
 
 void reset_warpgroups() {
-  for (unsigned i = 0; i < MAX_THREADS / WARPGROUP; i++) {
+  for (unsigned i = 0; i < cluster.blocks * cluster.stride / WARPGROUP; i++) {
     warpgroups[i] = {};
     warpgroups[i].number = i;
   }
-  for (unsigned i = 0; i < launch.threads; i++) {
+  for (unsigned i = 0; i < cluster.blocks * cluster.stride; i++) {
     if (threads[i].has_fragments) fragments[i].clear();
     threads[i].has_fragments = false;
   }

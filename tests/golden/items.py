@@ -536,12 +536,13 @@ ARITHMETIC = [
 
 
 def _asynchronous() -> list[Item]:
-    """Items of kernels/ptx_async.cuh and kernels/ptx_sm90.cuh, where there are any."""
+    """Items of kernels/ptx_async.cuh, ptx_sm90.cuh and ptx_cluster.cuh, where there are any."""
     if importlib.util.find_spec(f"{__package__}.async_items") is None:
         return []
     from .async_items import ITEMS as items
+    from .cluster_items import ITEMS as of_clusters
 
-    return list(items)
+    return [*items, *of_clusters]
 
 
 ITEMS: dict[str, Item] = {
