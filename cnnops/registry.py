@@ -11,9 +11,10 @@ one of them.
 Every function gets the problem's shape first and its result tensors last, allocated by the caller in the
 layout that PyTorch would give, never empty, and fills them:
 
-    conv_fprop(shape, x, w, bias | None, y)
-    conv_dgrad(shape, grad_y, w, bias | None, grad_x)     zeros outside of grad_x; the bias, C long, is added:
-                                                          transposed convolution
+    conv_fprop(shape, x, w, bias | None, y, epilogue=None)
+    conv_dgrad(shape, grad_y, w, bias | None, grad_x, epilogue=None)
+                                                   zeros outside of grad_x; the bias, C long, is added:
+                                                   transposed convolution. Epilogue: see `cnnops.epilogue`
     conv_wgrad(shape, grad_y, x, grad_w)
     conv_bgrad(shape, grad_y, grad_bias)           shape: of any convolution whose y is as large as grad_y
     conv_fold(shape, padded, grad_x)               grad_x = the sum of `padded`, as large as the padded input,
@@ -59,6 +60,7 @@ from torch import Tensor
 
 from cnnops import tuned
 from cnnops.config import Setting, settings
+from cnnops.epilogue import Epilogue as Epilogue
 from cnnops.shapes import Shape
 
 

@@ -3,12 +3,15 @@
 //
 // Maths. In two dimensions, with c over the channels of k's group, and x outside of the image zero or as PADDING says:
 //
-//     fprop  y[n,k,p,q]      = b[k] + Σ c,r,s  w[k,c,r,s] · x[n, c, p·stride - pad + r·dilation, …]
-//     dgrad  grad_x[n,c,h,w] = b[c] + Σ k,r,s  w[k,c,r,s] · grad_y[n, k, (h + pad - r·dilation) / stride, …]
-//                              over the r and s for which the division leaves no rest; with b, which gradients have
-//                              none of, this is transposed convolution
+//     fprop  y[n,k,p,q]      = Σ c,r,s  w[k,c,r,s] · x[n, c, p·stride - pad + r·dilation, …]
+//     dgrad  grad_x[n,c,h,w] = Σ k,r,s  w[k,c,r,s] · grad_y[n, k, (h + pad - r·dilation) / stride, …]
+//                              over the r and s for which the division leaves no rest
 //     wgrad  grad_w[k,c,r,s] = Σ n,p,q  grad_y[n,k,p,q] · x[n, c, p·stride - pad + r·dilation, …]
 //     bgrad  grad_b[k]       = Σ n,p,q  grad_y[n,k,p,q]
+//
+// What fprop and dgrad write is act(scale · sum + bias + residual), see epilogue.cuh, scale and bias by channel of
+// the result. Gradients have none of it: with it dgrad is transposed convolution. On its way out fprop may gather
+// every channel's moments, for the batch norm that follows, which then need not read y to find them (statistics.cuh).
 //
 // The first three are matrix products of a gathered operand and a plain one, per group:
 //
@@ -51,18 +54,19 @@
 //
 // Sums. A result is summed by one thread in the order of steps. Where rows x columns are too few to fill a GPU
 // (wgrad, small images), `splits` blocks take parts of the steps and write partial results, each laid out as the
-// result itself, and conv_reduce_direct adds them up, and the bias to the whole. The order depends on the problem's
-// sizes alone.
+// result itself, and conv_reduce_direct adds them up; what follows a sum is done there, to the whole. The order
+// depends on the problem's sizes alone.
 //
 // Grid. One axis: column tiles fastest, then groups, phases, splits, and row tiles slowest, so that blocks reading
 // the same gathered rows run together and meet in L2. (thin: group tiles, then phases, then places.)
 //
 // Constants. PASS FORM ELEMENT ACCUMULATOR RESULT DIMS; WIDE: offsets take 64 bits (a tensor spans 2^31 elements)
 //   PADDING ZEROS, for fprop and wgrad also REFLECT REPLICATE CIRCULAR
+//   ACTIVATION for fprop, dgrad and reduce: none where partial results are written
 //   tiled   BLOCK_M BLOCK_N BLOCK_K THREAD_M THREAD_N; RESIDENT: blocks a multiprocessor, to budget registers for
 //           CHANNELS_FAST: entries are numbered with the channel fastest, else with the taps
 //           GATHER_ALONG_STEPS GATHER_VECTOR, PLAIN_ALONG_STEPS PLAIN_VECTOR: how the operands are fetched
-//           STORE_ALONG_ROWS STORE_VECTOR: how the result is written
+//           STORE_ALONG_ROWS STORE_VECTOR: how the result is written; MOMENTS: 1 where fprop gathers them
 //   thin    LANES_G LANES_P PLACES_FAST VECTOR RESULT_VECTOR OUTPUTS (channels a group), PLACES TAPS (unrolled, of
 //           the last axis) or, for wgrad, TAPS_0 TAPS_1 TAPS_2; FULL_CHUNKS: these divide the filter
 //   bgrad   LANES_G LANES_P PLACES_FAST VECTOR      reduce  REDUCE_LANES
@@ -84,19 +88,25 @@
 // Why FFMA, not tensor cores: float32 and float64 keep all their bits, every shape and alignment is served, and
 // other kernels may fall back on this one. Why elements pass through registers, not cp.async: half types are
 // widened on the way, padding becomes zero without a branch, and in NCHW the copies would be of single elements.
+#include "epilogue.cuh"
 #include "padding.cuh"
+#include "statistics.cuh"
 
 #define FPROP 0  // values of PASS
 #define DGRAD 1
 #define WGRAD 2
 #define BGRAD 3
 #define REDUCE 4
+#define MERGE 5
 #define TILED 0  // values of FORM
 #define THIN 1
 
 using T = ELEMENT;      // of the operands
 using A = ACCUMULATOR;  // float for the half types, else T
 using Result = RESULT;  // T, or A where conv_reduce_direct follows
+#ifdef ACTIVATION
+constexpr Activation ACT = Activation::ACTIVATION;
+#endif
 static_assert(DIMS >= 1 && DIMS <= 3, "one to three spatial axes");
 
 #if WIDE
@@ -118,7 +128,6 @@ struct Params {
   Strides source;        // the gathered tensor: x (dgrad: grad_y)
   Strides result;        // the tensor of places: y (dgrad: grad_x; wgrad, bgrad: grad_y, which is read)
   FilterStrides filter;  // w (wgrad: grad_w, which is written)
-  long long bias;        // stride
   long long numel;       // elements of one partial result
   FastDiv count[3];      // places along each axis (dgrad: of the largest phase)
   FastDiv channels;      // source channels of a group
@@ -240,7 +249,8 @@ DEVICE Offset address(const Params& p, const Half& one, const Half& two, int axe
 constexpr int THREADS = 256, LANES = REDUCE_LANES, ROWS = THREADS / LANES;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-conv_reduce_direct(const A* __restrict__ partial, const T* __restrict__ bias, T* __restrict__ out, const Params p) {
+conv_reduce_direct(const A* __restrict__ partial, const T* __restrict__ scale, const T* __restrict__ bias,
+                   const T* __restrict__ residual, T* __restrict__ out, const Params p) {
   __shared__ A sums[ROWS][LANES];
   const int lane = (int)threadIdx.x % LANES, row = (int)threadIdx.x / LANES;
   const int element = (int)blockIdx.x * LANES + lane;
@@ -252,13 +262,18 @@ conv_reduce_direct(const A* __restrict__ partial, const T* __restrict__ bias, T*
   __syncthreads();
   if (row == 0 && element < p.numel) {
     for (int r = 1; r < ROWS; r++) sum += sums[r][lane];
-    if (bias) {
-      int channel;
-      p.channels.divmod(p.count[0].div(element), channel);
-      sum += convert<A>(bias[channel * p.bias]);
-    }
-    out[element] = convert<T>(sum);
+    int channel;
+    p.channels.divmod(p.count[0].div(element), channel);
+    A z[1] = {ScaleShift<A>::of(scale, bias, channel)(sum)};
+    store_finished<ACT>(out + element, residual ? residual + element : nullptr, z);
   }
+}
+
+#elif PASS == MERGE
+// ---- second pass: moments of channels -------------------------------------------------------------------
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS)
+conv_moments_direct(const A* __restrict__ parts, A* __restrict__ mean, A* __restrict__ var, const Params p) {
+  merge_moments(parts, (int)p.tiles.divisor, p.outputs, mean, var);
 }
 
 #elif PASS == BGRAD || FORM == THIN
@@ -400,8 +415,8 @@ conv_wgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ x, Result* _
 #else
 constexpr int U = PLACES;
 
-DEVICE void thin(const T* __restrict__ source, const T* __restrict__ filter, const T* __restrict__ bias,
-                 T* __restrict__ result, const Params& p) {
+DEVICE void thin(const T* __restrict__ source, const T* __restrict__ filter, const T* __restrict__ scale,
+                 const T* __restrict__ bias, const T* __restrict__ residual, T* __restrict__ result, const Params& p) {
   int tile, phase;
   int block = p.tiles.divmod((int)blockIdx.x, tile);
   block = p.phases.divmod(block, phase);
@@ -463,22 +478,25 @@ DEVICE void thin(const T* __restrict__ source, const T* __restrict__ filter, con
 
 #pragma unroll
   for (int o = 0; o < O; o++) {
-    if (bias)
 #pragma unroll
-      for (int v = 0; v < V; v++) {
-        const A b = convert<A>(bias[((group + v) * O + o) * p.bias]);
+    for (int v = 0; v < V; v++) {
+      const ScaleShift<A> scale_shift = ScaleShift<A>::of(scale, bias, (group + v) * O + o);
 #pragma unroll
-        for (int u = 0; u < U; u++) acc[u][o][v] += b;
-      }
+      for (int u = 0; u < U; u++) acc[u][o][v] = scale_shift(acc[u][o][v]);
+    }
 #pragma unroll
     for (int u = 0; u < U; u++) {
       if (place[u].other < 0) continue;
-      T* to = result + (place[u].other + o * (Offset)p.result.channel);
+      const Offset at = place[u].other + o * (Offset)p.result.channel;
       if (RV == V) {
-        store_as<V>(to, acc[u][o]);
+        store_finished<ACT>(result + at, residual ? residual + at : nullptr, acc[u][o]);
       } else {
 #pragma unroll
-        for (int v = 0; v < V; v++) to[v * (Offset)p.result.group] = convert<T>(acc[u][o][v]);
+        for (int v = 0; v < V; v++) {
+          const Offset one = at + v * (Offset)p.result.group;
+          A z[1] = {acc[u][o][v]};
+          store_finished<ACT>(result + one, residual ? residual + one : nullptr, z);
+        }
       }
     }
   }
@@ -486,15 +504,15 @@ DEVICE void thin(const T* __restrict__ source, const T* __restrict__ filter, con
 
 #if PASS == FPROP
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-conv_fprop_thin(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
-                T* __restrict__ y, const Params p) {
-  thin(x, w, bias, y, p);
+conv_fprop_thin(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ scale,
+                const T* __restrict__ bias, const T* __restrict__ residual, T* __restrict__ y, const Params p) {
+  thin(x, w, scale, bias, residual, y, p);
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-conv_dgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ w, const T* __restrict__ bias,
-                T* __restrict__ grad_x, const Params p) {
-  thin(grad_y, w, bias, grad_x, p);
+conv_dgrad_thin(const T* __restrict__ grad_y, const T* __restrict__ w, const T* __restrict__ scale,
+                const T* __restrict__ bias, const T* __restrict__ residual, T* __restrict__ grad_x, const Params p) {
+  thin(grad_y, w, scale, bias, residual, grad_x, p);
 }
 #endif
 #endif
@@ -587,8 +605,15 @@ DEVICE Half step_at(const Params& p, const Work& work, int k) {
   return PASS == WGRAD ? place_at(p, work, k) : numbered_entry(p, work, k);
 }
 
-DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, const T* __restrict__ bias,
-                  Result* __restrict__ out, const Params& p) {
+// What results meet on their way out (null: nothing), and where their moments go. Partial results and wgrad's are
+// written as they are.
+struct Finish {
+  const T *scale, *bias, *residual;
+  A* moments;
+};
+
+DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, Result* __restrict__ out,
+                  const Finish& finish, const Params& p) {
   __shared__ Tiles tiles;
   __shared__ Work work;
   __shared__ int m0, n0, group, split;
@@ -687,47 +712,90 @@ DEVICE void tiled(const T* __restrict__ gathered, const T* __restrict__ plain, c
 
   out += split * p.numel;
   const Offset write_channel = (Offset)(PASS == WGRAD ? p.filter.row : p.result.channel);
+#ifdef ACTIVATION
 #pragma unroll
   for (int j = 0; j < TN; j++) {
     const int n = n0 + (j / FN * THREADS_N + tn) * FN + j % FN;
-    if (bias && n < p.outputs) {
-      const A b = convert<A>(bias[(group * p.outputs + n) * p.bias]);
+    if (n >= p.outputs) continue;
+    const ScaleShift<A> scale_shift = ScaleShift<A>::of(finish.scale, finish.bias, group * p.outputs + n);
 #pragma unroll
-      for (int i = 0; i < TM; i++) acc[i][j] += b;
-    }
+    for (int i = 0; i < TM; i++) acc[i][j] = scale_shift(acc[i][j]);
   }
+#endif
 #pragma unroll
   for (int i = 0; i < TM; i += STORE_ALONG_ROWS ? SV : 1) {
     const Offset to = tiles.rows[(i / FM * THREADS_M + tm) * FM + i % FM].other;
 #pragma unroll
     for (int j = 0; j < TN; j += STORE_ALONG_ROWS ? 1 : SV) {
       const int n = n0 + (j / FN * THREADS_N + tn) * FN + j % FN;
-      Pack<Result, SV> pack;
+      if (to < 0 || n >= p.outputs) continue;
+      const Offset at = to + n * write_channel;
+      A z[SV];
 #pragma unroll
-      for (int v = 0; v < SV; v++)
-        pack.v[v] = convert<Result>(STORE_ALONG_ROWS ? acc[i + v][j] : acc[i][j + v]);
-      if (to >= 0 && n < p.outputs) store_pack<SV>(out + (to + n * write_channel), pack);
+      for (int v = 0; v < SV; v++) z[v] = STORE_ALONG_ROWS ? acc[i + v][j] : acc[i][j + v];
+#ifdef ACTIVATION
+      store_finished<ACT>(out + at, finish.residual ? finish.residual + at : nullptr, z);
+#else
+      store_as(out + at, z);
+#endif
+#pragma unroll
+      for (int v = 0; v < SV; v++) (STORE_ALONG_ROWS ? acc[i + v][j] : acc[i][j + v]) = z[v];
     }
   }
+
+#if PASS == FPROP && MOMENTS
+  // Of the results as they are stored, and of the rows that exist. The product's tiles are no longer needed.
+  struct Scratch { A counts[THREADS_M], means[THREADS_M][BN + 1], m2s[THREADS_M][BN + 1]; };
+  static_assert(sizeof(Scratch) <= sizeof(tiles.gathered) + sizeof(tiles.plain), "moments fit into the product's tiles");
+  Scratch& scratch = reinterpret_cast<Scratch&>(tiles.gathered);
+  A count = A(0);
+#pragma unroll
+  for (int i = 0; i < TM; i++) count += A(tiles.rows[(i / FM * THREADS_M + tm) * FM + i % FM].other >= 0);
+  const A reciprocal = count > A(0) ? A(1) / count : A(0);
+  if (tn == 0) scratch.counts[tm] = count;
+#pragma unroll
+  for (int j = 0; j < TN; j++) {
+    A mean = A(0), m2 = A(0);
+#pragma unroll
+    for (int pass = 0; pass < 2; pass++) {
+#pragma unroll
+      for (int i = 0; i < TM; i++) {
+        const bool exists = tiles.rows[(i / FM * THREADS_M + tm) * FM + i % FM].other >= 0;
+        const A v = convert<A>(convert<T>(acc[i][j])), d = v - mean;
+        if (pass == 0) mean += exists ? v : A(0);
+        else m2 += exists ? d * d : A(0);
+      }
+      if (pass == 0) mean *= reciprocal;
+    }
+    scratch.means[tm][(j / FN * THREADS_N + tn) * FN + j % FN] = mean;
+    scratch.m2s[tm][(j / FN * THREADS_N + tn) * FN + j % FN] = m2;
+  }
+  __syncthreads();
+  const int channels = (int)p.groups.divisor * p.outputs, first = group * p.outputs + n0;
+  A* part = finish.moments + (long long)(m0 / BM) * 3 * channels + first;
+  store_moments<THREADS>(part, scratch.counts, scratch.means, scratch.m2s, min_of(BN, p.outputs - n0), channels);
+#endif
 }
 
 #if PASS == FPROP
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-conv_fprop_direct(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ bias,
-                  Result* __restrict__ y, const Params p) {
-  tiled(x, w, bias, y, p);
+conv_fprop_direct(const T* __restrict__ x, const T* __restrict__ w, const T* __restrict__ scale,
+                  const T* __restrict__ bias, const T* __restrict__ residual, Result* __restrict__ y,
+                  A* __restrict__ moments, const Params p) {
+  tiled(x, w, y, {scale, bias, residual, moments}, p);
 }
 #elif PASS == DGRAD
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-conv_dgrad_direct(const T* __restrict__ grad_y, const T* __restrict__ w, const T* __restrict__ bias,
-                  Result* __restrict__ grad_x, const Params p) {
-  tiled(grad_y, w, bias, grad_x, p);
+conv_dgrad_direct(const T* __restrict__ grad_y, const T* __restrict__ w, const T* __restrict__ scale,
+                  const T* __restrict__ bias, const T* __restrict__ residual, Result* __restrict__ grad_x,
+                  const Params p) {
+  tiled(grad_y, w, grad_x, {scale, bias, residual, nullptr}, p);
 }
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 conv_wgrad_direct(const T* __restrict__ grad_y, const T* __restrict__ x, Result* __restrict__ partial,
                   const Params p) {
-  tiled(x, grad_y, nullptr, partial, p);
+  tiled(x, grad_y, partial, {}, p);
 }
 #endif
 #endif

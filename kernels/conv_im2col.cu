@@ -6,8 +6,11 @@
 //            fprop  y = w . col          wgrad  grad_w = grad_y . col^T                     (conv_im2col)
 //            dgrad  grad_x = col2im(w^T . grad_y): the sum of the columns that hold an input element. The
 //            element gathers them itself: tap r holds input h at place (h + pad - r * dilation) / stride, where
-//            that divides and exists, and at last the bias of its channel (transposed convolution). No atomics, and
-//            the order of the sum is that of the taps. dgrad knows no other padding than zeros (see conv_fold.cu).
+//            that divides and exists. No atomics, and the order of the sum is that of the taps. dgrad knows no
+//            other padding than zeros (see conv_fold.cu).
+//            finish y = act(scale * y + bias + residual) in place, by channel (epilogue.cuh): what follows a
+//            product, after it was rounded to y's type                                      (conv_finish_im2col)
+//            dgrad's sums meet the same in conv_col2im, before they are rounded: transposed convolution.
 //
 // LAYOUT     Columns lie so that the product reads and writes the other tensors as they are:
 //              CHANNELS_FAST 0   col[n][c][tap][place]                     beside NCHW
@@ -19,8 +22,9 @@
 //            decoded once, then a tap costs a check, a load and a part of a store; neighbouring threads store
 //            neighbouring 16 bytes in every turn.
 //            conv_col2im: an element of grad_x (or VECTOR channels of it) and the taps that hold it.
+//            conv_finish_im2col: VECTOR neighbours of y in memory, which the product has just left in L2.
 //
-// CONSTANTS  PASS IM2COL | COL2IM   ELEMENT ACCUMULATOR types   DIMS spatial axes   WIDE 64-bit offsets in x
+// CONSTANTS  PASS IM2COL | COL2IM | FINISH, the latter two with ACTIVATION   ELEMENT ACCUMULATOR types   DIMS spatial axes   WIDE 64-bit offsets in x
 //            PADDING ZEROS, for conv_im2col also REFLECT REPLICATE CIRCULAR: a few instructions more a tap and axis
 //            CHANNELS_FAST   VECTOR elements of an access to columns   X_VECTOR of an access to x: VECTOR or 1
 //            Sizes, strides, taps, stride, padding and dilation are run-time: a network needs few binaries.
@@ -33,10 +37,12 @@
 //
 // WHY SO     Taps inside the thread, not across threads: T*R*S reads of one input element come from
 //            neighbouring threads in consecutive turns and meet in L1, and there is one decode for all of them.
+#include "epilogue.cuh"
 #include "padding.cuh"
 
 #define IM2COL 0  // values of PASS
 #define COL2IM 1
+#define FINISH 2
 
 using T = ELEMENT;
 using A = ACCUMULATOR;
@@ -53,7 +59,6 @@ static_assert(CHANNELS_FAST || XV == 1, "neighbouring places are no neighbours i
 // Arrays over axes hold DIMS values, slowest axis first.
 struct Params {
   long long batch, channel, axis[3];  // strides of x
-  long long bias;                     // and of the bias
   FastDiv fast, slow;                 // a thread's number: packs of the fast index, then of the slow one
   FastDiv extent[3];                  // along each axis: places (conv_im2col), input elements (conv_col2im)
   FastDiv group;                      // channels of a group
@@ -147,9 +152,24 @@ conv_im2col(const T* __restrict__ x, T* __restrict__ col, const Params p) {
       }
 }
 
+#elif PASS == FINISH
+extern "C" __global__ void __launch_bounds__(THREADS, 3)
+conv_finish_im2col(const T* __restrict__ scale, const T* __restrict__ bias, const T* __restrict__ residual,
+                   T* __restrict__ y, const Params p) {
+  const int i = (int)blockIdx.x * THREADS + (int)threadIdx.x;
+  if (i >= p.threads) return;
+  const Own own = own_of(p, i);
+  A z[V];
+  load_as(z, y + (long long)i * V);
+#pragma unroll
+  for (int v = 0; v < V; v++) z[v] = ScaleShift<A>::of(scale, bias, own.c + (CHANNELS_FAST ? v : 0))(z[v]);
+  store_finished<Activation::ACTIVATION>(y + (long long)i * V, residual ? residual + (long long)i * V : nullptr, z);
+}
+
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, 3)
-conv_col2im(const T* __restrict__ col, const T* __restrict__ bias, T* __restrict__ grad_x, const Params p) {
+conv_col2im(const T* __restrict__ col, const T* __restrict__ scale, const T* __restrict__ bias,
+            const T* __restrict__ residual, T* __restrict__ grad_x, const Params p) {
   static_assert(CHANNELS_FAST || V == 1, "neighbouring elements lie in different places");
   const int i = (int)blockIdx.x * THREADS + (int)threadIdx.x;
   if (i >= p.threads) return;
@@ -184,16 +204,16 @@ conv_col2im(const T* __restrict__ col, const T* __restrict__ bias, T* __restrict
         }
       }
 
-  if (bias)
 #pragma unroll
-    for (int v = 0; v < V; v++) sum[v] += convert<A>(bias[(own.c + v) * p.bias]);
-  T* to = grad_x + (own.n * p.batch + own.c * p.channel);
+  for (int v = 0; v < V; v++) sum[v] = ScaleShift<A>::of(scale, bias, own.c + v)(sum[v]);
+  const long long image = own.n * p.batch + own.c * p.channel;
 #pragma unroll
   for (int v = 0; v < V; v += XV) {
-    Pack<T, XV> pack;
+    const long long to = image + offset + v * (Offset)p.channel;
+    A z[XV];
 #pragma unroll
-    for (int u = 0; u < XV; u++) pack.v[u] = convert<T>(sum[v + u]);
-    store_pack<XV>(to + (offset + v * (Offset)p.channel), pack);
+    for (int u = 0; u < XV; u++) z[u] = sum[v + u];
+    store_finished<Activation::ACTIVATION>(grad_x + to, residual ? residual + to : nullptr, z);
   }
 }
 #endif

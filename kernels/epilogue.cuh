@@ -1,6 +1,9 @@
-// What may follow an operation's own arithmetic while its result is still in registers: an activation of an
-// accumulator value (float or double), and in the backward pass the activation's derivative, of its argument or,
-// where that is enough, of its result.
+// What follows an operation's own arithmetic while its results are still in registers, for a channel k:
+//
+//     y = act(scale[k] · sum + bias[k] + residual)
+//
+// any part of which may be missing; and in the backward pass the activation's derivative, of its argument or,
+// where that is enough, of its result. Activations of an accumulator value z (float or double):
 //
 //     none         z                                  sigmoid      1 / (1 + e^-z)
 //     relu         max(z, 0)                          silu         z · sigmoid(z)
@@ -78,4 +81,32 @@ template <Activation ACT, class A> DEVICE A activation_grad_of_result(A y, A g) 
     case Activation::tanh: return g * (A(1) - y * y);
     default: return activation_grad<ACT>(y, g);  // y lies in the piece that z does
   }
+}
+
+// ---- on the way to memory ---------------------------------------------------------------------------------
+// scale[k] and bias[k] of a channel: null pointers, the same for all threads, leave a sum as it is.
+template <class A> struct ScaleShift {
+  A scale, shift;
+  bool scaled, shifted;
+  template <class P> static __device__ __forceinline__ ScaleShift of(const P* scale, const P* bias, long long k) {
+    return {scale ? convert<A>(scale[k]) : A(1), bias ? convert<A>(bias[k]) : A(0), scale != nullptr, bias != nullptr};
+  }
+  __device__ __forceinline__ A operator()(A sum) const {
+    return scaled ? sum * scale + shift : shifted ? sum + shift : sum;
+  }
+};
+
+// Writes act(z + residual) for V neighbouring values, `residual` lying as the result does (null: none). What was
+// written, before it was rounded, is left in z.
+template <Activation ACT, int V, class A, class R, class S>
+DEVICE void store_finished(R* y, const S* residual, A (&z)[V]) {
+  if (residual) {
+    A r[V];
+    load_as(r, residual);
+#pragma unroll
+    for (int i = 0; i < V; i++) z[i] += r[i];
+  }
+#pragma unroll
+  for (int i = 0; i < V; i++) z[i] = activate<ACT>(z[i]);
+  store_as(y, z);
 }

@@ -43,6 +43,7 @@ from cases import CASES, Case, NormCase, PoolCase, run
 
 import cnnops
 from cnnops import functional as C
+from cnnops.aten.norm import ACTIVATIONS
 from cnnops.cuda import conv_fold, jit
 from cnnops.cuda.cache import digest_of, sources
 from cnnops.cuda.kernel import Kernel, kernels_dir
@@ -119,6 +120,28 @@ def _backward(y: Tensor, leaves: Sequence[Tensor], far: bool = False) -> None:
     torch.autograd.grad(y, leaves, grad)
 
 
+def _with_epilogues(dtype: torch.dtype, form: torch.memory_format) -> None:
+    """Every activation behind each of the ways to write a result."""
+    x = torch.empty(2, 64, 14, 14, dtype=dtype).contiguous(memory_format=form)
+    small = torch.empty(1, 512, 4, 4, dtype=dtype).contiguous(memory_format=form)
+    per_channel = torch.empty(64, dtype=dtype)
+    for activation in ACTIVATIONS:
+        for image, filters, options in (
+            (x, (64, 64, 3, 3), {"padding": 1}),
+            (x, (64, 1, 3, 3), {"padding": 1, "groups": 64}),
+            (small, (64, 512, 3, 3), {"padding": 1}),
+        ):
+            w = torch.empty(filters, dtype=dtype).contiguous(memory_format=form)
+            y = C.conv_act(
+                image, w, per_channel, **options, scale=per_channel, activation=activation
+            )
+            C.conv_act(image, w, **options, residual=y, activation=activation)
+        w = torch.empty((64, 64, 2, 2), dtype=dtype).contiguous(memory_format=form)
+        C.conv_transpose_act(x, w, per_channel, 2, activation=activation)
+    w = torch.empty((64, 64, 3, 3), dtype=dtype).contiguous(memory_format=form)
+    C.conv_batch_norm_act(x, w, None, None, None, training=True, padding=1)
+
+
 def beyond(family: Sequence[str], algorithm: str) -> None:
     """Problems of the sizes that networks have, and of more than 2^31 elements, without their numbers."""
     one_image = algorithm == "conv_im2col"  # whose products PyTorch does compute
@@ -132,6 +155,7 @@ def beyond(family: Sequence[str], algorithm: str) -> None:
                 x, w = (torch.empty(s, dtype=dtype, memory_format=form) for s in (size, filters))
                 leaves = x.requires_grad_(), w.requires_grad_()
                 _backward(C.conv2d(x, w, None, stride, padding, 1, groups), leaves)
+            _with_epilogues(dtype, form)
             for filters, groups in (((8, 8, 3, 3), 1), ((8, 1, 3, 3), 8)):
                 x = far_apart((2, 8, 8, 8), dtype).requires_grad_()
                 w = torch.empty(filters, dtype=dtype, requires_grad=True)

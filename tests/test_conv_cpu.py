@@ -7,8 +7,8 @@ float64, gradients by its autograd.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +23,10 @@ from torch import Tensor
 
 import cnnops.aten
 import cnnops.cpu.conv
+from cnnops.cpu import simd
+from cnnops.cpu.task import Task, unpack
+from cnnops.cpu.task import layout as layout_of
+from cnnops.epilogue import Epilogue
 from cnnops.shapes import PADDING_MODES, ConvShape
 
 ENGINES = {"cpu": cnnops.cpu.conv, "aten": cnnops.aten}
@@ -371,6 +375,274 @@ def test_what_another_call_left_in_memory_does_not_matter(mode: str) -> None:
         cnnops.cpu.conv.conv_fprop(shape, nan, w, None, y)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+# ---- epilogues ------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+PATHS: dict[str, tuple[Size, Size, dict[str, Any]]] = {
+    "direct": ((2, 20, 20, 21), (18, 20, 3, 3), {"padding": 1}),
+    "1x1": ((2, 24, 15, 14), (40, 24, 1, 1), {}),
+    "1x1_small_maps": ((5, 24, 7, 7), (40, 24, 1, 1), {}),
+    "few_channels": ((2, 3, 17, 19), (2, 3, 3, 3), {"padding": 1}),
+    "depthwise": ((2, 40, 9, 8), (40, 1, 3, 3), {"padding": 2, "groups": 40}),
+    "grouped": ((3, 12, 9, 11), (14, 6, 3, 2), {"padding": 1, "groups": 2}),
+    "strided": ((2, 8, 15, 13), (9, 8, 3, 3), {"padding": 1, "stride": 2}),
+    "strided_beyond_the_kernel": ((2, 8, 15, 13), (9, 8, 2, 1), {"stride": 3}),
+    "dense": ((5, 3, 4, 4), (7, 3, 4, 4), {}),
+    "cropped": ((2, 4, 8, 9), (5, 4, 2, 2), {"padding": ((-2, 1), (0, -3))}),
+    "many_terms": ((1, 300, 6, 6), (20, 300, 3, 3), {"padding": 1}),
+    "images_side_by_side": ((7, 20, 4, 4), (20, 20, 3, 3), {"padding": 1}),
+    "1d": ((2, 5, 700), (6, 5, 3), {"padding": 1}),
+    "3d": ((2, 4, 5, 6, 7), (6, 4, 2, 3, 3), {"padding": 1, "stride": (1, 2, 1)}),
+    "reflected": ((2, 6, 9, 10), (8, 6, 3, 3), {"padding": 1, "padding_mode": "reflect"}),
+}
+PARTS = ("scale", "bias", "residual", "activation")
+COMBINATIONS = [*((part,) for part in PARTS), ("scale", "residual"), PARTS]
+both_layouts = pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+
+
+def correlated(
+    direction: str, shape: ConvShape, dtype: torch.dtype, layout: str
+) -> tuple[Callable[..., None], Tensor, Size]:
+    """A pass to be called with (bias, result, epilogue), its sums in float64, and its result's size."""
+    forward = direction == "fprop"
+    sizes = (shape.x_size, shape.y_size)[:: 1 if forward else -1]
+    x, w = laid_out(sizes[0], layout, normal(0, dtype)), normal(1, dtype)(shape.w_size)
+    arguments = (shape.stride, 0, shape.dilation, shape.groups)
+    convolve = CONV[shape.dims - 1]
+    if forward:
+        reference = convolve(pad(shape, x.double()), w.double(), None, *arguments)
+    else:
+        leaf = torch.zeros(shape.x_size, dtype=torch.float64, requires_grad=True)
+        y = convolve(pad(shape, leaf), w.double(), None, *arguments)
+        (reference,) = torch.autograd.grad(y, leaf, x.double())
+    conv = cnnops.cpu.conv
+    return (
+        partial(conv.conv_fprop if forward else conv.conv_dgrad, shape, x, w),
+        reference,
+        sizes[1],
+    )
+
+
+def per_channel(t: Tensor, like: Tensor) -> Tensor:
+    return t.view(-1, *(1,) * (like.dim() - 2))
+
+
+@every_dtype
+@both_layouts
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+def test_epilogue(direction: str, path: str, layout: str, dtype: torch.dtype) -> None:
+    """Every part alone, and together; half types are rounded once, behind all of it."""
+    x, w, arguments = PATHS[path]
+    shape = ConvShape.of(x, w, **arguments)
+    if direction == "dgrad":
+        shape = shape.padded
+    run, sums, size = correlated(direction, shape, dtype, layout)
+    scale, bias = normal(2, dtype)((size[1],)), normal(3, dtype)((size[1],))
+    residual = laid_out(size, layout, normal(4, dtype))
+    kept = residual.clone()
+    for parts, activation in itertools.product(COMBINATIONS, ("silu", "relu")):
+        reference, epilogue = sums, Epilogue()
+        if "scale" in parts:
+            reference = reference * per_channel(scale.double(), sums)
+            epilogue = epilogue._replace(scale=scale)
+        if "bias" in parts:
+            reference = reference + per_channel(bias.double(), sums)
+        if "residual" in parts:
+            reference = reference + residual.double()
+            epilogue = epilogue._replace(residual=residual)
+        if "activation" in parts:
+            reference = ACTIVATIONS[activation](reference)
+            epilogue = epilogue._replace(activation=activation)
+        y = result(size, dtype, layout)
+        run(bias if "bias" in parts else None, y, epilogue)
+        assert_close(y, reference, TOLERANCE[dtype].output, f"{path}: {parts}")
+        assert torch.equal(residual, kept)
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+def test_epilogue_leaves_the_sums_as_they_are(
+    direction: str, path: str, dtype: torch.dtype, layout: str
+) -> None:
+    """What rounds nothing more gives the bits of a convolution and PyTorch's operations behind it."""
+    x, w, arguments = PATHS[path]
+    shape = ConvShape.of(x, w, **arguments)
+    if direction == "dgrad":
+        shape = shape.padded
+    run, _, size = correlated(direction, shape, dtype, layout)
+    bias, ones = normal(3, dtype)((size[1],)), torch.ones(size[1], dtype=dtype)
+    residual = laid_out(size, layout, normal(4, dtype))
+    plain, same = result(size, dtype, layout), result(size, dtype, layout)
+    run(bias, plain)
+    for epilogue, expected in (
+        (Epilogue(), plain),
+        (Epilogue(scale=ones), plain),
+        (Epilogue(activation="relu"), plain.relu()),
+        (Epilogue(residual=residual), plain + residual),
+        (Epilogue(ones, residual, "relu6"), F.relu6(plain + residual)),
+    ):
+        same.fill_(torch.nan)
+        run(bias, same, epilogue)
+        assert torch.equal(same, expected), epilogue
+
+
+def values_to_activate(dtype: torch.dtype) -> Tensor:
+    """From the smallest to the largest that matter, then zeros, infinities and NaN."""
+    special = torch.tensor([0.0, -0.0, 3, -3, 6, torch.inf, -torch.inf, torch.nan], dtype=dtype)
+    magnitudes = 10 ** torch.linspace(-8, 3, 400, dtype=torch.float64)
+    return torch.cat([magnitudes.to(dtype), -magnitudes.to(dtype), special])
+
+
+@every_dtype
+@every_activation
+@pytest.mark.parametrize("form", ["rows", "apart", "residual"])
+def test_activations(form: str, activation: str, dtype: torch.dtype) -> None:
+    """Each value is right by itself, NaN and infinities included: a convolution by 1 shows them."""
+    z = values_to_activate(dtype)
+    shape = ConvShape.of((1, 1, 1, z.numel()), (1, 1, 1, 1))
+    x, epilogue = z.view(shape.x_size), Epilogue(activation=activation)
+    y = torch.full_like(x, torch.nan)
+    if form == "apart":
+        y = y.new_empty(1, 1, 1, z.numel(), 2)[..., 0]
+    elif form == "residual":
+        x, epilogue = torch.zeros_like(x), epilogue._replace(residual=x)
+    cnnops.cpu.conv.conv_fprop(shape, x, torch.ones(shape.w_size, dtype=dtype), None, y, epilogue)
+    ours, theirs = y.flatten().double(), ACTIVATIONS[activation](z.double())
+    assert torch.equal(ours.isnan(), theirs.isnan()) and torch.equal(ours.isinf(), theirs.isinf())
+    near = theirs.isfinite()
+    # 1 + erf is exact next to 1 only, in float64, as it is in PyTorch.
+    size = theirs.abs() if activation != "gelu" else z.double().abs()
+    smallest = torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+    limit = 4 * torch.finfo(dtype).eps * size[near] + smallest
+    assert ((ours - theirs)[near].abs() <= limit).all()
+
+
+@both_layouts
+@every_dtype
+@pytest.mark.parametrize("kind", [torch.nan, torch.inf, -torch.inf])
+@every_activation
+def test_epilogue_passes_on_what_is_not_finite(
+    activation: str, kind: float, dtype: torch.dtype, layout: str
+) -> None:
+    """From the input, a scale, a bias or the residual, to the places where it belongs and to no others."""
+    shape = ConvShape.of((2, 3, 6, 7), (4, 3, 3, 3), padding=1)
+    for place in ("x", "scale", "bias", "residual"):
+        x, residual = (
+            laid_out(size, layout, normal(i, dtype))
+            for i, size in enumerate((shape.x_size, shape.y_size))
+        )
+        w, scale, bias = (
+            normal(i + 2, dtype)(size) for i, size in enumerate((shape.w_size, (4,), (4,)))
+        )
+        tensor = {"x": x, "scale": scale, "bias": bias, "residual": residual}[place]
+        tensor[(1,) * tensor.dim()] = kind
+        y = result(shape.y_size, dtype, layout)
+        epilogue = Epilogue(scale, residual, activation)
+        cnnops.cpu.conv.conv_fprop(shape, x, w, bias, y, epilogue)
+        sums = F.conv2d(x.double(), w.double(), padding=1)
+        z = sums * per_channel(scale.double(), sums) + per_channel(bias.double(), sums)
+        reference = ACTIVATIONS[activation](z + residual.double())
+        assert not reference.isnan().all()
+        assert_close(y, reference, 2 * TOLERANCE[dtype].output, f"{kind} in {place}")
+
+
+@both_layouts
+@every_dtype
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("path", ["direct", "1x1_small_maps", "dense", "1d"])
+def test_moments_of_what_is_stored(path: str, far: bool, dtype: torch.dtype, layout: str) -> None:
+    """Also where the mean is 100 and the deviation 0.01: then of the values as they were rounded."""
+    x, w, arguments = PATHS[path]
+    shape = ConvShape.of(x, w, **arguments)
+    run, _, size = correlated("fprop", shape, dtype, layout)
+    y = result(size, dtype, layout)
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    mean, var = torch.full((2, size[1]), torch.nan, dtype=accumulator)
+    residual, activation = None, "silu"
+    if far:
+        residual = laid_out(
+            size, layout, lambda s: (normal(4, torch.float64)(s) / 100 + 100).to(dtype)
+        )
+        activation = "relu"
+    scale = torch.full((size[1],), 1e-4 if far else 1.0, dtype=dtype)
+    run(None, y, Epilogue(scale, residual, activation, mean, var))
+    channels = y.double().transpose(0, 1).flatten(1)
+    limit = 1e-10 if dtype == torch.float64 else 1e-6
+    assert_close(mean, channels.mean(1), limit, "mean")
+    assert_close(var, channels.var(1, correction=0), limit, "var")
+    without = result(size, dtype, layout)
+    run(None, without, Epilogue(scale, residual, activation))
+    assert torch.equal(y, without)
+
+
+@pytest.mark.usefixtures("threads")
+@both_layouts
+def test_epilogue_has_the_same_bits_for_any_number_of_threads(layout: str) -> None:
+    shape = ConvShape.of((8, 20, 14, 14), (50, 20, 5, 5), padding=2, stride=2)
+    for direction in ("fprop", "dgrad"):
+        run, _, size = correlated(direction, shape, torch.float32, layout)
+        residual = laid_out(size, layout, normal(4, torch.float32))
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            y, mean, var = result(size, torch.float32, layout), *torch.zeros(2, size[1])
+            moments = (mean, var) if direction == "fprop" else ()
+            run(None, y, Epilogue(torch.rand(size[1]).fill_(0.3), residual, "gelu", *moments))
+            results.append((y, mean, var))
+        for others in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@lru_cache(None)
+def finish(T: str, L: int) -> Task:
+    args = layout_of(f"{T}**5 int64*3")
+
+    def test_finish(address: int, index: int, scratch: int) -> None:
+        to, source, residual, scale, shift, count, activation, following = unpack(address, args)
+        simd.finish(L, to, source, residual, count, scale[0], shift[0], activation, following)
+
+    return Task(test_finish, args)
+
+
+@every_activation
+@pytest.mark.parametrize("T", ["float32", "float64"])
+@pytest.mark.parametrize("bits", simd.WIDTHS)
+def test_finish_at_every_width(bits: int, T: str, activation: str) -> None:
+    """Exactly the elements asked for are written, with and without a residual."""
+    dtype = getattr(torch, T)
+    L = bits // (8 * dtype.itemsize)
+    scale, shift = (torch.tensor([v], dtype=dtype) for v in (0.7, -0.2))
+    for count in (0, 1, L - 1, L, 2 * L + 3):
+        source, residual = (normal(i, dtype)((count + 1,)) for i in range(2))
+        for beside in (None, residual):
+            to = torch.full((count + L,), 7, dtype=dtype)
+            finish(T, L).run(
+                1, 0, to.data_ptr(), source.data_ptr(), 0 if beside is None else beside.data_ptr(),
+                scale.data_ptr(), shift.data_ptr(), count, simd.ACTIVATIONS.index(activation), 64,
+            )  # fmt: skip
+            z = source.double() * scale.double() + shift.double()
+            z = z if beside is None else z + beside.double()
+            theirs = ACTIVATIONS[activation](z)[:count]
+            limit = 4 * torch.finfo(dtype).eps
+            assert (to[:count].double() - theirs).abs().le(limit * (1 + theirs.abs())).all()
+            assert (to[count:] == 7).all()
 
 
 # ---- random shapes --------------------------------------------------------------------------------------

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cnnops.shapes import Axes, ConvShape
+from cnnops.aten.norm import activate, batch_norm_stats
+from cnnops.epilogue import NO_EPILOGUE, Epilogue
+from cnnops.shapes import Axes, ConvShape, NormShape
 
 aten = torch.ops.aten
 
@@ -40,28 +42,54 @@ def _convolution_backward(
     return grad
 
 
-def conv_fprop(shape: ConvShape, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    transposed = (False, (0,) * shape.dims)
-    y.copy_(
-        aten.convolution(
-            _padded(shape, x), w, bias, shape.stride, _sides(shape)[1], shape.dilation, *transposed,
-            shape.groups,
-        )
+def finished(sums: Tensor, bias: Tensor | None, epilogue: Epilogue | None, result: Tensor) -> None:
+    """Writes ``act(scale · sums + bias + residual)``, half types by way of their accumulators' dtype."""
+    scale, residual, activation, *_ = epilogue or NO_EPILOGUE
+    if scale is None and residual is None and activation == "none":
+        if bias is None:
+            result.copy_(sums)
+        else:
+            torch.add(sums, bias.view(-1, *(1,) * (sums.dim() - 2)), out=result)
+        return
+    half = sums.dtype in (torch.float16, torch.bfloat16)
+    z = sums.float() if half else sums
+    for factor, combine in ((scale, torch.mul), (bias, torch.add)):
+        if factor is not None:
+            z = combine(z, factor.view(-1, *(1,) * (sums.dim() - 2)))
+    result.copy_(activate(z, residual, activation))
+
+
+def conv_fprop(
+    shape: ConvShape,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    epilogue: Epilogue | None = None,
+) -> None:
+    sums = aten.convolution(
+        _padded(shape, x), w, bias if epilogue is None else None, shape.stride, _sides(shape)[1],
+        shape.dilation, False, (0,) * shape.dims, shape.groups,
     )  # fmt: skip
+    finished(sums, None if epilogue is None else bias, epilogue, y)
+    if epilogue is not None and epilogue.mean is not None and epilogue.var is not None:
+        batch_norm_stats(NormShape.of(shape.y_size), y, epilogue.mean, epilogue.var)
 
 
 def conv_dgrad(
-    shape: ConvShape, grad_y: Tensor, w: Tensor, bias: Tensor | None, grad_x: Tensor
+    shape: ConvShape,
+    grad_y: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    grad_x: Tensor,
+    epilogue: Epilogue | None = None,
 ) -> None:
     # Of x only the size is read.
     grad = _convolution_backward(shape, grad_y, _padded(shape, grad_x), w, 0)
     pad, _ = _sides(shape)
     if any(pad):  # what was padded is cropped, and where it was cropped are zeros
         grad = F.pad(grad, [-p for p in pad])
-    if bias is None:
-        grad_x.copy_(grad)
-    else:
-        torch.add(grad, bias.view(-1, *(1,) * shape.dims), out=grad_x)
+    finished(grad, bias, epilogue, grad_x)
 
 
 def conv_wgrad(shape: ConvShape, grad_y: Tensor, x: Tensor, grad_w: Tensor) -> None:

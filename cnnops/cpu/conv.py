@@ -12,6 +12,9 @@ A tap then is one offset into the block, and `simd.gemm` runs along consecutive 
 images side by side (the innermost axis, for maps too small to fill vectors) or, where that computes less in
 total, whole rows with the padding between them. `_weigh_correlation` picks by an estimate.
 
+What an `Epilogue` asks for is done to a row of sums on its way out of scratch. Which activation is a number
+that `simd.finish` looks at once a row, so that no kernel is compiled anew for one.
+
 The weight gradient copies x the same way. Where rows are long it takes sums along them with `simd.dot`; else
 it turns the block, one tile of (channel, tap) at a time, into ``[place] [channel, tap]`` and adds up outer
 products with `simd.gemm`. `_weigh_weights` picks; it splits the sum by the shape alone and the parts are
@@ -37,12 +40,14 @@ import torch
 from numba import njit
 
 from cnnops.cpu import simd
+from cnnops.cpu.norm import batch_norm_stats
 from cnnops.cpu.simd import sum_of
 from cnnops.cpu.task import (
     NAME,
     Task,
     ahead,
     collapse,
+    given,
     inside,
     layout,
     native,
@@ -54,7 +59,8 @@ from cnnops.cpu.task import (
 from cnnops.cpu.task import (
     supports as supports,
 )
-from cnnops.shapes import ConvShape
+from cnnops.epilogue import NO_EPILOGUE, Epilogue
+from cnnops.shapes import ConvShape, NormShape
 
 CACHE_BYTES = 512 * 1024
 """What a task's scratch should fit into: a core's second-level cache."""
@@ -147,15 +153,41 @@ def _pack(T: str) -> Task:
     return Task(conv_pack, args)
 
 
+@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+def _finish(
+    real, L, sums, none, residual, y, scale, shift, activation, images, count, side, yn, yw, following
+):  # fmt: skip
+    """A row of y, of so many images, from its sums, by an `Epilogue`; `none` is the null pointer. Neighbours
+    in y are written straight; others are finished in place, while they are in the cache, and then copied.
+    """
+    straight = side == 1 and yw == 1
+    if not straight and given(residual):
+        for i in range(images):
+            for q in range(count):
+                value = sums[q * side + i] * scale + shift
+                sums[q * side + i] = value + residual[i * yn + q * yw]
+        scale, shift = real(1), real(-0.0)  # these change nothing
+    simd.finish(
+        L, y if straight else sums, sums, residual if straight else none, count * side, scale, shift,
+        activation, following,
+    )  # fmt: skip
+    if not straight:
+        for i in range(images):
+            for q in range(count):
+                y[i * yn + q * yw] = sums[q * side + i]
+
+
 @lru_cache(None)
 def _correlate(T: str, L: int, M: int, V: int, framed: bool) -> Task:
-    args = layout(f"{T}**4 int32**5 int64*47")
+    args = layout(f"{T}**6 int64 int32**5 int64*47")
     half = V // 2
+    real = np.float32 if T == "float32" else np.float64
 
     def conv_correlate(address: int, index: int, scratch: int) -> None:
         """One block of outputs, for one share of one group's filters."""
         (
-            x, w, bias, y, offsets, residues, places_d, places_h, places_w, before, width,
+            x, w, scale, bias, residual, y, activation,
+            offsets, residues, places_d, places_h, places_w, before, width,
             N, groups, C, K, J, F, parts, parts_step, j_step,
             Bi, Bd, Bh, Bw, blocks_d, blocks_h, blocks_w, Zb, Hb, Wb,
             run_rows, column_z, column_p, sums_at,
@@ -176,6 +208,7 @@ def _correlate(T: str, L: int, M: int, V: int, framed: bool) -> Task:
         zs, ps, qs = min(Bd, Z - z0), min(Bh, P - p0), min(Bw, Q - q0)
 
         block = pointer(scratch, T)
+        none = pointer(0, T)
         sums = pointer(scratch + sums_at, T)
         source = ahead(x, n0 * xn + group * C * xc)
         _copy_block(
@@ -187,13 +220,21 @@ def _correlate(T: str, L: int, M: int, V: int, framed: bool) -> Task:
 
         row = Wb * Bi
         pitch = Bd * column_z
+        straight = Bi == 1 and yw == 1
+        # Rows with nothing between them, neither in the sums nor in y, are one long row.
+        lines, places = ps, qs
+        if yw == 1 and yh == qs and column_p == qs * Bi:
+            lines, places = 1, ps * qs
+        # Results leave channel by channel, or, where channels share memory's lines, row by row of some.
+        step = 16 if yk == 1 and not straight else 1
         blocks_k = (K + M - 1) // M
         packed = ahead(w, group * blocks_k * J * M)
         last = blocks_k * (part + 1) // parts
         for first in range(blocks_k * part // parts, last, parts_step):
             behind = min(first + parts_step, last)
-            # A stretch of the filters stays in the first-level cache while the tiles pass it.
-            for j in range(0, J, j_step):
+            # A stretch of the filters stays in the first-level cache while the tiles pass it. There is one of
+            # no terms, too, where there are none: it makes every sum zero.
+            for j in range(0, max(J, 1), j_step):
                 count = min(j_step, J - j)
                 for b in range(first, behind):
                     filters = ahead(packed, (b * J + j) * M)
@@ -213,24 +254,30 @@ def _correlate(T: str, L: int, M: int, V: int, framed: bool) -> Task:
                                         L, M, half, filters, ahead(run, start), ahead(offsets, j), count,
                                         ahead(to, start), pitch, j,
                                     )  # fmt: skip
-            for k in range(first * M, min(behind * M, K)):
-                shift = bias[group * K + k]
-                for i in range(images):
-                    for z in range(zs):
-                        for p in range(ps):
+            end = min(behind * M, K)
+            for k0 in range(first * M, end, step):
+                for z in range(zs):
+                    for p in range(lines):
+                        for k in range(k0, min(k0 + step, end)):
                             line = ahead(
-                                sums, (k - first * M) * pitch + z * column_z + p * column_p + i
+                                sums, (k - first * M) * pitch + z * column_z + p * column_p
                             )
-                            to = ahead(
-                                y,
-                                (n0 + i) * yn + (group * K + k) * yk
-                                + (z0 + z) * yd + (p0 + p) * yh + q0 * yw,
-                            )  # fmt: skip
-                            if Bi == 1 and yw == 1:
-                                simd.copy(L, to, line, qs, shift)
+                            channel = group * K + k
+                            place = n0 * yn + channel * yk + (z0 + z) * yd + (p0 + p) * yh + q0 * yw
+                            to, shift = ahead(y, place), bias[channel]
+                            if activation >= 0:
+                                beside = ahead(residual, place) if given(residual) else none
+                                factor = scale[channel] if given(scale) else real(1)
+                                _finish(
+                                    real, L, line, none, beside, to, factor, shift, activation, images,
+                                    places, Bi, yn, yw, yk,
+                                )  # fmt: skip
+                            elif straight:
+                                simd.copy(L, to, line, places, shift)
                             else:
-                                for q in range(qs):
-                                    to[q * yw] = line[q * Bi] + shift
+                                for i in range(images):
+                                    for q in range(places):
+                                        to[i * yn + q * yw] = line[q * Bi + i] + shift
 
     return Task(conv_correlate, args)
 
@@ -590,11 +637,11 @@ class _Window:
     """How the taps of an axis lie in a block: its `phases` (residues), and each tap's phase and shift."""
 
     def __init__(self, axis: _Axis) -> None:
-        self.low = min(axis.taps)
+        self.low = min(axis.taps, default=0)
         beyond = [tap - self.low for tap in axis.taps]
         self.phases = sorted({tap % axis.step for tap in beyond})
         self.taps = [(self.phases.index(tap % axis.step), tap // axis.step) for tap in beyond]
-        self.reach = max(tap // axis.step for tap in beyond)
+        self.reach = max((tap // axis.step for tap in beyond), default=0)
 
 
 @dataclass(frozen=True)
@@ -655,7 +702,7 @@ def _tables(
         ((((fd * len(h.phases) + fh) * len(w.phases) + fw) * Z + z) * H + p) * W + q
         for (fd, z), (fh, p), (fw, q) in product(d.taps, h.taps, w.taps)
     ]
-    offsets = np.arange(C)[:, None] * block.elements + np.array(taps) * block.images
+    offsets = np.arange(C)[:, None] * block.elements + np.array(taps, int) * block.images
     padded = np.zeros(_up(offsets.size, multiple), np.int32)
     padded[: offsets.size] = offsets.ravel()
     return padded, np.array(list(product(d.phases, h.phases, w.phases)), np.int32)
@@ -780,7 +827,21 @@ class _Correlation:
         self._pack_values = (self._taps.ctypes.data, K, C, self._taps.size, M, *weight_strides)
         self._packed_size = self._pack_count * M * J
 
-    def run(self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, y: torch.Tensor) -> None:
+    def run(
+        self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor, y: torch.Tensor,
+        epilogue: Epilogue | None = None,
+    ) -> None:  # fmt: skip
+        """All tensors in the plan's element type; the residual with y's strides."""
+        scale, residual, activation = 0, 0, -1
+        n, k, *places = strides(y)
+        start = sum(axis.start * stride for axis, stride in zip(self._axes, places, strict=True))
+        start *= y.element_size()
+        if epilogue is not None:
+            activation = simd.ACTIVATIONS.index(epilogue.activation)
+            if epilogue.scale is not None:
+                scale = epilogue.scale.data_ptr()
+            if epilogue.residual is not None:
+                residual = epilogue.residual.data_ptr() + start
         packed = torch.empty(self._packed_size, dtype=x.dtype)
         self._pack.run(
             self._pack_count,
@@ -789,12 +850,10 @@ class _Correlation:
             packed.data_ptr(),
             *self._pack_values,
         )
-        n, k, *places = strides(y)
-        start = sum(axis.start * stride for axis, stride in zip(self._axes, places, strict=True))
         self._task.run(
             self._count, self._work,
-            x.data_ptr(), packed.data_ptr(), bias.data_ptr(), y.data_ptr() + start * y.element_size(),
-            *self._values, *strides(x), n, k,
+            x.data_ptr(), packed.data_ptr(), scale, bias.data_ptr(), residual, y.data_ptr() + start,
+            activation, *self._values, *strides(x), n, k,
             *(axis.stride * stride for axis, stride in zip(self._axes, places, strict=True)),
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
@@ -810,12 +869,15 @@ def _fprop(shape: ConvShape, T: str, threads: int) -> _Correlation:
 
 
 @lru_cache(512)
-def _dgrad(shape: ConvShape, T: str, threads: int) -> tuple[list[_Correlation], bool]:
-    """The correlations that make up the input gradient, and whether they write all of it."""
+def _dgrad(
+    shape: ConvShape, T: str, threads: int, empty_sums: bool
+) -> tuple[list[_Correlation], bool]:
+    """The correlations that make up the input gradient, those without taps if asked for, and whether they
+    write all of it."""
     C, K, taps = shape.C // shape.groups, shape.K // shape.groups, math.prod(shape.TRS)
     along = (K * C * taps, taps, C * taps)
     parts = list(product(*map(_transposed, _axes(shape))))
-    reached = [axes for axes in parts if all(axis.taps for axis in axes)]
+    reached = [axes for axes in parts if empty_sums or all(axis.taps for axis in axes)]
     plans = [
         _Correlation(T, shape.N, shape.groups, K, C, axes, shape.TRS, along, threads)
         for axes in reached
@@ -1018,23 +1080,62 @@ def _row(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(t.shape[0], -1).t().unsqueeze(0)
 
 
+def _row_of(epilogue: Epilogue | None, places: int = 1) -> Epilogue | None:
+    """An epilogue for `_row` of its tensors, of so many `places` a channel."""
+    if epilogue is None:
+        return None
+    scale, residual, activation, *_ = epilogue
+    return Epilogue(
+        None if scale is None else scale.repeat_interleave(places),
+        None if residual is None else _row(residual),
+        activation,
+    )
+
+
 # ---- operations -------------------------------------------------------------------------------------------
 
 
+def _native(epilogue: Epilogue | None, result: torch.Tensor) -> Epilogue | None:
+    """The same in `result`'s type and strides; None where no more than a bias is left to add."""
+    scale, residual, activation, *_ = epilogue or NO_EPILOGUE
+    if scale is None and residual is None and activation == "none":
+        return None
+    if scale is not None:
+        scale = native(scale).contiguous()
+    if residual is not None and (
+        residual.dtype != result.dtype or residual.stride() != result.stride()
+    ):
+        # Each place is read before it is written, so the residual may lie where the result will.
+        residual = result.copy_(residual)
+    return Epilogue(scale, residual, activation)
+
+
 def conv_fprop(
-    shape: ConvShape, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor
+    shape: ConvShape,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    epilogue: Epilogue | None = None,
 ) -> None:
-    """``y = x * w + bias``, x padded as `shape.padding_mode` says; any strides."""
+    """``y = x * w + bias``, x padded as `shape.padding_mode` says; any strides. See `Epilogue` for more."""
     x, w = native(x), native(w).contiguous()
     bias = torch.zeros(shape.K, dtype=x.dtype) if bias is None else native(bias).contiguous()
     dense = _is_dense(shape)
     result = native_result(y, x.dtype, contiguous=dense)
-    view = result
+    finish = _native(epilogue, result)
+    seen, view = shape, result
     if dense:
-        shape, x, view = _dense(shape), _row(x), _row(result)
-    _fprop(shape, NAME[x.dtype], torch.get_num_threads()).run(x, w, bias, view)
+        seen, x, view = _dense(shape), _row(x), _row(result)
+        finish = _row_of(finish)
+    _fprop(seen, NAME[x.dtype], torch.get_num_threads()).run(x, w, bias, view, finish)
     if result is not y:
         y.copy_(result)
+    if epilogue is not None and epilogue.mean is not None and epilogue.var is not None:
+        # Of y as it is stored, and independent of how many threads there were, which tiles are not.
+        batch_norm_stats(
+            NormShape(shape.N, shape.K, shape.y_size[2:]), y, epilogue.mean, epilogue.var
+        )
 
 
 def conv_dgrad(
@@ -1043,21 +1144,27 @@ def conv_dgrad(
     w: torch.Tensor,
     bias: torch.Tensor | None,
     grad_x: torch.Tensor,
+    epilogue: Epilogue | None = None,
 ) -> None:
-    """The gradient with respect to x, for zeros as padding, plus `bias`, one value a channel of x."""
+    """The gradient with respect to x, for zeros as padding, plus `bias`, one value a channel of x; and what
+    else the `Epilogue` says."""
     grad_y, w = native(grad_y), native(w).contiguous()
     bias = torch.zeros(shape.C, dtype=grad_y.dtype) if bias is None else native(bias).contiguous()
     dense = _is_dense(shape)
     result = native_result(grad_x, grad_y.dtype, contiguous=dense)
+    finish = _native(epilogue, result)
     view = result
     if dense:
-        bias = bias.repeat_interleave(math.prod(shape.kernel))
+        places = math.prod(shape.kernel)
+        bias = bias.repeat_interleave(places)
+        finish = _row_of(finish, places)
         shape, grad_y, view = _dense(shape), _row(grad_y), _row(result)
-    plans, everywhere = _dgrad(shape, NAME[grad_y.dtype], torch.get_num_threads())
+    T, threads = NAME[grad_y.dtype], torch.get_num_threads()
+    plans, everywhere = _dgrad(shape, T, threads, finish is not None)
     if not everywhere:
         view.copy_(bias.view(-1, *(1,) * shape.dims))
     for plan in plans:
-        plan.run(grad_y, w, bias, view)
+        plan.run(grad_y, w, bias, view, finish)
     if result is not grad_x:
         grad_x.copy_(result)
 

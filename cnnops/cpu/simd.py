@@ -2,24 +2,31 @@
 
 numba's own loops lose 4 to 10 times against a good library here: LLVM keeps no tile of accumulators in
 registers by itself. These intrinsics write that tile down: `gemm` for outer products, `dot` for sums of
-products along rows. Lanes and tile sizes are literal arguments, so one source serves every CPU; `lanes` and
-`Tiles` say what fits the one at hand. Vectors wider than the CPU's still compute rightly (LLVM splits them),
-which is how the tests try every width everywhere.
+products along rows. `finish` is what may follow them, activations included: of an exponential LLVM would ask
+libm, one lane at a time. Lanes and tile sizes are literal arguments, so one source serves every CPU; `lanes`
+and `Tiles` say what fits the one at hand. Vectors wider than the CPU's still compute rightly (LLVM splits
+them), which is how the tests try every width everywhere.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
+import math
 import os
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import lru_cache
+from itertools import product
 
 import llvmlite.binding as llvm
 import numba
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
+from numpy.polynomial import Chebyshev, Polynomial
 
 WIDTHS = (128, 256, 512)
 _I64 = ir.IntType(64)
@@ -126,6 +133,95 @@ class Emit:
         kind = ir.FunctionType(self.vector, [self.vector] * 3)
         function = declared(self.builder.module, f"llvm.fmuladd.{self._suffix}", kind)
         return self.builder.call(function, [a, b, c])
+
+    def prefetch(self, place: ir.Value) -> None:
+        """Ask for a line of memory; any address will do."""
+        i32 = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [place.type, i32, i32, i32])
+        function = declared(self.builder.module, "llvm.prefetch.p0", kind)
+        self.builder.call(function, [place, i32(0), i32(3), i32(1)])
+
+    def constant(self, value: float) -> ir.Constant:
+        return ir.Constant(self.vector, [value] * self.lanes)
+
+    def above(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """The mask of lanes in which ``a > b``: not those with a NaN."""
+        return self.builder.fcmp_ordered(">", a, b)
+
+    def clamp(self, z: ir.Value, low: float, high: float) -> ir.Value:
+        """z, or the nearer one of two numbers where z is not between them; NaN stays."""
+        select, least, most = self.builder.select, self.constant(low), self.constant(high)
+        z = select(self.above(z, least), z, select(self._is_nan(z), z, least))
+        return select(self.above(z, most), most, z)
+
+    def _is_nan(self, z: ir.Value) -> ir.Value:
+        return self.builder.fcmp_unordered("uno", z, z)
+
+    def exp(self, z: ir.Value) -> ir.Value:
+        """e^z, within a unit in the last place or two: 0, infinity and NaN as they should be."""
+        low, high = (-104.0, 89.0) if self.align == 4 else (-746.0, 710.0)
+        power, n = self._power(self.clamp(z, low, high))
+        # 2^n in two factors: n reaches beyond what an exponent holds on either side.
+        half = self.builder.ashr(n, self._integers(1))
+        other = self.builder.sub(n, half)
+        power = self.builder.fadd(power, self.constant(1.0))
+        return self.builder.fmul(self.builder.fmul(power, self._two_to(half)), self._two_to(other))
+
+    def tanh(self, z: ir.Value) -> ir.Value:
+        builder, one = self.builder, self.constant(1.0)
+        negative = self.above(self.zero(), z)
+        z = builder.select(negative, z, builder.fneg(z))
+        # By e^(-2|z|) - 1, which keeps all digits of a small z; from 20 on, 1 is the nearest number.
+        power, n = self._power(self.clamp(builder.fmul(z, self.constant(2.0)), -40.0, 0.0))
+        scale = self._two_to(n)
+        less_one = self.multiply_add(scale, power, builder.fsub(scale, one))
+        size = builder.fdiv(
+            builder.fsub(self.zero(), less_one), builder.fadd(less_one, self.constant(2.0))
+        )
+        return builder.select(negative, builder.fneg(size), size)
+
+    def erf(self, z: ir.Value) -> ir.Value:
+        """One lane at a time, by the C library."""
+        kind = ir.FunctionType(self.element, [self.element])
+        name = "erff" if self.align == 4 else "erf"
+        function = declared(self.builder.module, name, kind)
+        result = z
+        for lane in map(ir.IntType(32), range(self.lanes)):
+            value = self.builder.call(function, [self.builder.extract_element(z, lane)])
+            result = self.builder.insert_element(result, value, lane)
+        return result
+
+    def _integers(self, value: int) -> ir.Constant:
+        width = ir.IntType(8 * self.align)
+        return ir.Constant(ir.VectorType(width, self.lanes), [value] * self.lanes)
+
+    def _power(self, z: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The p and the integer n of ``e^z = (1 + p) 2^n``, for a z that is not far beyond e^z's range."""
+        builder = self.builder
+        mantissa, head, terms = (23, 15, 7) if self.align == 4 else (52, 40, 13)
+        # A number so large that the nearest integer is in its last bits.
+        large = self.constant(1.5 * 2**mantissa)
+        shifted = self.multiply_add(z, self.constant(math.log2(math.e)), large)
+        rounded = builder.fsub(shifted, large)
+        integers = self._integers(0).type
+        n = builder.sub(builder.bitcast(shifted, integers), builder.bitcast(large, integers))
+        # ln 2 in two parts: a product with the first is exact.
+        first = round(math.log(2) * 2**head) / 2**head
+        second = float(Decimal(first) - Decimal(2).ln())
+        r = self.multiply_add(rounded, self.constant(-first), z)
+        r = self.multiply_add(rounded, self.constant(second), r)
+        # The series of e^r - 1, |r| <= ln 2 / 2, as far as it matters.
+        p = self.constant(1 / math.factorial(terms))
+        for k in range(terms - 1, 0, -1):
+            p = self.multiply_add(p, r, self.constant(1 / math.factorial(k)))
+        return builder.fmul(p, r), n
+
+    def _two_to(self, n: ir.Value) -> ir.Value:
+        mantissa, bias = (23, 127) if self.align == 4 else (52, 1023)
+        exponent = self.builder.add(n, self._integers(bias))
+        return self.builder.bitcast(
+            self.builder.shl(exponent, self._integers(mantissa)), self.vector
+        )
 
     def total(self, vector: ir.Value) -> ir.Value:
         """The sum of the lanes, in a fixed tree's order."""
@@ -371,6 +467,123 @@ def copy(typing_context, lanes, to, source, count, shift):
         return context.get_dummy_value()
 
     return types.void(lanes, to, source, types.int64, source.dtype), generate
+
+
+def _sigmoid(emit: Emit, z: ir.Value, numerator: ir.Value) -> ir.Value:
+    """``numerator / (1 + e^-z)``."""
+    below = emit.builder.fadd(emit.constant(1.0), emit.exp(emit.builder.fneg(z)))
+    return emit.builder.fdiv(numerator, below)
+
+
+@lru_cache(None)
+def _below_coefficients() -> tuple[float, ...]:
+    """Of the polynomial in ``t = 1 / (1 + x / 2)``, t >= 1/6, that is ``e^(x²) erfc(x) / 2`` to 1e-8."""
+
+    def scaled(t):
+        x = 2 / t - 2
+        return np.exp(x * x) * np.vectorize(math.erfc)(x) / 2
+
+    fitted = Chebyshev.interpolate(scaled, 11, domain=[1 / 6, 1])
+    return tuple(fitted.convert(kind=Polynomial).coef.tolist())
+
+
+def _gelu(emit: Emit, z: ir.Value) -> ir.Value:
+    builder, one = emit.builder, emit.constant(1.0)
+    if emit.align == 8:
+        erf = emit.erf(builder.fmul(z, emit.constant(math.sqrt(0.5))))
+        twice = builder.fadd(one, erf)
+        return builder.fmul(builder.fmul(emit.constant(0.5), z), twice)
+    # Φ(-|z|), which is erfc(|z| / √2) / 2; beyond the polynomial's range its other factor is zero.
+    positive = emit.above(z, emit.zero())
+    size = builder.select(positive, z, builder.fneg(z))
+    t = builder.fdiv(one, emit.multiply_add(size, emit.constant(math.sqrt(0.125)), one))
+    *rest, below = map(emit.constant, _below_coefficients())
+    for coefficient in reversed(rest):
+        below = emit.multiply_add(below, t, coefficient)
+    density = emit.exp(builder.fmul(builder.fmul(z, emit.constant(-0.5)), z))
+    below = builder.fmul(below, density)
+    return builder.fmul(z, builder.select(positive, builder.fsub(one, below), below))
+
+
+def _hardswish(emit: Emit, z: ir.Value) -> ir.Value:
+    builder = emit.builder
+    gate = emit.clamp(builder.fadd(z, emit.constant(3.0)), 0.0, 6.0)
+    return builder.fdiv(builder.fmul(z, gate), emit.constant(6.0))
+
+
+def _leaky_relu(emit: Emit, z: ir.Value) -> ir.Value:
+    below = emit.builder.fmul(z, emit.constant(0.01))
+    return emit.builder.select(emit.above(z, emit.zero()), z, below)
+
+
+_ACTIVATIONS: dict[str, Callable[[Emit, ir.Value], ir.Value]] = {
+    "none": lambda emit, z: z,
+    "relu": lambda emit, z: emit.clamp(z, 0.0, math.inf),
+    "relu6": lambda emit, z: emit.clamp(z, 0.0, 6.0),
+    "silu": lambda emit, z: _sigmoid(emit, z, z),
+    "gelu": _gelu,
+    "hardswish": _hardswish,
+    "leaky_relu": _leaky_relu,
+    "sigmoid": lambda emit, z: _sigmoid(emit, z, emit.constant(1.0)),
+    "tanh": lambda emit, z: emit.tanh(z),
+}
+
+ACTIVATIONS = tuple(_ACTIVATIONS)
+
+
+@intrinsic(prefer_literal=True)
+def finish(
+    typing_context, lanes, to, source, residual, count, scale, shift, activation, following
+):  # fmt: skip
+    """``to[i] = act(scale * source[i] + shift + residual[i])`` for i < count; a null residual is none.
+
+    `activation`, an index into `ACTIVATIONS`, is looked at once a call: no kernel is compiled anew for it.
+    The row of the residual that is needed next begins `following` elements behind this one: it is fetched.
+    """
+    L = lanes.literal_value
+
+    def generate(context, builder, signature, values):
+        to, source, residual, count, scale, shift, activation, following = values[1:]
+        emit = Emit(builder, source.type.pointee, L)
+        factor, addend = splat(builder, scale, L), splat(builder, shift, L)
+        rest = builder.and_(count, int_constant(L - 1))
+        whole = builder.sub(count, rest)
+
+        def update(function, given, i, mask):
+            def load(place):
+                return emit.load(place) if mask is None else emit.load_some(place, mask)
+
+            z = emit.multiply_add(load(builder.gep(source, [i])), factor, addend)
+            if given:
+                place = builder.gep(residual, [i])
+                z = builder.fadd(z, load(place))
+                emit.prefetch(builder.gep(place, [following]))
+            y, place = function(emit, z), builder.gep(to, [i])
+            if mask is None:
+                emit.store(y, place)
+            else:
+                emit.store_some(y, place, mask)
+
+        null = ir.Constant(residual.type, None)
+        there = builder.zext(builder.icmp_unsigned("!=", residual, null), _I64)
+        end = builder.append_basic_block("finished")
+        switch = builder.switch(builder.add(builder.shl(activation, int_constant(1)), there), end)
+        for case, (function, given) in enumerate(product(_ACTIVATIONS.values(), (False, True))):
+            block = builder.append_basic_block("case")
+            switch.add_case(int_constant(case), block)
+            builder.position_at_end(block)
+            loop = Loop(builder, int_constant(0), whole, L, [])
+            update(function, given, loop.index, None)
+            loop.close([])
+            with builder.if_then(builder.icmp_signed("!=", rest, int_constant(0))):
+                update(function, given, whole, emit.first(rest))
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    i64, element = types.int64, source.dtype
+    signature = types.void(lanes, to, source, residual, i64, element, element, i64, i64)
+    return signature, generate
 
 
 @intrinsic(prefer_literal=True)

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 
 from cnnops import tuned
+from cnnops.cuda import batch_norm
 from cnnops.cuda.kernel import ACCUMULATOR, ELEMENT, INT32_MAX, FastDiv, Launch, launch_of
 from cnnops.cuda.launch import launch
+from cnnops.epilogue import NO_EPILOGUE, Epilogue
 from cnnops.shapes import Axes, ConvShape, NormShape, PoolShape
 
 
@@ -99,6 +101,9 @@ VARIANTS = 12
 REDUCE_LANES = ((8, 256), (64, 32), (INT32_MAX, 8))
 """Of the second pass's 256 threads, how many stand side by side, by the most parts they add up."""
 
+MERGE_THREADS, MERGE_CHANNELS = 256, 32
+"""Of the pass that merges moments: threads of a block, and the channels that they share."""
+
 PARTIAL_BYTES = 64 * 2**20
 """Most memory for the partial results of a sum in parts."""
 
@@ -164,7 +169,6 @@ class _Params(ctypes.Structure):
         ("source", _Strides),
         ("result", _Strides),
         ("filter", _FilterStrides),
-        ("bias", ctypes.c_int64),
         ("numel", ctypes.c_int64),
         ("count", FastDiv * 3),
         ("channels", FastDiv),
@@ -200,16 +204,18 @@ class _Key:
     dtype: torch.dtype
     strides: tuple[Axes, Axes, Axes]  # of x, w, y or their gradients
     aligned: tuple[bool, bool, bool]
-    bias: int  # its stride
+    activation: str = "none"
+    moments: bool = False  # whether fprop gathers those of its result
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One launch, or two with `partial` accumulators in between."""
+    """One launch, or two with `partial` accumulators in between, of the results or of their moments."""
 
     first: Launch
     second: Launch | None = None
     partial: int = 0
+    moments: bool = False
 
 
 class _Axis(NamedTuple):
@@ -338,7 +344,7 @@ class _Problem:
         )
         p.result.batch, p.result.channel, p.result.group = to[0], to[1], self.outputs * to[1]
         p.filter.group, p.filter.row, p.filter.channel = k * w[0], row, channel
-        p.bias, p.places, p.outputs = key.bias, self.places, self.outputs
+        p.places, p.outputs = self.places, self.outputs
         p.channels, p.groups, p.phases = FastDiv(self.channels), FastDiv(g), FastDiv(self.phases)
         p.tiles = p.splits = FastDiv(1)
         self.source = _Tensor(
@@ -394,9 +400,10 @@ class _Problem:
 
 # ---- plans -----------------------------------------------------------------------------------------------
 
+_FINISH = ("scale", "bias", "residual")
 _TENSORS = {
-    "fprop": (("x", "w", "bias"), "y"),
-    "dgrad": (("grad_y", "w", "bias"), "grad_x"),
+    "fprop": (("x", "w", *_FINISH), "y"),
+    "dgrad": (("grad_y", "w", *_FINISH), "grad_x"),
     "wgrad": (("grad_y", "x"), "grad_w"),
     "bgrad": (("grad_y",), "grad_bias"),
 }
@@ -411,11 +418,26 @@ def _plan_of(
     inputs, output = _TENSORS[op]
     p.params.splits, p.params.numel = FastDiv(splits), numel
     result = ACCUMULATOR[dtype] if splits > 1 else ELEMENT[dtype]
+    if op in ("fprop", "dgrad"):
+        constants |= {"ACTIVATION": p.key.activation if splits == 1 else "none"}
+    moments = constants.get("MOMENTS") == 1
+    outputs = ["partial" if splits > 1 else output]
+    if (op, form) == ("fprop", "direct"):
+        outputs.append("parts")
     first = launch_of(
         "conv_direct.cu", f"conv_{op}_{form}", {**p.constants(op.upper(), result), **constants},
-        p.params, grid=(blocks,), block=(threads,), inputs=inputs,
-        outputs=("partial" if splits > 1 else output,),
+        p.params, grid=(blocks,), block=(threads,), inputs=inputs, outputs=outputs,
     )  # fmt: skip
+    if moments:
+        rows = blocks // (p.params.tiles.divisor * p.groups)
+        params = _Params.from_buffer_copy(p.params)
+        params.tiles, params.outputs = FastDiv(rows), shape.K
+        second = launch_of(
+            "conv_direct.cu", "conv_moments_direct", _second(p, "MERGE"), params,
+            grid=(-(-shape.K // MERGE_CHANNELS),), block=(MERGE_THREADS,), inputs=("parts",),
+            outputs=("mean", "var"),
+        )  # fmt: skip
+        return _Plan(first, second, rows * 3 * shape.K, moments=True)
     if splits == 1:
         return _Plan(first)
     params = _Params.from_buffer_copy(p.params)
@@ -423,18 +445,17 @@ def _plan_of(
     size, strides = _result(p.key)
     params.count[0], params.channels = FastDiv(max(1, strides[1])), FastDiv(size[1])
     lanes = next(lanes for most, lanes in REDUCE_LANES if splits <= most)
-    constants = {
-        **p.constants("REDUCE", ELEMENT[dtype]),
-        "DIMS": 1,
-        "WIDE": 0,
-        "PADDING": 0,
-        "REDUCE_LANES": lanes,
-    }
+    constants = {**_second(p, "REDUCE"), "REDUCE_LANES": lanes, "ACTIVATION": p.key.activation}
     second = launch_of(
         "conv_direct.cu", "conv_reduce_direct", constants, params, grid=(-(-numel // lanes),),
-        block=(256,), inputs=("partial", "bias"), outputs=(output,),
+        block=(256,), inputs=("partial", *_FINISH), outputs=(output,),
     )  # fmt: skip
     return _Plan(first, second, splits * numel)
+
+
+def _second(p: _Problem, pass_: str) -> dict[str, str | int]:
+    """Constants of a second pass, to which axes, offsets and padding are nothing."""
+    return {**p.constants(pass_, ELEMENT[p.key.dtype]), "DIMS": 1, "WIDE": 0, "PADDING": 0}
 
 
 def _result(key: _Key) -> tuple[Axes, Axes]:
@@ -574,6 +595,8 @@ def _tiled(p: _Problem, variant: str) -> _Plan:
         "PLAIN_ALONG_STEPS": int(o.along_steps), "PLAIN_VECTOR": plain,
         "STORE_ALONG_ROWS": int(along_rows), "STORE_VECTOR": store,
     }  # fmt: skip
+    if p.key.op == "fprop":
+        constants["MOMENTS"] = int(p.key.moments and splits == 1)
     column_tiles = -(-p.outputs // tile.block_n)
     p.params.tiles = FastDiv(column_tiles)
     blocks = column_tiles * batches * splits * -(-o.m // tile.block_m)
@@ -692,11 +715,12 @@ def _plan(
     x_aligned: bool,
     w_aligned: bool,
     y_aligned: bool,
-    bias: int,
+    activation: str,
+    moments: bool,
     forced: str | None,
 ) -> _Plan:
     """The plan of a pass whose x, w and y have these strides. Flat, since hashed at every call."""
-    key = _Key(op, shape, dtype, (x, w, y), (x_aligned, w_aligned, y_aligned), bias)
+    key = _Key(op, shape, dtype, (x, w, y), (x_aligned, w_aligned, y_aligned), activation, moments)
     if op == "bgrad":
         return _bgrad(key)
     p = _Problem(key)
@@ -744,7 +768,7 @@ def variants(op: str, shape: ConvShape, *arguments: Tensor | None) -> tuple[str,
     x, w, y = (images[_ORDER[op[5:]].index(i)] for i in range(3))
     key = _Key(
         op[5:], shape, y.dtype, (x.stride(), w.stride(), y.stride()),
-        (x.data_ptr() % 16 == 0, w.data_ptr() % 16 == 0, y.data_ptr() % 16 == 0), 0,
+        (x.data_ptr() % 16 == 0, w.data_ptr() % 16 == 0, y.data_ptr() % 16 == 0),
     )  # fmt: skip
     p = _Problem(key)
     ranked = _choices(p, _operands(p))
@@ -758,17 +782,24 @@ def variants(op: str, shape: ConvShape, *arguments: Tensor | None) -> tuple[str,
 # ---- what the registry calls -----------------------------------------------------------------------------
 
 
+def _aligned(tensor: Tensor | None) -> bool:
+    return tensor is None or not tensor.data_ptr() & 15
+
+
 def _run(
     op: str,
     shape: ConvShape,
     tensors: tuple[Tensor | None, Tensor | None, Tensor],
-    inputs: tuple[Tensor | None, ...],
+    inputs: tuple[Tensor, ...],
     output: Tensor,
     bias: Tensor | None = None,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """Run a pass whose x, w and y (or their gradients) are `tensors`."""
     x, w, y = tensors
+    scale, residual, activation, mean, var = epilogue or NO_EPILOGUE
     none: Axes = (0,) * y.dim()
+    follows = _aligned(residual)  # beside the result
     plan = _plan(
         op,
         shape,
@@ -776,36 +807,60 @@ def _run(
         none if x is None else x.stride(),
         none if w is None else w.stride(),
         y.stride(),
-        x is None or not x.data_ptr() & 15,
-        w is None or not w.data_ptr() & 15,
-        not y.data_ptr() & 15,
-        0 if bias is None else bias.stride(0),
+        _aligned(x) and (follows or x is not output),
+        _aligned(w),
+        _aligned(y) and (follows or y is not output),
+        activation,
+        mean is not None,
         _forced,
     )
-    if plan.second is None:
-        launch(plan.first, inputs, (output,))
+    finish: tuple[Tensor | None, ...] = ()
+    if op in ("fprop", "dgrad"):
+        finish = (scale, None if bias is None else bias.contiguous(), residual)
+    pointers = len(plan.first.outputs)  # the tiled form has one more for moments
+    partial = None
+    if plan.second is not None:
+        wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+        partial = torch.empty(plan.partial, dtype=wide, device=y.device)
+    if plan.second is None or plan.moments:
+        launch(plan.first, inputs + finish, (output, partial)[:pointers])
+    else:  # what follows a sum is done once, to the whole
+        launch(plan.first, inputs + (None,) * len(finish), (partial, None)[:pointers])
+    if plan.second is not None and plan.moments:
+        launch(plan.second, (partial,), (mean, var))
         return
-    dtype = torch.float64 if y.dtype == torch.float64 else torch.float32
-    partial = torch.empty(plan.partial, dtype=dtype, device=y.device)
-    # The bias is added once, to the whole sum.
-    launch(plan.first, inputs if op in ("wgrad", "bgrad") else (*inputs[:2], None), (partial,))
-    launch(plan.second, (partial, bias), (output,))
+    if plan.second is not None:
+        launch(plan.second, (partial, *(finish or (None,) * len(_FINISH))), (output,))
+    if mean is not None and var is not None:  # a form that does not gather them
+        batch_norm.batch_norm_stats(NormShape.of(shape.y_size), output, mean, var)
 
 
-def conv_fprop(shape: ConvShape, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def conv_fprop(
+    shape: ConvShape,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    epilogue: Epilogue | None = None,
+) -> None:
     """Fill y ``N K *output`` with the convolution of x ``N C *spatial`` and w ``K C/groups *kernel``."""
-    _run("fprop", shape, (x, w, y), (x, w, bias), y, bias)
+    _run("fprop", shape, (x, w, y), (x, w), y, bias, epilogue)
 
 
 def conv_dgrad(
-    shape: ConvShape, grad_y: Tensor, w: Tensor, bias: Tensor | None, grad_x: Tensor
+    shape: ConvShape,
+    grad_y: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    grad_x: Tensor,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """Fill grad_x ``N C *spatial``: every filter's weight on every input that it touched, and the bias ``C``.
 
-    With a bias this is transposed convolution. Under another padding mode than zeros the caller takes
-    ``shape.padded`` here, and `conv_fold` thereafter.
+    With a bias or an epilogue this is transposed convolution. Under another padding mode than zeros the
+    caller takes ``shape.padded`` here, and `conv_fold` thereafter.
     """
-    _run("dgrad", shape, (grad_x, w, grad_y), (grad_y, w, bias), grad_x, bias)
+    _run("dgrad", shape, (grad_x, w, grad_y), (grad_y, w), grad_x, bias, epilogue)
 
 
 def conv_wgrad(shape: ConvShape, grad_y: Tensor, x: Tensor, grad_w: Tensor) -> None:

@@ -16,17 +16,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from cnnops.cuda.batch_norm import batch_norm_stats
 from cnnops.cuda.kernel import ACCUMULATOR, ELEMENT, FastDiv, Launch, launch_of
 from cnnops.cuda.launch import launch
+from cnnops.epilogue import NO_EPILOGUE, Epilogue
 from cnnops.shapes import Axes, ConvShape, NormShape, PoolShape
 
 COLUMN_BYTES = 256 * 2**20
 CHUNK_BYTES = 32 * 2**20
 THREADS = 256
+_FINISH = ("scale", "bias", "residual")
 
 
 def _image_columns(shape: ConvShape) -> int:
@@ -68,7 +72,6 @@ class _Params(ctypes.Structure):
         ("batch", ctypes.c_int64),
         ("channel", ctypes.c_int64),
         ("axis", ctypes.c_int64 * 3),
-        ("bias", ctypes.c_int64),
         ("fast", FastDiv),
         ("slow", FastDiv),
         ("extent", FastDiv * 3),
@@ -88,9 +91,7 @@ class _Params(ctypes.Structure):
 
 @dataclass(frozen=True)
 class _Key:
-    """All that decides a launch, for `images` images of `shape`; strides and alignment are x's, and `bias`
-    is the bias's stride.
-    """
+    """All that decides a launch, for `images` images of `shape`; strides and alignment are x's (y's)."""
 
     entry: str
     shape: ConvShape
@@ -99,7 +100,7 @@ class _Key:
     last: bool
     strides: Axes
     aligned: bool
-    bias: int
+    activation: str = "none"
 
 
 @lru_cache(4096)
@@ -119,7 +120,7 @@ def _launch(key: _Key) -> Launch:
 
     fast, slow = (shape.C, math.prod(points)) if last else (math.prod(points), shape.C)
     p = _Params()
-    p.batch, p.channel, p.bias = *strides[:2], key.bias
+    p.batch, p.channel = strides[:2]
     p.fast, p.slow, p.group = FastDiv(fast // vector), FastDiv(slow), FastDiv(group)
     for a in range(shape.dims):
         p.axis[a], p.extent[a], p.stride[a] = (
@@ -145,23 +146,88 @@ def _launch(key: _Key) -> Launch:
         "ELEMENT": ELEMENT[key.dtype], "ACCUMULATOR": ACCUMULATOR[key.dtype],
         "CHANNELS_FAST": int(last), "VECTOR": vector, "X_VECTOR": x_vector,
     }  # fmt: skip
-    inputs, output = (("x",), "col") if gather else (("col", "bias"), "grad_x")
+    if not gather:
+        constants["ACTIVATION"] = key.activation
+    inputs, output = (("x",), "col") if gather else (("col", *_FINISH), "grad_x")
     return launch_of(
         "conv_im2col.cu", key.entry, constants, p, grid=(-(-p.threads // THREADS),), block=(THREADS,),
         inputs=inputs, outputs=(output,),
     )  # fmt: skip
 
 
-def _move(
-    entry: str, shape: ConvShape, last: bool, x: Tensor, col: Tensor, bias: Tensor | None = None
+@lru_cache(4096)
+def _finish_launch(
+    size: Axes, dtype: torch.dtype, last: bool, aligned: bool, activation: str
+) -> Launch:
+    """y as it lies in memory, ``N K places`` or, channels last, ``N places K``."""
+    K, places = size[1], math.prod(size[2:])
+    fast, slow = (K, places) if last else (places, K)
+    vector = 16 // dtype.itemsize
+    if not aligned or fast % vector:
+        vector = 1
+    p = _Params()
+    p.fast, p.slow, p.threads = FastDiv(fast // vector), FastDiv(slow), math.prod(size) // vector
+    constants: dict[str, str | int] = {
+        "PASS": "FINISH", "DIMS": 1, "WIDE": 0, "PADDING": 0, "ELEMENT": ELEMENT[dtype],
+        "ACCUMULATOR": ACCUMULATOR[dtype], "CHANNELS_FAST": int(last), "VECTOR": vector, "X_VECTOR": 1,
+        "ACTIVATION": activation,
+    }  # fmt: skip
+    return launch_of(
+        "conv_im2col.cu", "conv_finish_im2col", constants, p, grid=(-(-p.threads // THREADS),),
+        block=(THREADS,), inputs=_FINISH, outputs=(), updates=("y",),
+    )  # fmt: skip
+
+
+class _Finish(NamedTuple):
+    """What follows the sums of some images."""
+
+    scale: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    activation: str
+
+    @classmethod
+    def of(cls, bias: Tensor | None, epilogue: Epilogue | None) -> _Finish:
+        scale, residual, activation, *_ = epilogue or NO_EPILOGUE
+        return cls(scale, None if bias is None else bias.contiguous(), residual, activation)
+
+    @property
+    def bias_alone(self) -> bool:
+        """Whether the product itself can do it."""
+        return self.scale is None and self.residual is None and self.activation == "none"
+
+    def tensors(self, chunk: slice) -> tuple[Tensor | None, ...]:
+        return self.scale, self.bias, None if self.residual is None else self.residual[chunk]
+
+    def run(self, y: Tensor, chunk: slice, last: bool) -> None:
+        """On y's images of this chunk, which the product has filled."""
+        scale, bias, residual = self.tensors(chunk)
+        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (y, residual))
+        plan = _finish_launch(tuple(y.shape), y.dtype, last, aligned, self.activation)
+        launch(plan, (scale, bias, residual), (), (y,))
+
+
+def _im2col(shape: ConvShape, last: bool, x: Tensor, col: Tensor) -> None:
+    """Run conv_im2col on all images of x."""
+    plan = _launch(
+        _Key("conv_im2col", shape, x.shape[0], x.dtype, last, x.stride(), x.data_ptr() % 16 == 0)
+    )
+    launch(plan, (x,), (col,))
+
+
+def _col2im(
+    shape: ConvShape, last: bool, col: Tensor, grad_x: Tensor, finish: _Finish, chunk: slice
 ) -> None:
-    """Run conv_im2col (x to col) or conv_col2im (col, and bias, to x) on all images of x."""
-    aligned, step = x.data_ptr() % 16 == 0, 0 if bias is None else bias.stride(0)
-    plan = _launch(_Key(entry, shape, x.shape[0], x.dtype, last, x.stride(), aligned, step))
-    if entry == "conv_im2col":
-        launch(plan, (x,), (col,))
-    else:
-        launch(plan, (col, bias), (x,))
+    """Run conv_col2im for all images of grad_x, which are this chunk of the batch."""
+    scale, bias, residual = finish.tensors(chunk)
+    aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (grad_x, residual))
+    plan = _launch(
+        _Key(
+            "conv_col2im", shape, grad_x.shape[0], grad_x.dtype, last, grad_x.stride(), aligned,
+            finish.activation,
+        )
+    )  # fmt: skip
+    launch(plan, (col, scale, bias, residual), (grad_x,))
 
 
 # ---- views in which the product is a matmul --------------------------------------------------------------
@@ -215,7 +281,7 @@ def _columns(shape: ConvShape, x: Tensor, last: bool) -> Tensor:
     if _is_column(shape, x, last):
         return _matrix(x, shape.groups, last)
     col = _room(shape, x, last)
-    _move("conv_im2col", shape, last, x, col)
+    _im2col(shape, last, x, col)
     return col
 
 
@@ -249,35 +315,55 @@ def _by_image(groups: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 # ---- what the registry calls -----------------------------------------------------------------------------
 
 
-def conv_fprop(shape: ConvShape, x: Tensor, w: Tensor, bias: Tensor | None, y: Tensor) -> None:
-    """Fill y ``N K *output`` with the convolution of x ``N C *spatial`` and w ``K C/groups *kernel``."""
+def conv_fprop(
+    shape: ConvShape,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    epilogue: Epilogue | None = None,
+) -> None:
+    """Fill y ``N K *output`` with the convolution of x ``N C *spatial`` and w ``K C/groups *kernel``.
+
+    Where more than a bias follows the product, it works on sums that were rounded to y's dtype.
+    """
     g, last = shape.groups, _last(y)
-    filters = _filters(w, g, last)
-    added = _added(bias, g, last)
+    filters, finish = _filters(w, g, last), _Finish.of(bias, epilogue)
+    added = _added(bias, g, last) if finish.bias_alone else None
     for chunk in _chunks(shape, x.dtype):
         col = _columns(shape, x[chunk], last)
         out = _matrix(y[chunk], g, last)
         if last:
             _product(col, filters.transpose(1, 2), out, added)
-            continue
-        for parts in _by_image(g, filters[None], col, out, *([] if added is None else [added])):
-            _product(*parts)
+        else:
+            operands = (filters[None], col, out, *([] if added is None else [added]))
+            for parts in _by_image(g, *operands):
+                _product(*parts)
+        if not finish.bias_alone:
+            finish.run(y[chunk], chunk, last)
+    if epilogue is not None and epilogue.mean is not None and epilogue.var is not None:
+        batch_norm_stats(NormShape.of(shape.y_size), y, epilogue.mean, epilogue.var)
 
 
 def conv_dgrad(
-    shape: ConvShape, grad_y: Tensor, w: Tensor, bias: Tensor | None, grad_x: Tensor
+    shape: ConvShape,
+    grad_y: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    grad_x: Tensor,
+    epilogue: Epilogue | None = None,
 ) -> None:
     """Fill grad_x ``N C *spatial``: every filter's weight on every input that it touched, and the bias ``C``.
 
     Under another padding mode than zeros the caller takes ``shape.padded``, and `conv_fold` thereafter.
     """
     g, last = shape.groups, _last(grad_x)
-    filters = _filters(w, g, last)
+    filters, finish = _filters(w, g, last), _Finish.of(bias, epilogue)
     for chunk in _chunks(shape, grad_x.dtype):
         images = grad_x[chunk]
         direct = _is_column(shape, images, last)
         col = _matrix(images, g, last) if direct else _room(shape, images, last)
-        added = _added(bias, g, last) if direct else None
+        added = _added(bias, g, last) if direct and finish.bias_alone else None
         grad = _matrix(grad_y[chunk], g, last)
         if last:
             _product(grad, filters, col, added)
@@ -286,7 +372,9 @@ def conv_dgrad(
             for parts in _by_image(g, *operands, *([] if added is None else [added])):
                 _product(*parts)
         if not direct:
-            _move("conv_col2im", shape, last, images, col, bias)
+            _col2im(shape, last, col, images, finish, chunk)
+        elif not finish.bias_alone:
+            finish.run(images, chunk, last)
 
 
 def conv_wgrad(shape: ConvShape, grad_y: Tensor, x: Tensor, grad_w: Tensor) -> None:

@@ -189,18 +189,28 @@ def call(function: type[Function], op: Callable[..., Any], *arguments: Any) -> A
 
     Tensors, and None in their place, come first among the arguments of every op.
     """
-    if not is_compiling() and (
-        forward_ad._current_level >= 0 or _are_functorch_transforms_active()
-    ):
+    if is_transformed() or may_need_gradient(arguments):
         return _record(function, arguments)
+    return op(*arguments)
+
+
+def is_transformed() -> bool:
+    """Whether forward mode or a transform of torch.func is at work."""
+    return not is_compiling() and (
+        forward_ad._current_level >= 0 or _are_functorch_transforms_active()
+    )
+
+
+def may_need_gradient(arguments: Sequence[Any]) -> bool:
+    """Whether backward may ask for the gradient of a tensor in front of the other arguments."""
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor):
                 if argument.requires_grad:
-                    return _record(function, arguments)
+                    return True
             elif argument is not None:
                 break
-    return op(*arguments)
+    return False
 
 
 def _record(function: type[Function], arguments: Sequence[Any]) -> Any:

@@ -61,8 +61,8 @@ def conv(
     the bias. Raises RuntimeError and TypeError as ``torch.nn.functional.conv2d`` does, ValueError for an
     unknown mode.
     """
-    arguments = _arguments(w.shape, stride, padding, dilation, groups, padding_mode)
-    x, w, bias = _cast(x, w, bias)
+    arguments = settled(w.shape, stride, padding, dilation, groups, padding_mode)
+    x, w, bias = cast(x, w, bias)
     engine = registry.engine_for(x.device)
     if x.dtype not in DTYPES and x.dtype == w.dtype:
         return _conv_by_torch(x, w, bias, engine, *arguments)
@@ -85,16 +85,18 @@ def conv_transpose(
 
     Raises RuntimeError and TypeError as ``torch.nn.functional.conv_transpose2d`` does.
     """
-    rest = _transposed(
+    rest = transposed(
         x.shape, w.shape, None if bias is None else bias.shape, stride, padding, output_padding, groups,
         dilation,
     )  # fmt: skip
-    x, w, bias = _cast(x, w, bias)
+    x, w, bias = cast(x, w, bias)
     engine = registry.engine_for(x.device)
     if x.dtype not in DTYPES and x.dtype == w.dtype:
         size, *arguments = rest
         if not torch.compiler.is_compiling():
-            registry.choose("conv_dgrad", engine, _shape(size, w.shape, None, *arguments), x.dtype)
+            registry.choose(
+                "conv_dgrad", engine, shape_of(size, w.shape, None, *arguments), x.dtype
+            )
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[w.dim() - 3]
         return function(x, w, bias, stride, padding, output_padding, groups, dilation)
     size, *arguments = rest
@@ -104,7 +106,7 @@ def conv_transpose(
 
 
 @partial(cached, traced=True)
-def _arguments(
+def settled(
     w: Ints, stride: int | Ints, padding: Any, dilation: int | Ints, groups: int, padding_mode: str
 ) -> tuple[Ints, Ints, Ints, int, str]:
     """Stride, padding (before and after of every axis in turn), dilation, groups, mode: as ops take them."""
@@ -117,7 +119,7 @@ def _arguments(
 
 
 @partial(cached, traced=True)
-def _transposed(
+def transposed(
     x: Ints, w: Ints, bias: Ints | None, stride: int | Ints, padding: int | Ints,
     output_padding: int | Ints, groups: int, dilation: int | Ints,
 ) -> tuple[Any, ...]:  # fmt: skip
@@ -130,12 +132,12 @@ def _transposed(
     return size, shape.stride, pairs, shape.dilation, shape.groups, shape.padding_mode
 
 
-def _cast(x: Tensor, w: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def cast(x: Tensor, w: Tensor, *others: Tensor | None) -> Any:
     """The tensors in autocast's dtype; like torch's convolution, this leaves float64 as it is."""
     low = autocast_dtype(x)
     if low is None:
-        return x, w, bias
-    return _lowered(x, low), _lowered(w, low), None if bias is None else _lowered(bias, low)
+        return x, w, *others
+    return tuple(None if t is None else _lowered(t, low) for t in (x, w, *others))
 
 
 def _lowered(t: Tensor, dtype: torch.dtype) -> Tensor:
@@ -147,7 +149,7 @@ def _conv_by_torch(
     groups: int, padding_mode: str,
 ) -> Tensor:  # fmt: skip
     """Dtypes that no kernel takes: PyTorch's result or error, after what `cnnops.fallback` has to say."""
-    shape = _shape(x.shape, w.shape, None, stride, padding, dilation, groups, padding_mode)
+    shape = shape_of(x.shape, w.shape, None, stride, padding, dilation, groups, padding_mode)
     if not torch.compiler.is_compiling():
         registry.choose("conv_fprop", engine, shape, x.dtype)
     function = (F.conv1d, F.conv2d, F.conv3d)[shape.dims - 1]
@@ -252,11 +254,9 @@ class _Fprop(Function):
         x_size, x_strides, w_size, w_strides, arguments = ctx.call
         last = channels_last_strides(x_size, x_strides) or channels_last_strides(w_size, w_strides)
         to_x, to_w, to_bias = ctx.needs_input_grad[:3]
-        grad_x = (
-            call(_Dgrad, conv_dgrad, grad_y, w, None, x_size, last, *arguments) if to_x else None
-        )
-        grad_w = call(_Wgrad, conv_wgrad, grad_y, x, w_size, last, *arguments) if to_w else None
-        grad_b = call(_Bgrad, conv_bgrad, grad_y, arguments[-1]) if to_bias else None
+        grad_x = dgrad(grad_y, w, x_size, last, *arguments) if to_x else None
+        grad_w = wgrad(grad_y, x, w_size, last, *arguments) if to_w else None
+        grad_b = bgrad(grad_y, arguments[-1]) if to_bias else None
         return grad_x, grad_w, grad_b, *(None,) * 6
 
     @staticmethod
@@ -265,8 +265,8 @@ class _Fprop(Function):
     ) -> Any:
         x, w, *_ = ctx.saved_tensors
         arguments = ctx.call[-1]
-        of_x = None if x_t is None else call(_Fprop, conv_fprop, x_t, w, None, *arguments)
-        of_w = None if w_t is None else call(_Fprop, conv_fprop, x, w_t, None, *arguments)
+        of_x = None if x_t is None else fprop(x_t, w, *arguments)
+        of_w = None if w_t is None else fprop(x, w_t, *arguments)
         if bias_t is None:
             return _sum(of_x, of_w)
         if of_x is None and of_w is None:
@@ -296,11 +296,9 @@ class _Dgrad(Function):
         grad_y, w = ctx.saved_tensors
         w_size, last, arguments = ctx.w_size, ctx.last, ctx.arguments
         to_grad_y, to_w, to_bias = ctx.needs_input_grad[:3]
-        second_y = call(_Fprop, conv_fprop, grad, w, None, *arguments) if to_grad_y else None
-        second_w = (
-            call(_Wgrad, conv_wgrad, grad_y, grad, w_size, last, *arguments) if to_w else None
-        )
-        grad_b = call(_Bgrad, conv_bgrad, grad, arguments[-1]) if to_bias else None
+        second_y = fprop(grad, w, *arguments) if to_grad_y else None
+        second_w = wgrad(grad_y, grad, w_size, last, *arguments) if to_w else None
+        grad_b = bgrad(grad, arguments[-1]) if to_bias else None
         return second_y, second_w, grad_b, *(None,) * 8
 
     @staticmethod
@@ -309,8 +307,8 @@ class _Dgrad(Function):
     ) -> Any:
         grad_y, w, *_ = ctx.saved_tensors
         rest = (ctx.x_size, ctx.last, *ctx.arguments)
-        of_y = None if y_t is None else call(_Dgrad, conv_dgrad, y_t, w, None, *rest)
-        of_w = None if w_t is None else call(_Dgrad, conv_dgrad, grad_y, w_t, None, *rest)
+        of_y = None if y_t is None else dgrad(y_t, w, *rest)
+        of_w = None if w_t is None else dgrad(grad_y, w_t, *rest)
         if bias_t is None:
             return _sum(of_y, of_w)
         if of_y is None and of_w is None:
@@ -338,18 +336,16 @@ class _Wgrad(Function):
         grad_y, x = ctx.saved_tensors
         x_size, last, arguments = ctx.x_size, ctx.last, ctx.arguments
         to_grad_y, to_x = ctx.needs_input_grad[:2]
-        second_y = call(_Fprop, conv_fprop, x, grad, None, *arguments) if to_grad_y else None
-        second_x = (
-            call(_Dgrad, conv_dgrad, grad_y, grad, None, x_size, last, *arguments) if to_x else None
-        )
+        second_y = fprop(x, grad, *arguments) if to_grad_y else None
+        second_x = dgrad(grad_y, grad, x_size, last, *arguments) if to_x else None
         return second_y, second_x, *(None,) * 8
 
     @staticmethod
     def tangent(ctx: Any, y_t: Tensor | None, x_t: Tensor | None, *_: Any) -> Any:
         grad_y, x, *_ = ctx.saved_tensors
         rest = (ctx.w_size, ctx.last, *ctx.arguments)
-        of_y = None if y_t is None else call(_Wgrad, conv_wgrad, y_t, x, *rest)
-        of_x = None if x_t is None else call(_Wgrad, conv_wgrad, grad_y, x_t, *rest)
+        of_y = None if y_t is None else wgrad(y_t, x, *rest)
+        of_x = None if x_t is None else wgrad(grad_y, x_t, *rest)
         return _sum(of_y, of_x)
 
 
@@ -373,14 +369,41 @@ class _Bgrad(Function):
 
     @staticmethod
     def tangent(ctx: Any, y_t: Tensor, _: None) -> Any:
-        return call(_Bgrad, conv_bgrad, y_t, ctx.engine)
+        return bgrad(y_t, ctx.engine)
+
+
+# ---- the linear maps, differentiable: what gradients of other operations are made of ----------------------
+
+
+def fprop(x: Tensor, w: Tensor, *arguments: Any) -> Tensor:
+    """The convolution of x and w, with arguments as ops take them."""
+    y: Tensor = call(_Fprop, conv_fprop, x, w, None, *arguments)
+    return y
+
+
+def dgrad(grad_y: Tensor, w: Tensor, x_size: Ints, last: bool, *arguments: Any) -> Tensor:
+    """The gradient of x, channels-last if `last`."""
+    grad_x: Tensor = call(_Dgrad, conv_dgrad, grad_y, w, None, x_size, last, *arguments)
+    return grad_x
+
+
+def wgrad(grad_y: Tensor, x: Tensor, w_size: Ints, last: bool, *arguments: Any) -> Tensor:
+    """The gradient of w, channels-last if `last`."""
+    grad_w: Tensor = call(_Wgrad, conv_wgrad, grad_y, x, w_size, last, *arguments)
+    return grad_w
+
+
+def bgrad(grad_y: Tensor, engine: str) -> Tensor:
+    """The gradient of the bias."""
+    grad_bias: Tensor = call(_Bgrad, conv_bgrad, grad_y, engine)
+    return grad_bias
 
 
 # ---- torch.library --------------------------------------------------------------------------------------
 
 
 @cached
-def _shape(
+def shape_of(
     x: Ints, w: Ints, bias: Ints | None, stride: Ints, padding: Ints, dilation: Ints, groups: int,
     padding_mode: str,
 ) -> ConvShape:  # fmt: skip
@@ -395,8 +418,14 @@ def _forward(
 ) -> tuple[ConvShape, Ints]:  # fmt: skip
     """The problem, and the strides of y."""
     last = channels_last_strides(x, x_strides) or channels_last_strides(w, w_strides)
-    shape = _shape(x, w, bias, stride, padding, dilation, groups, padding_mode)
+    shape = shape_of(x, w, bias, stride, padding, dilation, groups, padding_mode)
     return shape, new_strides(shape.y_size, last)
+
+
+def problem(x: Tensor, w: Tensor, bias: Tensor | None, *geometry: Any) -> tuple[ConvShape, Ints]:
+    """The problem, and the strides of y."""
+    size = None if bias is None else bias.shape
+    return _forward(x.shape, x.stride(), w.shape, w.stride(), size, *geometry)
 
 
 @cached
@@ -414,19 +443,7 @@ def _conv_fprop(
     run: Run, x: Tensor, w: Tensor, bias: Tensor | None, stride: Ints, padding: Ints, dilation: Ints,
     groups: int, padding_mode: str, engine: str,
 ) -> Tensor:  # fmt: skip
-    size = None if bias is None else bias.shape
-    shape, strides = _forward(
-        x.shape,
-        x.stride(),
-        w.shape,
-        w.stride(),
-        size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        padding_mode,
-    )
+    shape, strides = problem(x, w, bias, stride, padding, dilation, groups, padding_mode)
     expect_same(x, x.dtype, weight=w, bias=bias)
     y = x.new_empty_strided(shape.y_size, strides)
     if x.numel():
@@ -442,7 +459,7 @@ def _conv_dgrad(
     run: Run, grad_y: Tensor, w: Tensor, bias: Tensor | None, x_size: Ints, channels_last: bool,
     stride: Ints, padding: Ints, dilation: Ints, groups: int, padding_mode: str, engine: str,
 ) -> Tensor:  # fmt: skip
-    shape = _shape(x_size, w.shape, None, stride, padding, dilation, groups, padding_mode)
+    shape = shape_of(x_size, w.shape, None, stride, padding, dilation, groups, padding_mode)
     expect_same(grad_y, grad_y.dtype, weight=w, bias=bias)
     grad_x = empty(shape.x_size, grad_y, channels_last)
     if not grad_x.numel():
@@ -461,7 +478,7 @@ def _conv_wgrad(
     run: Run, grad_y: Tensor, x: Tensor, w_size: Ints, channels_last: bool, stride: Ints, padding: Ints,
     dilation: Ints, groups: int, padding_mode: str, engine: str,
 ) -> Tensor:  # fmt: skip
-    shape = _shape(x.shape, w_size, None, stride, padding, dilation, groups, padding_mode)
+    shape = shape_of(x.shape, w_size, None, stride, padding, dilation, groups, padding_mode)
     grad_w = empty(shape.w_size, grad_y, channels_last)
     if x.numel():
         run("conv_wgrad", engine, shape, grad_y.dtype, grad_y, x, grad_w)

@@ -52,16 +52,7 @@ def batch_norm(
     activation: str = "none",
 ) -> Tensor:
     """Batch norm of x ``N C *spatial``; see `cnnops.functional.batch_norm_act` for arguments and errors."""
-    expect_bool("training", training)
-    expect_float("momentum", momentum)
-    expect_float("eps", eps)
-    _check_statistics(running_mean, running_var, training)
-    if training and eps <= 0:
-        raise ValueError(f"eps: expected a positive value when training, got {eps}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
+    check(running_mean, running_var, training, momentum, eps, activation)
     engine = registry.engine_for(x.device)
     if x.dtype not in DTYPES:
         if not torch.compiler.is_compiling():
@@ -78,6 +69,23 @@ def batch_norm(
     return y
 
 
+def check(
+    running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float, eps: float,
+    activation: str,
+) -> None:  # fmt: skip
+    """Raises for what is wrong whatever x is."""
+    expect_bool("training", training)
+    expect_float("momentum", momentum)
+    expect_float("eps", eps)
+    _check_statistics(running_mean, running_var, training)
+    if training and eps <= 0:
+        raise ValueError(f"eps: expected a positive value when training, got {eps}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
+
+
 def _check_statistics(mean: Tensor | None, var: Tensor | None, training: bool) -> None:
     if mean is not None and var is not None and not (mean.requires_grad or var.requires_grad):
         return
@@ -90,6 +98,40 @@ def _check_statistics(mean: Tensor | None, var: Tensor | None, training: bool) -
             )
     if (mean is None) != (var is None):
         raise ValueError("running_mean, running_var: expected both or neither, got one")
+
+
+def batch_norm_given(
+    x: Tensor, mean: Tensor, var: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, momentum: float, eps: float, residual: Tensor | None,
+    activation: str, engine: str,
+) -> Tensor:  # fmt: skip
+    """`batch_norm` in training of an x whose `mean` and biased `var` are known already: x is read once.
+
+    Both are results of an op that computed x, without a gradient of their own: what they owe to x is part of
+    this one's gradient.
+    """
+    values = x.numel() // x.shape[1]
+    if values == 1:
+        NormShape.of(x.shape, training=True)  # raises
+    for name, t in (("running_mean", running_mean), ("running_var", running_var)):
+        if t is not None and t.shape != mean.shape:
+            raise RuntimeError(f"{name}: expected size {list(mean.shape)}, got {list(t.shape)}")
+    y: Tensor = call(
+        _Given, _normalised_by, x, weight, bias, residual, mean, var, eps, activation, engine
+    )
+    if values:
+        update_running(running_mean, running_var, mean, var * (values / (values - 1)), momentum)
+    return y
+
+
+def update_running(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, unbiased: Tensor, momentum: float
+) -> None:  # fmt: skip
+    """Moves running statistics towards those of a batch, in place, in the batch's dtype."""
+    with torch.no_grad():
+        for running, value in ((running_mean, mean), (running_var, unbiased)):
+            if running is not None:
+                running.copy_((1 - momentum) * running.to(value.dtype) + momentum * value)
 
 
 # ---- autograd -------------------------------------------------------------------------------------------
@@ -122,6 +164,36 @@ class _Train(Function):
     def tangent(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, None, None]:
         *inputs, y, mean, rstd = ctx.saved_tensors
         return _tangent(ctx, inputs[:4], y, mean, rstd, *tangents[:4]), None, None
+
+
+def _normalised_by(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, mean: Tensor, var: Tensor,
+    *arguments: Any,
+) -> Tensor:  # fmt: skip
+    vectors = (None if t is None else t.to(mean.dtype) for t in (weight, bias))
+    y: Tensor = batch_norm_infer(x, *vectors, residual, mean, var, *arguments)
+    return y
+
+
+class _Given(Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> Tensor:
+        return _normalised_by(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        x, weight, bias, residual, mean, var, eps, activation, engine = inputs
+        ctx.set_materialize_grads(False)
+        ctx.arguments = (eps, activation, True, engine)
+        _save(ctx, x, weight, bias, residual, output, mean, torch.rsqrt(var + eps), activation)
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor | None) -> Any:
+        if grad_y is None:
+            return (None,) * 9
+        return *_gradients(ctx, grad_y), *(None,) * 5
 
 
 class _Infer(Function):

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from cnnops import registry
 from cnnops.aten.norm import told_by_result
 from cnnops.ops import DTYPES, call
-from cnnops.ops.norm import batch_norm_bwd, batch_norm_infer, batch_norm_stats
+from cnnops.ops.norm import batch_norm_bwd, batch_norm_infer, batch_norm_stats, update_running
 
 
 def group_of(group: Any) -> Any:
@@ -81,11 +81,7 @@ def _forward(
     mean, var = mean64.to(wide), var64.to(wide)
     vectors = (None if t is None else t.to(wide) for t in (weight, bias))
     y = batch_norm_infer(x, *vectors, residual, mean, var, eps, activation, engine)
-    with torch.no_grad():
-        unbiased = var64 * (total / (total - 1))
-        for running, value in ((running_mean, mean64), (running_var, unbiased)):
-            if running is not None:
-                running.copy_((1 - momentum) * running.double() + momentum * value)
+    update_running(running_mean, running_var, mean64, var64 * (total / (total - 1)), momentum)
     return y, mean, torch.rsqrt(var64 + eps).to(wide), total
 
 

@@ -20,6 +20,7 @@ from cases.base import (
     run,
 )
 from cases.conv import CONV_CASES, ConvCase
+from cases.conv_act import CONV_ACT_CASES, ConvActCase
 from cases.group_norm import (
     GROUP_NORM_CASES,
     LAYER_NORM_CASES,
@@ -31,6 +32,7 @@ from cases.pool import POOL_CASES, PoolCase
 
 CASES: tuple[Case, ...] = (
     *CONV_CASES,
+    *CONV_ACT_CASES,
     *POOL_CASES,
     *NORM_CASES,
     *GROUP_NORM_CASES,
@@ -40,6 +42,7 @@ CASES: tuple[Case, ...] = (
 __all__ = [
     "ALL",
     "CASES",
+    "CONV_ACT_CASES",
     "CONV_CASES",
     "ENGINES",
     "GROUP_NORM_CASES",
@@ -48,6 +51,7 @@ __all__ = [
     "POOL_CASES",
     "TOLERANCE",
     "Case",
+    "ConvActCase",
     "ConvCase",
     "GroupNormCase",
     "LayerNormCase",
