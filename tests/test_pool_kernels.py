@@ -266,6 +266,130 @@ def test_backward_of_large_windows(name: str, layout: str) -> None:
         torch.testing.assert_close(grad_x.double(), grad, rtol=1e-5, atol=1e-5)
 
 
+# ---- tiles of several rows, and rows that are no whole packs ---------------------------------------------
+
+TILES = {
+    "odd_rows": PoolShape.of((2, 3, 11, 13), 3, 1, 1),
+    "bands": PoolShape.of((2, 5, 19, 33), 4, 1, 1),
+    "large": PoolShape.of((1, 2, 20, 21), 13, 1, 6),
+    "larger": PoolShape.of((1, 2, 9, 21), (3, 17), 1, (1, 8)),
+    "tall": PoolShape.of((1, 2, 40, 16), (17, 2), 1, (8, 1)),
+    "strided": PoolShape.of((2, 3, 17, 19), 3, 2, 1),
+    "strided_rows": PoolShape.of((2, 3, 17, 40), (3, 5), (2, 1), (1, 2)),
+    "strided_columns": PoolShape.of((2, 3, 17, 38), (3, 5), (1, 2), (1, 2)),
+    "threes": PoolShape.of((2, 3, 20, 23), 3, 3),
+    "fives": PoolShape.of((2, 3, 20, 57), 5),
+    "ceil": PoolShape.of((2, 3, 12, 14), 3, 2, 0, ceil_mode=True),
+    "dilated_rows": PoolShape.of((2, 3, 16, 17), 3, 1, 1, (2, 1)),
+    "dilated_columns": PoolShape.of((2, 3, 16, 17), 3, 1, 1, (1, 2)),
+    "one_plane": PoolShape.of((1, 1, 18, 15), 2, 1),
+    "one_row": PoolShape.of((3, 2, 3, 31), 3, 1),
+    "long_rows": PoolShape.of((1, 2, 6, 1101), 3, 1),
+    "1d": PoolShape.of((3, 5, 61), 8, 1, 4),
+    "1d_long": PoolShape.of((1, 2, 2311), 3, 1),
+    "3d": PoolShape.of((2, 2, 5, 9, 11), 3, 1, 1),
+    "3d_strided": PoolShape.of((1, 3, 9, 10, 15), 3, (2, 2, 1), 1),
+}
+"""Small, but in the forms of large ones."""
+
+
+def ordinary_indices(shape: PoolShape, offsets: Tensor) -> Tensor:
+    """PyTorch's indices of offsets into ordinary windows."""
+    rest, indices, scale = offsets.long(), torch.zeros_like(offsets.long()), 1
+    for axis in reversed(range(shape.dims)):
+        place = rest % shape.kernel[axis] * shape.dilation[axis]
+        rest = rest // shape.kernel[axis]
+        starts = torch.arange(shape.output[axis]) * shape.stride[axis] - shape.padding[axis][0]
+        across = starts.view([-1 if axis == a else 1 for a in range(shape.dims)])
+        indices += (across + place) * scale
+        scale *= shape.spatial[axis]
+    return indices
+
+
+def check_tiles(
+    shape: PoolShape, layout: str, dtype: torch.dtype
+) -> dict[str, dict[str, str | int]]:
+    """Maxima and averages, forward and backward, against PyTorch; returns the constants of each entry."""
+    generator = torch.Generator().manual_seed(5)
+    arguments = shape.kernel, shape.stride, [p for p, _ in shape.padding]
+
+    def values(size: Size) -> Tensor:
+        """Equal ones, runs of -inf, and some NaN."""
+        x = torch.randint(-4, 5, size, generator=generator).to(dtype)
+        chance = torch.rand(size, generator=generator)
+        return x.masked_fill(chance < 0.4, -math.inf).masked_fill(chance < 0.02, math.nan)
+
+    x = laid_out(shape.x_size, layout, values)
+    y = result(shape.y_size, dtype, x)
+    offsets = result(y.shape, torch.uint8 if shape.places <= 255 else torch.int32, x)
+    grad_y, grad_x = whole_numbers(y.shape, dtype, x), result(x.shape, dtype, x)
+    with trace() as plans:
+        pool.max_pool_fwd(shape, x, y, offsets)
+        leaf = x.contiguous().double().requires_grad_()
+        largest = getattr(F, f"max_pool{shape.dims}d")
+        expected, indices = largest(leaf, *arguments, shape.dilation, shape.ceil_mode, True)
+        assert same(y, expected.detach())
+        assert torch.equal(ordinary_indices(shape, offsets), indices)
+        pool.max_pool_bwd(shape, grad_y, offsets, grad_x)
+        (grad,) = torch.autograd.grad(expected, leaf, grad_y.double())
+        assert torch.equal(grad_x.double(), grad)
+
+        if shape.dilation == (1,) * shape.dims:
+            x = laid_out(shape.x_size, layout, normal(6, dtype))
+            x[-1, -1, ..., x.shape[-1] // 2] = (
+                math.inf
+            )  # goes no further than the windows that cover it
+            leaf = x.contiguous().double().requires_grad_()
+            average = getattr(F, f"avg_pool{shape.dims}d")
+            for counted in (True, False):
+                averaged = PoolShape.of(x.shape, *arguments, 1, shape.ceil_mode, counted)
+                expected = average(leaf, *arguments, shape.ceil_mode, counted)
+                (grad,) = torch.autograd.grad(expected, leaf, grad_y.double())
+                pool.avg_pool_fwd(averaged, x, y)
+                pool.avg_pool_bwd(averaged, grad_y, grad_x)
+                close = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
+                assert_close = torch.testing.assert_close
+                assert_close(y.double(), expected.detach(), rtol=close, atol=close, equal_nan=True)
+                assert_close(grad_x.double(), grad, rtol=close, atol=close)
+    return {plan.kernel.entry: variant(plan) for plan in plans}
+
+
+@pytest.mark.parametrize(
+    "name, layout, dtype",
+    [
+        *((name, "contiguous", torch.float32) for name in TILES),
+        *((name, "contiguous", torch.bfloat16) for name in TILES),
+        *((name, "contiguous", torch.float64) for name in ("bands", "large", "strided", "1d")),
+        ("odd_rows", "contiguous", torch.float16),
+        *(
+            (name, layout, torch.float32)
+            for name in ("odd_rows", "bands", "large", "strided_columns", "threes", "3d")
+            for layout in ("channels_last", "offset", "sliced", "transposed")
+        ),
+        ("odd_rows", "channels_last", torch.bfloat16),
+        ("bands", "offset", torch.bfloat16),
+    ],
+)
+def test_tiles(name: str, layout: str, dtype: torch.dtype, constants: pytest.MonkeyPatch) -> None:
+    constants.setattr(pool, "FULL_GPU", 1)
+    check_tiles(TILES[name], layout, dtype)
+
+
+@pytest.mark.parametrize("name", ["odd_rows", "large", "3d"])
+def test_tiles_with_64_bit_indices(name: str, constants: pytest.MonkeyPatch) -> None:
+    constants.setattr(pool, "FULL_GPU", 1)
+    constants.setattr(pool, "INT32_MAX", 1)
+    found = check_tiles(TILES[name], "contiguous", torch.float32)
+    assert {entry["INDEX"] for entry in found.values()} == {"long long"}
+
+
+@pytest.mark.parametrize("name", ["odd_rows", "1d"])
+def test_tiles_of_a_batch_of_several_chunks(name: str, constants: pytest.MonkeyPatch) -> None:
+    constants.setattr(pool, "FULL_GPU", 1)
+    constants.setattr(pool, "MAX_TILES", 100)
+    check_tiles(TILES[name], "contiguous", torch.float32)
+
+
 # ---- which form ------------------------------------------------------------------------------------------
 
 

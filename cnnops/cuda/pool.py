@@ -33,14 +33,26 @@ LANES = (32, 16, 8, 4, 2, 1)
 """Channel packs side by side in the reduce form, widest first."""
 WASTE = 1.25
 """Tiles may reach over a row, and lanes over the channels, to this many times their number."""
-TILE_VALUES = 8
-"""Values of a channels-last tile, forward; backward a tile has up to four times as many."""
+TILE_VALUES = 16
+"""Values of a tile of several rows: with as many offsets they take a quarter of a thread's registers."""
+HIGH_COLUMNS = {False: 18, True: 32}
+"""The most values in one row of x for such a tile, along w and in packs of channels; of long tiles too."""
+SHIFTED_HALVES = 32
+"""The most columns of 2 bytes that are shifted into place, in tiles of one row: it takes registers."""
+SHIFTED_BYTES = 48
+"""Of shifted columns, beyond which a tile is half as high."""
+SAVES = 0.75
+"""A tile is made twice as high where this lowers the rows that are read for each written one so far."""
+STAGE_BYTES = 40 * 1024
+"""Of shared memory, for a block's results; 48 K need no request."""
 COLUMN_BYTES = 256
 """Columns of one row that a thread can hold in registers, forward."""
+COLUMNS = 64
+"""The most that the kernel has a set of."""
 COLUMN_BYTES_BACKWARD = 128
 """The same backward, with their offsets, beside the tile's sums."""
 UNROLLED = 4096
-"""The most pairs of a value and a window in a tile's code."""
+"""The most pairs of a value and a window in a tile's code, backward."""
 REDUCE_PLACES = {False: 32, True: 16}
 """Places from which on a window is shared by several threads: of several windows a row, of the only one."""
 REDUCE_PACKS = 8
@@ -75,6 +87,14 @@ class View(NamedTuple):
         """Elements from the first to the last."""
         return sum((length - 1) * step for length, step in zip(size, self[:5], strict=True))
 
+    def dense(self, size: Sequence[int]) -> View | None:
+        """With the steps of axes of size 1 too, if columns are innermost and there are no gaps, else None."""
+        steps = [math.prod(size[axis + 1 :]) for axis in range(len(size))]
+        if any(length > 1 and a != b for length, a, b in zip(size, self, steps, strict=False)):
+            return None
+        n, c, d, h, w = steps
+        return View(n, c, d, h, w, self.alignment, self.itemsize)
+
 
 class Axis(NamedTuple):
     """One spatial axis of the problem. In adaptive pooling `window` is the largest and the rest unused."""
@@ -100,12 +120,36 @@ class Axis(NamedTuple):
 class Problem(NamedTuple):
     """One call's tensors: those of the input's and of the output's size, and the offsets if there are any."""
 
-    shape: PoolShape
+    N: int
+    C: int
+    axes: tuple[Axis, ...]
+    adaptive: bool
     dtype: torch.dtype
-    offset: torch.dtype
     x: View
     y: View
     offsets: View | None
+
+    @property
+    def x_size(self) -> tuple[int, ...]:
+        return (self.N, self.C, *(a.size for a in self.axes))
+
+    @property
+    def y_size(self) -> tuple[int, ...]:
+        return (self.N, self.C, *(a.out for a in self.axes))
+
+    @property
+    def x_dense(self) -> View | None:
+        return self.x.dense(self.x_size)
+
+    @property
+    def y_dense(self) -> View | None:
+        if self.offsets is not None and self.offsets.dense(self.y_size) is None:
+            return None
+        return self.y.dense(self.y_size)
+
+    @property
+    def pack(self) -> int:
+        return PACK_BYTES // self.dtype.itemsize
 
 
 class Form(NamedTuple):
@@ -118,6 +162,8 @@ class Form(NamedTuple):
     y_vec: int = 1
     tile: int = 1
     tile_h: int = 1
+    shifted: bool = False
+    staged: bool = False
     per_output: int = 1
     lanes: int = 1
 
@@ -142,7 +188,7 @@ class Params(ctypes.Structure):
         *((name, CAxis) for name in "dhw"),
         *((name, FastDiv) for name in ("c_tiles", "w_tiles", "rows", "planes")),
         *((name, FastDiv) for name in ("row_packs", "window_rows")),
-        *((name, ctypes.c_int) for name in ("N", "C", "images", "tiles")),
+        *((name, ctypes.c_int) for name in ("N", "C", "images", "tiles", "block_tiles")),
         *((name, ctypes.c_int) for name in ("adaptive", "count_include_pad", "divisor")),
     ]
 
@@ -176,24 +222,35 @@ def view_of(size: tuple[int, ...], layout: Layout, itemsize: int) -> View:
     return View(n, c, d, h, w, layout[1], itemsize)
 
 
-def _axes(shape: PoolShape) -> tuple[list[Axis], bool]:
+def _axes(shape: PoolShape) -> tuple[tuple[Axis, ...], bool]:
     """The three axes, and whether windows are adaptive: those that divide the input evenly are ordinary."""
     missing = 3 - shape.dims
     columns = [
         shape.DHW, shape.ZPQ, shape.TRS, (1,) * missing + shape.stride, (1,) * missing + shape.dilation,
         (0,) * missing + tuple(before for before, _ in shape.padding),
     ]  # fmt: skip
-    axes = [Axis(*values) for values in zip(*columns, strict=True)]
+    axes = tuple(Axis(*values) for values in zip(*columns, strict=True))
     if shape.adaptive_output is None:
         return axes, False
     if all(a.size % a.out == 0 for a in axes):
-        return [a._replace(window=a.size // a.out, stride=a.size // a.out) for a in axes], False
+        even = ((a, a.size // a.out) for a in axes)
+        return tuple(a._replace(window=window, stride=window) for a, window in even), False
     return axes, True
 
 
-def _joined(axes: list[Axis], x: View) -> tuple[list[Axis], View]:
+def _turned(problem: Problem) -> Problem | None:
+    """The average whose result is this one's gradient: windows one place apart, over the same windows of
+    grad_y, padded by as many places as x was not. None where it would be mostly padding."""
+    for a in problem.axes:
+        if a.stride > 1 or (1 < a.window and a.out < a.window):
+            return None
+    axes = tuple(a._replace(size=a.out, out=a.size, pad=a.window - 1 - a.pad) for a in problem.axes)
+    return problem._replace(axes=axes, x=problem.y, y=problem.x)
+
+
+def _joined(problem: Problem) -> Problem:
     """Axes that one window spans whole, and along which x is one run, taken as a single axis w."""
-    d, h, w = axes
+    (d, h, w), x = problem.axes, problem.x
     one = Axis(1, 1, 1, 1, 1, 0)
     if h.whole and w.whole and (h.size == 1 or x.h == x.w * w.size or w.size == 1):
         step = x.w if w.size > 1 else x.h
@@ -203,10 +260,10 @@ def _joined(axes: list[Axis], x: View) -> tuple[list[Axis], View]:
             step = x.w if size > 1 else x.d
             size *= d.size
             w, d, x = Axis(size, 1, size, 1, 1, 0), one, x._replace(d=0, w=step)
-    return [d, h, w], x
+    return problem._replace(axes=(d, h, w), x=x)
 
 
-def _divisor(shape: PoolShape, axes: list[Axis]) -> int:
+def _divisor(shape: PoolShape, axes: Sequence[Axis]) -> int:
     """The divisor that all windows of an average share, or 0 where they differ."""
     if shape.divisor_override:
         return shape.divisor_override
@@ -246,78 +303,140 @@ def _lanes(slots: int) -> int:
     return next(n for n in LANES if n >= slots > n // 2 or -(-slots // n) * n <= WASTE * slots)
 
 
-def _forward_tile(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> Form | None:
-    """The tile form of a forward pass, or None where it would not fit in registers or code."""
-    d, h, w = axes
-    most = PACK_BYTES // problem.dtype.itemsize
+def _rows(h: Axis, extent: int, most: int) -> int:
+    """How high a tile is made for windows one place apart to share the rows that they overlap in."""
+
+    def read(rows: int) -> float:
+        return (rows - 1 + h.window) / rows
+
+    rows = 1
+    while (
+        2 * rows <= most
+        and h.stride == h.dilation == 1
+        and -(-extent // (2 * rows)) * 2 * rows <= WASTE * extent
+        and read(2 * rows) <= SAVES * read(rows)
+    ):
+        rows *= 2
+    return rows
+
+
+def _most_rows(problem: Problem, size: Sequence[int], form: Form) -> int:
+    """The most rows of a tile: by registers, shared memory, and what keeps a GPU busy."""
+    row = form.tile * form.c_vec
+    most = min(
+        TILE_VALUES * 4 // max(problem.dtype.itemsize, 4) // row, math.prod(size) // row // FULL_GPU
+    )
+    if form.staged:
+        bytes_ = problem.dtype.itemsize + (problem.offsets.itemsize if problem.offsets else 0)
+        whole = -(-size[-1] // form.tile) <= THREADS
+        most = min(most, STAGE_BYTES // (THREADS * form.tile * bytes_) if whole else 1)
+    return most
+
+
+def _forward_tile(problem: Problem, inner: bool, c_vec: int) -> Form | None:
+    """The tile form of a forward pass, or None where it would not fit in registers."""
+    _, h, w = problem.axes
+    itemsize = problem.dtype.itemsize
     x_most = y_most = 1
     if inner:
-        tile = 2 if w.stride < w.reach and w.out > 1 and 2 * c_vec <= TILE_VALUES else 1
+        tile = 2 if w.stride < w.reach and w.out > 1 and 2 * c_vec <= 8 else 1
     else:
-        x_most = widest_pack((problem.x,), "w", w.size, most)
-        y_most = widest_pack((problem.y, problem.offsets), "w", w.out, most)
-        # With no pack to load or store, it is neighbouring lanes that make whole sectors.
-        tile = most if max(x_most, y_most) > 1 else 1
+        x_most = widest_pack((problem.x,), "w", w.size, problem.pack)
+        y_most = widest_pack((problem.y, problem.offsets), "w", w.out, problem.pack)
+        packs = (problem.x_dense or x_most == problem.pack) and (
+            problem.y_dense or y_most == problem.pack
+        )
+        # Without packs it is neighbouring lanes that make whole sectors.
+        tile = problem.pack if packs else 1
     for size in _widths(tile):
-        x_vec, y_vec = math.gcd(size * w.stride, x_most), math.gcd(size, y_most)
+        x_vec = math.gcd(size * w.stride, x_most)
+        held = (size - 1) * w.stride + w.reach
+        shifted = size > 1 and x_vec < min(size * w.stride, problem.pack) and not inner
+        shifted = (
+            shifted and problem.x_dense is not None and (itemsize > 2 or held <= SHIFTED_HALVES)
+        )
+        staged = math.gcd(size, y_most) < size and not inner
+        x_vec = 1 if shifted else x_vec
         head = -w.pad % x_vec
         columns = -(-(head + (size - 1) * w.stride + w.reach) // x_vec) * x_vec
         used = min(columns, size * w.window) if x_vec == 1 else columns
-        fits = used * c_vec * max(problem.dtype.itemsize, 4) <= COLUMN_BYTES
-        fits = fits and size * c_vec * w.window * d.window * h.window <= UNROLLED
+        few = held * c_vec <= HIGH_COLUMNS[inner]
+        fits = used * c_vec * max(itemsize, 4) <= COLUMN_BYTES and columns <= COLUMNS
+        # Windows that share columns hold parts of them all.
+        fits = fits and (few or size <= 4 or w.stride >= w.reach or w.dilation > 1)
         if fits and (size == 1 or -(-w.out // size) * size <= WASTE * w.out):
-            return Form(True, inner, c_vec, x_vec, y_vec, size)
+            y_vec = 1 if staged or inner else size
+            form = Form(True, inner, c_vec, x_vec, y_vec, size, 1, shifted, staged)
+            if few and not (shifted and itemsize == 2):
+                most = _most_rows(problem, problem.y_size, form)
+                if shifted and held * itemsize > SHIFTED_BYTES:
+                    most //= 2
+                form = form._replace(tile_h=_rows(h, h.out, most))
+            return form
     return None
 
 
-def _backward_tile(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> Form | None:
+def _backward_tile(problem: Problem, inner: bool, c_vec: int) -> Form | None:
     """The tile form of a backward pass: a tile starts at a multiple of the stride."""
-    d, h, w = axes
-    most = PACK_BYTES // problem.dtype.itemsize
+    _, h, w = problem.axes
+    itemsize = problem.dtype.itemsize
     x_most = y_most = 1
+    staged = False
     if inner:
-        tile = 2 if w.stride == 1 and 2 * c_vec <= TILE_VALUES else w.stride
+        tile = 2 if w.stride == 1 and 2 * c_vec <= 8 else w.stride
     else:
-        x_most = widest_pack((problem.x,), "w", w.size, most)
-        y_most = widest_pack((problem.y, problem.offsets), "w", w.out, most)
-        tile = x_most if x_most % w.stride == 0 else w.stride
-    x_vec, y_vec = math.gcd(tile, x_most), math.gcd(tile // w.stride, y_most)
-    tile_h = h.stride
-    if h.stride == 1 < h.reach and h.size > 1 and 2 * tile * c_vec <= TILE_VALUES:
-        tile_h = 2
+        x_most = widest_pack((problem.x,), "w", w.size, problem.pack)
+        y_most = widest_pack((problem.y, problem.offsets), "w", w.out, problem.pack)
+        tile = problem.pack if problem.pack % w.stride == 0 else w.stride
+        staged = x_most % tile > 0 and problem.x_dense is not None
+        staged = staged and (h.stride == 1 or -(-w.size // tile) <= THREADS)
+        if not staged:
+            tile = x_most if x_most % w.stride == 0 else w.stride
+    x_vec = 1 if staged else math.gcd(tile, x_most)
+    y_vec = math.gcd(tile // w.stride, y_most)
+    shifted = y_vec < tile // w.stride and not inner and problem.y_dense is not None
+    y_vec = 1 if shifted else y_vec
+    form = Form(True, inner, c_vec, x_vec, y_vec, tile, h.stride, shifted, staged)
+    if h.stride == 1:
+        rows = _rows(h, h.size, _most_rows(problem, problem.x_size, form))
+        form = form._replace(tile_h=rows)
+
     first = -((w.reach - 1 - w.pad) // w.stride)
     last = (tile - 1 + w.pad) // w.stride
     columns = -(-(first % y_vec + last - first + 1) // y_vec) * y_vec
-    rows = (tile_h - 1 + h.pad) // h.stride + (h.reach - 1 - h.pad) // h.stride + 1
-    fits = tile_h <= FAR_APART and (tile <= FAR_APART or tile == x_most)
-    fits = fits and tile * tile_h * c_vec <= 4 * TILE_VALUES
-    fits = fits and columns * c_vec * (problem.dtype.itemsize + 1) <= COLUMN_BYTES_BACKWARD
-    fits = fits and rows * columns * tile_h * tile * c_vec <= UNROLLED
-    return Form(True, inner, c_vec, x_vec, y_vec, tile, tile_h) if fits else None
+    rows = (form.tile_h - 1 + h.pad) // h.stride + (h.reach - 1 - h.pad) // h.stride + 1
+    fits = form.tile_h <= FAR_APART
+    fits = (
+        fits
+        and tile <= max(FAR_APART, problem.pack)
+        and tile * form.tile_h * c_vec <= 2 * TILE_VALUES
+    )
+    fits = fits and columns * c_vec * (itemsize + 1) <= COLUMN_BYTES_BACKWARD
+    fits = fits and rows * columns * form.tile_h * tile * c_vec <= UNROLLED
+    return form if fits else None
 
 
-def _reduced(problem: Problem, axes: list[Axis], inner: bool, c_vec: int) -> Form:
-    w = axes[2]
-    places = math.prod(a.window for a in axes)
+def _reduced(problem: Problem, inner: bool, c_vec: int) -> Form:
+    w = problem.axes[2]
+    places = math.prod(a.window for a in problem.axes)
     x_vec, lanes = 1, 1
     if inner:
-        lanes = _lanes(problem.shape.C // c_vec)
+        lanes = _lanes(problem.C // c_vec)
     elif w.whole:
-        x_vec = widest_pack((problem.x,), "w", w.size, PACK_BYTES // problem.dtype.itemsize)
+        x_vec = widest_pack((problem.x,), "w", w.size, problem.pack)
     shares = max(lanes * places // (x_vec * REDUCE_PACKS), 1)
     per_output = max(8, lanes, min(THREADS, 1 << (shares.bit_length() - 1)))
     return Form(False, inner, c_vec, x_vec, per_output=per_output, lanes=lanes)
 
 
-def _wants_reduce(
-    problem: Problem, axes: list[Axis], inner: bool, c_vec: int, tile: Form | None
-) -> bool:
-    w = axes[2]
+def _wants_reduce(problem: Problem, inner: bool, c_vec: int, tile: Form | None) -> bool:
+    w = problem.axes[2]
     single = w.out == 1 and not inner
-    if math.prod(a.window for a in axes) < REDUCE_PLACES[single]:
+    if math.prod(a.window for a in problem.axes) < REDUCE_PLACES[single]:
         return False
-    scattered = not inner and w.size // w.out > FAR_APART and (tile is None or tile.x_vec == 1)
-    return single or scattered or math.prod(problem.shape.y_size) // c_vec < FULL_GPU
+    packs = tile is not None and (tile.shifted or tile.x_vec > 1)
+    scattered = not inner and w.size // w.out > FAR_APART and not packs
+    return single or scattered or math.prod(problem.y_size) // c_vec < FULL_GPU
 
 
 # ---- launches --------------------------------------------------------------------------------------------
@@ -332,28 +451,25 @@ _TENSORS = {
 _REDUCED = {"max_pool_fwd": "max_pool_reduce", "avg_pool_fwd": "avg_pool_reduce"}
 
 
-def _chosen(op: str, problem: Problem) -> tuple[Form, list[Axis], bool, View]:
-    """The form, and the axes, whether windows are adaptive, and x as that form sees them."""
-    shape = problem.shape
-    axes, adaptive = _axes(shape)
+def _chosen(op: str, problem: Problem) -> tuple[Form, Problem]:
+    """The form, and the problem as that form sees it."""
     views = (problem.x, problem.y, problem.offsets)
-    inner = shape.C > 1 and all(view is None or view.c == 1 for view in views)
-    c_vec = widest_pack(views, "c", shape.C, PACK_BYTES // problem.dtype.itemsize) if inner else 1
+    inner = problem.C > 1 and all(view is None or view.c == 1 for view in views)
+    c_vec = widest_pack(views, "c", problem.C, problem.pack) if inner else 1
+    tile = None
     if op.endswith("_bwd"):
-        tile = None if adaptive else _backward_tile(problem, axes, inner, c_vec)
+        tile = None if problem.adaptive else _backward_tile(problem, inner, c_vec)
         if tile is None:
-            axes, x = _joined(axes, problem.x)
-            most = 1 if inner else PACK_BYTES // problem.dtype.itemsize
-            pack = widest_pack((x,), "w", axes[2].size, most)
-            return Form(False, inner, c_vec, pack, tile=pack), axes, adaptive, x
+            problem = _joined(problem)
+            most = 1 if inner else problem.pack
+            pack = widest_pack((problem.x,), "w", problem.axes[2].size, most)
+            return Form(False, inner, c_vec, pack, tile=pack), problem
     elif op in _REDUCED:
-        tile = None if adaptive else _forward_tile(problem, axes, inner, c_vec)
-        joined, x = _joined(axes, problem.x)
-        if _wants_reduce(problem, joined, inner, c_vec, tile):
-            return _reduced(problem._replace(x=x), joined, inner, c_vec), joined, adaptive, x
-    else:
-        tile = None
-    return tile or Form(False, inner, c_vec), axes, adaptive, problem.x
+        tile = None if problem.adaptive else _forward_tile(problem, inner, c_vec)
+        joined = _joined(problem)
+        if _wants_reduce(joined, inner, c_vec, tile):
+            return _reduced(joined, inner, c_vec), joined
+    return tile or Form(False, inner, c_vec), problem
 
 
 @lru_cache(4096)
@@ -367,15 +483,24 @@ def _plan(
     offsets: Layout | None,
 ) -> Launch:
     """The launch of `op`; x is of the input's size (x, grad_x), y of the output's (y, grad_y)."""
+    inputs, outputs = _TENSORS[op]
     problem = Problem(
-        shape,
+        shape.N,
+        shape.C,
+        *_axes(shape),
         dtype,
-        offset,
         view_of(shape.x_size, x, dtype.itemsize),
         view_of(shape.y_size, y, dtype.itemsize),
         None if offsets is None else view_of(shape.y_size, offsets, offset.itemsize),
     )
-    form, axes, adaptive, x_read = _chosen(op, problem)
+    divisor = 0 if problem.adaptive or op.startswith("max") else _divisor(shape, problem.axes)
+    if op == "avg_pool_bwd" and divisor and (turned := _turned(problem)):
+        op, problem = "avg_pool_fwd", turned
+    spans = [problem.x.span(problem.x_size), problem.y.span(problem.y_size)]
+    if problem.offsets is not None:
+        spans.append(problem.offsets.span(problem.y_size))
+    form, problem = _chosen(op, problem)
+    axes, adaptive = problem.axes, problem.adaptive
     entry = _REDUCED[op] if form.per_output > 1 else op
 
     # The tensor that is written, in tiles.
@@ -385,19 +510,17 @@ def _plan(
     per_image = math.prod(grid_axes)
     images = min(shape.N, MAX_TILES // per_image)
     tiles = images * per_image
-    blocks = -(-tiles * form.per_output // THREADS)
+    block_tiles = THREADS // form.per_output
+    if form.staged and form.tile_h > 1:  # whole rows: a block's tiles are one run
+        block_tiles -= block_tiles % grid_axes[1]
+    blocks = -(-tiles // block_tiles)
 
-    y_size = (shape.N, shape.C, *shape.ZPQ)
-    spans = [problem.x.span((shape.N, shape.C, *shape.DHW)), problem.y.span(y_size)]
-    if problem.offsets is not None:
-        spans.append(problem.offsets.span(y_size))
-    divisor = 0 if adaptive or op.startswith("max") else _divisor(shape, axes)
     products = [(a.size + 1) * (a.out + 1) for a in axes] if adaptive else [0]
     constants: dict[str, str | int] = {
         "ELEMENT": ELEMENT[dtype],
         "ACCUMULATOR": ACCUMULATOR[dtype],
         "OFFSET": OFFSET[offset],
-        "INDEX": "long long" if max(*spans, *products) > INT32_MAX else "int",
+        "INDEX": "long long" if max(*spans, *products) > INT32_MAX - 2 * PACK_BYTES else "int",
         "CHANNELS_INNER": int(form.inner),
         "C_VEC": form.c_vec,
         "X_VEC": form.x_vec,
@@ -405,6 +528,8 @@ def _plan(
         "FIXED": int(form.fixed),
         "TILE": form.tile,
         "TILE_H": form.tile_h,
+        "SHIFTED": int(form.shifted),
+        "STAGED": int(form.staged),
         "PAD_H": axes[1].pad if form.fixed else 0,
         "PAD_W": axes[2].pad if form.fixed else 0,
         "PER_OUTPUT": form.per_output,
@@ -417,15 +542,21 @@ def _plan(
         constants[f"WINDOW_{name}"] = axis.window if form.fixed else 1
         constants[f"STRIDE_{name}"] = axis.stride if form.fixed else 1
         constants[f"DILATION_{name}"] = axis.dilation if form.fixed else 1
+    views = [problem.x, problem.y, problem.offsets]
+    if form.shifted or form.staged:
+        sizes = (problem.x_size, problem.y_size, problem.y_size)
+        views = [
+            view and (view.dense(size) or view) for view, size in zip(views, sizes, strict=True)
+        ]
     params = Params(
-        *(CStrides(*(view or ())[:5]) for view in (x_read, problem.y, problem.offsets)),
+        *(CStrides(*(view or ())[:5]) for view in views),
         1 / divisor if divisor else 0.0,
         *(CAxis(*axis, FastDiv(axis.stride), FastDiv(axis.size), FastDiv(axis.out)) for axis in axes),
         *(FastDiv(extent) for extent in grid_axes),
         FastDiv(max(axes[2].window // form.x_vec, 1)), FastDiv(axes[1].window),
-        shape.N, shape.C, images, tiles, adaptive, shape.count_include_pad and not adaptive, divisor,
+        shape.N, shape.C, images, tiles, block_tiles,
+        adaptive, shape.count_include_pad and not adaptive, divisor,
     )  # fmt: skip
-    inputs, outputs = _TENSORS[op]
     return launch_of(
         SOURCE, entry, constants, params, grid=(blocks, -(-shape.N // images)), block=(THREADS,),
         inputs=inputs, outputs=outputs,
