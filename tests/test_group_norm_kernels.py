@@ -229,6 +229,8 @@ class Layer(Row):
 
 
 WHOLE, SPLIT = "fwd bwd params", "stats merge apply sums merge apply params"
+HALF_SPLIT = "fwd sums merge apply params"
+"""Of slabs that fit in a block forward, where one tensor is held, but not backward, where two are."""
 LARGE_MEAN = {"shift": 100.0, "scale": 0.01, "eps": 1e-8}
 
 ROWS: tuple[Row, ...] = (
@@ -242,9 +244,16 @@ ROWS: tuple[Row, ...] = (
     Group(id="one_value_lines", x=(2, 24, 1, 1), groups=3),
     Group(id="vectors", x=(3, 4096), groups=1, entries=SPLIT),
     Group(id="long", x=(2, 6, 100, 130), groups=2, schedules=True, entries=SPLIT),
-    Group(id="long_half", x=(2, 6, 80, 104), groups=2, dtypes=HALF, entries=SPLIT),
-    Group(id="long_double", x=(1, 2, 76, 80), groups=1, dtypes=(torch.float64,), entries=SPLIT),
-    Group(id="long_planes", x=(1, 3, 131, 127), groups=3, entries=SPLIT),
+    Group(id="long_half", x=(1, 6, 160, 104), groups=2, dtypes=HALF, entries=SPLIT),
+    Group(id="long_double", x=(1, 3, 66, 65), groups=1, dtypes=(torch.float64,), entries=SPLIT),
+    Group(id="long_planes", x=(1, 3, 131, 127), groups=3, entries=HALF_SPLIT),
+    Group(id="held", x=(2, 12, 28, 26), groups=2, dtypes=ALL, schedules=True, entries=WHOLE),
+    Group(id="held_gelu", x=(2, 12, 28, 26), groups=2, activation="gelu", dtypes=(torch.bfloat16,),
+        entries=WHOLE),
+    Group(id="held_odd", x=(2, 10, 29, 27), groups=2, dtypes=(torch.float32, *HALF), entries=WHOLE),
+    Group(id="held_offset", x=(2, 10, 29, 28), groups=2, layout="offset", dtypes=HALF),
+    Group(id="held_plane", x=(2, 3, 90, 64), groups=3, dtypes=(torch.float32, *HALF), entries=WHOLE),
+    Group(id="held_forward", x=(1, 10, 64, 60), groups=1, dtypes=HALF, schedules=True, entries=HALF_SPLIT),
     Group(id="many_channels", x=(2, 140, 7, 7), groups=1, activation="relu", entries=SPLIT),
     Group(id="channels_last", x=(3, 16, 6, 5), groups=2,
         layout="channels_last", dtypes=ALL, schedules=True, entries=WHOLE),
@@ -252,10 +261,16 @@ ROWS: tuple[Row, ...] = (
     Group(id="channels_last_pairs", x=(2, 16, 6, 5), groups=8,
         layout="channels_last", activation="silu"),
     Group(id="channels_last_33", x=(2, 33, 5, 7), groups=3, layout="channels_last"),
-    Group(id="channels_last_long", x=(2, 24, 33, 31), groups=2,
+    Group(id="channels_last_long", x=(1, 24, 47, 45), groups=2,
         layout="channels_last", schedules=True, entries=SPLIT),
+    Group(id="channels_last_held", x=(1, 16, 30, 31), groups=2,
+        layout="channels_last", dtypes=(torch.float32, *HALF), schedules=True, entries=WHOLE),
+    Group(id="channels_last_held_6", x=(2, 12, 22, 23), groups=2,
+        layout="channels_last", activation="relu", entries=WHOLE),
+    Group(id="channels_last_held_odd", x=(1, 15, 23, 25), groups=3,
+        layout="channels_last", dtypes=(torch.float32, *HALF)),
     Group(id="channels_last_wide", x=(2, 320, 2, 2), groups=1, layout="channels_last", entries=SPLIT),
-    Group(id="channels_last_half", x=(1, 40, 20, 20), groups=4,
+    Group(id="channels_last_half", x=(1, 40, 36, 36), groups=4,
         layout="channels_last", activation="relu", dtypes=HALF, entries=SPLIT),
     Group(id="channels_last_offset", x=(3, 16, 6, 5), groups=2, layout="channels_last_offset"),
     Group(id="sliced", x=(3, 4, 6, 5), groups=2, layout="sliced"),
@@ -277,15 +292,19 @@ ROWS: tuple[Row, ...] = (
     Group(id="large_mean", x=(3, 8, 6, 6), groups=4, **LARGE_MEAN),
     Group(id="large_mean_channels_last", x=(3, 8, 6, 6), groups=2, layout="channels_last", **LARGE_MEAN),
     Group(id="large_mean_long", x=(2, 6, 100, 130), groups=2, **LARGE_MEAN),
-    Group(id="large_mean_channels_last_long", x=(2, 24, 33, 31), groups=2,
+    Group(id="large_mean_held", x=(1, 12, 28, 26), groups=1, **LARGE_MEAN),
+    Group(id="large_mean_channels_last_held", x=(2, 16, 30, 31), groups=2,
+        layout="channels_last", **LARGE_MEAN),
+    Group(id="large_mean_channels_last_long", x=(1, 24, 47, 45), groups=2,
         layout="channels_last", **LARGE_MEAN),
     Layer(id="rows_of_7", x=(70, 7), entries=WHOLE),
     Layer(id="rows_of_96", x=(5, 13, 96), dtypes=ALL, schedules=True, entries=WHOLE),
     Layer(id="rows_of_1000", x=(3, 7, 1000)),
     Layer(id="rows_of_5000", x=(5, 5000), dtypes=(torch.float32, torch.bfloat16)),
-    Layer(id="rows_of_20000", x=(3, 20000), schedules=True, entries=SPLIT),
-    Layer(id="rows_of_20000_half", x=(3, 20000), dtypes=HALF, entries=SPLIT),
-    Layer(id="rows_of_9999", x=(2, 9999), dtypes=(torch.float64,), entries=SPLIT),
+    Layer(id="rows_of_26000", x=(2, 26000), schedules=True, entries=SPLIT),
+    Layer(id="rows_of_52000", x=(2, 52000), dtypes=HALF, entries=SPLIT),
+    Layer(id="rows_of_13001", x=(2, 13001), dtypes=(torch.float64,), entries=SPLIT),
+    Layer(id="rows_of_10000", x=(3, 10000), dtypes=ALL, entries=HALF_SPLIT),
     Layer(id="one_row", x=(96,)),
     Layer(id="planes", x=(3, 4, 6, 10), normalized=2),
     Layer(id="many_rows", x=(9000, 8)),
@@ -303,7 +322,7 @@ ROWS: tuple[Row, ...] = (
     Layer(id="layer_plain", x=(5, 13, 96), affine="none"),
     Layer(id="layer_weight_alone", x=(5, 13, 96), affine="weight"),
     Layer(id="layer_large_mean", x=(5, 13, 96), **LARGE_MEAN),
-    Layer(id="layer_large_mean_long", x=(3, 20000), **LARGE_MEAN),
+    Layer(id="layer_large_mean_long", x=(2, 26000), **LARGE_MEAN),
     Layer(id="layer_offset", x=(5, 13, 96), layout="offset", dtypes=HALF),
 )  # fmt: skip
 BY_ID = {row.id: row for row in ROWS}
@@ -362,7 +381,7 @@ GRADIENTS = ("grad_x", "grad_weight", "grad_bias")
 
 @pytest.mark.parametrize("engine", GPU)
 @pytest.mark.parametrize(
-    "id_", ["usual", "instance", "channels_last", "long", "rows_of_96", "rows_of_20000", "beside"]
+    "id_", ["usual", "instance", "channels_last", "long", "rows_of_96", "rows_of_26000", "beside"]
 )
 def test_parts_of_the_gradient(id_: str, engine: str) -> None:
     """Those that are asked for are, bit by bit, what they are when all are."""
@@ -472,7 +491,7 @@ def fresh_plans() -> Iterator[None]:
 
 @pytest.mark.parametrize("engine", GPU)
 @pytest.mark.parametrize(
-    "id_", ["usual", "channels_last", "long", "rows_of_96", "rows_of_20000", "beside"]
+    "id_", ["usual", "channels_last", "long", "rows_of_96", "rows_of_26000", "beside"]
 )
 def test_64_bit_indices(
     id_: str, engine: str, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
@@ -484,6 +503,26 @@ def test_64_bit_indices(
     with trace() as launches:
         results = row.compute(tensors)
     assert {dict(launch.kernel.constants)["INDEX"] for launch in launches} == {"long long"}
+    _check(row, tensors, results)
+
+
+@pytest.mark.parametrize("engine", GPU)
+@pytest.mark.parametrize("id_, turns", [
+    ("long", 8), ("channels_last_long", 8), ("rows_of_26000", 8), ("many_rows", 1), ("rows_of_1000", 1),
+    ("beside", 1),
+])  # fmt: skip
+def test_few_blocks(
+    id_: str, turns: int, engine: str, fresh_plans: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What large tensors take, of small ones: one block walks over all rows, or a line in turns."""
+    monkeypatch.setattr(group_norm, "WALKERS", 1)
+    row = BY_ID[id_]
+    tensors = row.tensors(torch.float32, device_of(engine))
+    with trace() as launches:
+        results = row.compute(tensors)
+    assert launches[0].params.turns == turns
+    if isinstance(row, Layer):
+        assert launches[-1].params.walkers.divisor == 1
     _check(row, tensors, results)
 
 

@@ -34,13 +34,26 @@ SOURCE = "group_norm.cu"
 PACK_BYTES = 16
 SECTOR_BYTES, LINE_BYTES = 32, 128
 THREADS, MOST_THREADS = 256, 512
-TEAMS = (2, 8, 32, 128, 512)
+TEAMS = (2, 8, 32, 128, 256, 512)
 """Threads that share a line of contiguous values: few sizes, so that few kernels are to be compiled."""
 LANES = (32, 16, 8, 4, 2, 1)
 """Packs that a block reads side by side in channels-last."""
 VALUES = {"FORWARD": 32, "BACKWARD": 16}
-"""Values that a thread holds of a tensor: two are held in the backward pass. Half as many of float64."""
+"""Values of a tensor that a thread has in registers: two tensors in the backward pass."""
+LAYER_VALUES = 16
+"""The same of a layer, whose parameters are there too."""
+DOUBLE_VALUES = 8
+"""The same of float64."""
+CURVED_VALUES, DOUBLE_CURVED_VALUES = 8, 2
+"""The same in the backward pass of an activation that needs exp or erf: in channels-last, and of float64."""
+CURVED = ("silu", "gelu", "sigmoid", "tanh")
+TENSORS = {"FORWARD": 1, "BACKWARD": 2}
+"""Tensors that are read."""
 MOST_PACKS = {"FORWARD": 16, "BACKWARD": 8}
+MOST_TURNS = 8
+HELD_BYTES, HELD_BYTES_CHANNELS = 94 * 1024, 64 * 1024
+"""Shared memory for slabs that are too large for the registers: two or three blocks of a multiprocessor of an
+H100, and with what a block needs otherwise no more than any GPU of sm_80 and later has (99 KB)."""
 FEW_PACKS = 4
 """A line is given this many packs a thread or less, as long as its team stays within a warp."""
 WALKERS = 132 * MOST_THREADS
@@ -106,13 +119,14 @@ class Params(ctypes.Structure):
             (name, FastDiv)
             for name in ("image_lines", "slab_lines", "line_blocks", "splits", "walkers")
         ),
-        *((name, ctypes.c_int) for name in ("lines", "block_lines", "sites")),
+        *((name, ctypes.c_int) for name in ("lines", "block_lines", "sites", "turns", "held")),
         *((name, ctypes.c_double) for name in ("count", "eps")),
     ]
 
 
 class Tile(NamedTuple):
-    """What a block holds. `fused`: whole slabs."""
+    """What a block holds. `fused`: whole slabs; `held`: so many tensors of them in shared memory, else what
+    it has is in registers. `turns`: how often a thread takes `packs` packs in a fused tile."""
 
     vector: int
     packs: int
@@ -120,6 +134,16 @@ class Tile(NamedTuple):
     threads: int
     block_lines: int
     fused: bool
+    turns: int = 1
+    held: int = 0
+
+    def threads_with_lines(self, problem: Problem) -> int:
+        return self.team * (self.block_lines // (self.vector if problem.channels_inner else 1))
+
+    def shared_bytes(self, problem: Problem) -> int:
+        """Of packs that are held, each thread's in a place of its own."""
+        packs = self.threads_with_lines(problem) * self.turns * self.packs * self.held
+        return packs * self.vector * problem.dtype.itemsize
 
 
 class Grid(NamedTuple):
@@ -131,6 +155,9 @@ class Grid(NamedTuple):
     line_blocks: int
     splits: int
     walkers: int
+    columns: int
+    """Places of a vector of partial sums of parameter gradients."""
+    shared_bytes: int
 
 
 def supports(op: str, shape: Shape, dtype: torch.dtype) -> str | None:
@@ -253,34 +280,59 @@ def _vector(problem: Problem) -> int:
     return width
 
 
-def _line_tile(problem: Problem, vector: int, most: int) -> Tile:
+def _held(problem: Problem, group: str, tile: Tile, sites: int, limit: int) -> Tile | None:
+    """The tile with its slabs in shared memory; None where they do not fit."""
+    turns = -(-sites // (tile.team * tile.packs))
+    found = tile._replace(turns=turns, held=TENSORS[group])
+    return found if found.shared_bytes(problem) <= limit else None
+
+
+def _line_tile(problem: Problem, vector: int, most: int, group: str) -> Tile:
     """The tile where the values of a line are contiguous."""
     sites, slab = problem.values // vector, problem.slab_lines
     fitting = [team for team in TEAMS if team * most >= sites]
     # Rows that are turned over want many lines beside each other, the others short loops.
     roomy = [t for t in fitting if sites <= t * min(most, FEW_PACKS) or t >= 32]
-    for team in fitting if problem.crossed else roomy + fitting:
-        if team * slab <= MOST_THREADS:
-            small = team * slab <= THREADS and not problem.crossed
-            threads = THREADS if small else MOST_THREADS
-            lines = threads // team // slab * slab
-            return Tile(vector, _power(-(-sites // team)), team, threads, lines, True)
+    for threads in (MOST_THREADS,) if problem.crossed else (THREADS, MOST_THREADS):
+        for team in fitting if problem.crossed else roomy + fitting:
+            if team * slab <= threads and (threads == THREADS or problem.layer):
+                lines = threads // team // slab * slab
+                return Tile(vector, _power(-(-sites // team)), team, threads, lines, True)
+    if not (problem.layer and group == "BACKWARD"):
+        for threads in (THREADS, MOST_THREADS):
+            # As many threads a line as there are for whole slabs, nearly all of them with something to do.
+            wide = [t for t in TEAMS if 8 <= t and t * slab <= threads and t < 2 * sites]
+            if not wide or wide[-1] * slab * 4 < threads * 3 and threads < MOST_THREADS:
+                continue
+            tile = Tile(vector, most, wide[-1], threads, slab, True)
+            if held := _held(problem, group, tile, sites, HELD_BYTES):
+                return held
     team = next((t for t in roomy if t < THREADS), THREADS)
     packs = min(_power(-(-sites // team)), most)
     return Tile(vector, packs, team, THREADS, THREADS // team, False)
 
 
-def _channel_tile(problem: Problem, vector: int, most: int) -> Tile:
+def _channel_tile(problem: Problem, vector: int, most: int, group: str) -> Tile:
     """The tile of channels-last."""
     sites, bytes_ = problem.values, vector * problem.dtype.itemsize
     # Several groups where one is no whole number of packs.
     unit = math.lcm(problem.slab_lines, vector) // vector
     by_width = sorted(LANES, key=lambda n: (n * bytes_ > LINE_BYTES, abs(n * bytes_ - LINE_BYTES)))
+    slabs: list[tuple[int, int]] = []
     for lanes in by_width:
-        team, packs = THREADS // lanes, lanes // unit * unit
+        packs = lanes // unit * unit
         whole = packs * bytes_ >= SECTOR_BYTES or packs * vector >= problem.lines
-        if packs and whole and sites <= team * most:
+        if packs and whole:
+            slabs.append((lanes, packs))
+    for lanes, packs in slabs:
+        team = THREADS // lanes
+        if sites <= team * most:
             return Tile(vector, _power(-(-sites // team)), team, THREADS, packs * vector, True)
+    for limit in (HELD_BYTES // 2, HELD_BYTES_CHANNELS):
+        for lanes, packs in slabs:
+            tile = Tile(vector, most, MOST_THREADS // lanes, MOST_THREADS, packs * vector, True)
+            if held := _held(problem, group, tile, sites, limit):
+                return held
     few = [n for n in LANES if sites <= THREADS // n * most and n * bytes_ >= LINE_BYTES]
     lanes = few[0] if few else by_width[0]
     team = THREADS // lanes
@@ -290,27 +342,40 @@ def _channel_tile(problem: Problem, vector: int, most: int) -> Tile:
 
 def _tile(problem: Problem, group: str) -> Tile:
     vector = _vector(problem)
-    values = VALUES[group] // (2 if problem.dtype == torch.float64 else 1)
-    most = min(values // vector, MOST_PACKS[group])
-    return (_channel_tile if problem.channels_inner else _line_tile)(problem, vector, most)
+    values = LAYER_VALUES if problem.layer else VALUES[group]
+    curved = group == "BACKWARD" and problem.activation in CURVED
+    if problem.dtype == torch.float64:
+        values = DOUBLE_CURVED_VALUES if curved else DOUBLE_VALUES
+    elif curved and problem.channels_inner:
+        values = CURVED_VALUES
+    most = max(1, min(values // vector, MOST_PACKS[group]))
+    make = _channel_tile if problem.channels_inner else _line_tile
+    return make(problem, vector, most, group)
 
 
 @lru_cache(1024)
 def _crossable(problem: Problem, group: str) -> bool:
     """Whether a tile of rows that lie side by side has them whole, and enough of them to fill a sector."""
     tile = _tile(problem, group)
-    return tile.fused and tile.block_lines * problem.dtype.itemsize >= SECTOR_BYTES
+    return (
+        tile.fused and not tile.held and tile.block_lines * problem.dtype.itemsize >= SECTOR_BYTES
+    )
 
 
 def _grid(problem: Problem, group: str) -> Grid:
     tile, inner = _tile(problem, group), problem.channels_inner
     lines = problem.images * problem.lines
     sites = problem.values if inner else problem.values // tile.vector
-    line_blocks = -(-lines // tile.block_lines)
-    splits = -(-sites // (tile.team * tile.packs))
+    line_blocks, turns = -(-lines // tile.block_lines), tile.turns
+    if not tile.fused and not (problem.layer and group == "BACKWARD"):
+        # The fewer blocks, the fewer partial sums: no more than keep a GPU busy.
+        tiles = line_blocks * -(-sites // (tile.team * tile.packs))
+        turns = max(1, min(MOST_TURNS, -(-tiles * tile.threads // (2 * WALKERS))))
+    splits = -(-sites // (tile.team * tile.packs * turns))
     walkers = line_blocks
-    if problem.layer and group == "BACKWARD":
-        walkers = min(line_blocks, max(1, WALKERS // (tile.threads * splits)))
+    if problem.layer:
+        threads = WALKERS if group == "BACKWARD" else 2 * WALKERS
+        walkers = min(line_blocks, max(1, threads // (tile.threads * splits)))
 
     def strides(view: View | None) -> Strides:
         if view is None:
@@ -323,7 +388,8 @@ def _grid(problem: Problem, group: str) -> Grid:
         + (problem.values - 1) * abs(v.value)
         for v in problem.views
     ]  # fmt: skip
-    partials = 2 * walkers * problem.values if problem.layer else 0
+    columns = splits * tile.team * tile.packs * tile.vector if problem.layer else problem.lines
+    partials = 2 * walkers * columns if problem.layer else 0
     constants: dict[str, str | int] = {
         "ELEMENT": ELEMENT[problem.dtype],
         "ACCUMULATOR": ACCUMULATOR[problem.dtype],
@@ -333,8 +399,11 @@ def _grid(problem: Problem, group: str) -> Grid:
         "PACKS": tile.packs,
         "TEAM": tile.team,
         "THREADS": tile.threads,
+        "WHOLE": int(tile.fused),
+        "HELD": int(tile.held > 0),
         "LAYER": int(problem.layer),
         "CHANNELS_INNER": int(inner),
+        "SLABS": tile.vector if inner and problem.slab_lines % tile.vector else 1,
         "CROSSED": problem.crossed,
         "ACTIVATION": problem.activation,
         group: 1,
@@ -342,13 +411,16 @@ def _grid(problem: Problem, group: str) -> Grid:
     params = Params(
         *(strides(view) for view in (problem.x, problem.y, problem.grad_x)),
         *(FastDiv(n) for n in (problem.lines, problem.slab_lines, line_blocks, splits, walkers)),
-        lines, tile.block_lines, sites, problem.slab_lines * problem.values, 0.0,
+        lines, tile.block_lines, sites, turns, tile.threads_with_lines(problem),
+        problem.slab_lines * problem.values, 0.0,
     )  # fmt: skip
-    return Grid(constants, params, tile, line_blocks, splits, walkers)
+    shared_bytes = tile.shared_bytes(problem)
+    return Grid(constants, params, tile, line_blocks, splits, walkers, columns, shared_bytes)
 
 
 # ---- launches --------------------------------------------------------------------------------------------
 
+_HOLDING = ("group_norm_fwd", "group_norm_bwd")
 _GRADIENT = ("grad_y", "x", "weight", "bias", "mean", "rstd")
 
 
@@ -357,7 +429,7 @@ def _launch(
 ) -> Launch:
     return launch_of(
         SOURCE, entry, grid.constants, grid.params, grid=(blocks,), block=(grid.tile.threads,),
-        inputs=inputs, outputs=outputs,
+        inputs=inputs, outputs=outputs, shared_bytes=grid.shared_bytes if entry in _HOLDING else 0,
     )  # fmt: skip
 
 
@@ -374,7 +446,7 @@ def _fwd_plan(problem: Problem, eps: float) -> tuple[Launch, ...]:
     grid.params.eps = eps
     inputs, everywhere = ("x", "weight", "bias"), grid.line_blocks * grid.splits
     if grid.tile.fused:
-        return (_launch(grid, "group_norm_fwd", everywhere, inputs, ("y", "mean", "rstd")),)
+        return (_launch(grid, "group_norm_fwd", grid.walkers, inputs, ("y", "mean", "rstd")),)
     return (
         _launch(grid, "group_norm_stats", everywhere, ("x",), ("partials",)),
         _launch(
@@ -403,7 +475,6 @@ def _bwd_plan(problem: Problem) -> _Backward:
     grid = _grid(problem, "BACKWARD")
     everywhere, walking = grid.line_blocks * grid.splits, grid.walkers * grid.splits
     results = ("grad_x", "partials")
-    parameters = problem.values if problem.layer else problem.lines
     whole = _launch(grid, "group_norm_bwd", walking, _GRADIENT, (*results, "coefficients"))
     return _Backward(
         whole if grid.tile.fused else None,
@@ -414,11 +485,11 @@ def _bwd_plan(problem: Problem) -> _Backward:
         ),
         _launch(grid, "group_norm_bwd_apply", walking, (*_GRADIENT, "coefficients"), results),
         _launch(
-            grid, "group_norm_bwd_params", -(-parameters // 32), ("partials", "rstd", "coefficients"),
+            grid, "group_norm_bwd_params", -(-grid.columns // 8), ("partials", "rstd", "coefficients"),
             ("grad_weight", "grad_bias"),
         ),
         problem.images * problem.lines * grid.splits,
-        2 * grid.walkers * problem.values if problem.layer else 0,
+        2 * grid.walkers * grid.columns if problem.layer else 0,
     )  # fmt: skip
 
 
@@ -432,7 +503,7 @@ def _forward(
         return
     stats, merge, apply = plan
     lines, splits = problem.images * problem.lines, stats.params.splits.divisor
-    partials, centre = mean.new_empty(3 * lines * splits), torch.empty_like(mean)
+    partials, centre = mean.new_empty(2 * lines * splits), torch.empty_like(mean)
     launch(stats, (x,), (partials,))
     launch(merge, (x, partials), (mean, rstd, centre))
     launch(apply, (x, weight, bias, rstd, centre), (y,))
