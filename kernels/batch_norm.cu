@@ -24,40 +24,71 @@
 // into image and place by a precomputed division. Tensors may lie differently from one another (a channel slice,
 // an expanded batch), as long as packs are contiguous and aligned in all of them; else V is smaller, down to 1.
 //
-// Grid. x: ceil(slots / LANES) groups of slots, y: splits of the sites. A block of THREADS threads is LANES
-// slots side by side times ROWS sites: NCHW has LANES = 1, and a warp reads 32 packs of one channel in a row;
-// channels-last has LANES up to 32, and a warp reads packs of neighbouring channels. A thread owns its slot and
-// every ROWS-th site of the block's range, UNROLL packs at a time, so that up to 64 bytes a thread are in flight.
+// Blocks. A block of THREADS threads is LANES slots side by side times ROWS sites: NCHW has LANES = 1, and a warp
+// reads 32 packs of one channel in a row; channels-last has LANES packs of neighbouring channels, up to 128 bytes, and
+// a warp reads those of several places. A thread owns its slot and every ROWS-th site of the block's range, UNROLL
+// packs at a time. WIDTH = LANES·K channels belong to a block, and after its sums a thread to each channel.
 //
-// Passes.
-//     training      stats: one (count, mean, M2) a channel and split → merge: one warp a channel → apply
-//     statistics    stats → stats_merge, for batches that are spread over several processes
-//     inference     infer alone
-//     backward      bwd_sums: three sums a channel and split → bwd_merge: one warp a channel → bwd_apply
-//     small         train and bwd hold a channel in one block (a few thousand values) and need one launch
-// Nothing is added atomically: threads, lanes, warps and splits are merged in a fixed order, and the same input
-// gives the same bits. The apply passes walk the splits backwards, since what the pass before read last is what
-// the L2 cache still holds.
+// Forms, by the launcher's arithmetic, and what they move of tensors of X bytes:
 //
-// Bytes, for a tensor of X bytes: training reads x twice and writes y, 3X; the floor is 2X, reached when x fits
-// in L2 (50 MB on an H100) or in one block. Backward reads grad_y and x twice and writes grad_x, 5X; floor 3X.
-// A residual, or y in its place, adds one read to each pass that needs z, and its gradient one write. Inference is
-// at its floor, 2X, statistics at theirs, X.
+//                  launches                                          forward   backward   taken where
+//     held         train; bwd                                        2X        3X         a slab fits in a block
+//     held, n      train_cluster; bwd_cluster                        2X        3X         … in n blocks (sm_90)
+//     split        train_stats → train_apply; bwd_sums → bwd_apply     3X        5X         elsewhere
+//     one pass     infer; bwd_apply alone                            2X        2X         no sums are wanted
+//     statistics   train_stats → stats_finish                        X                    several processes' batches
+//
+// 2X and 3X are the floors. A residual, or y in its place, adds one read to each pass that needs z, and its gradient
+// one write.
+//
+// Held. The slab is all sites of a block's channels: of x, in the backward pass of x and grad_y (HOLDS_G). A cluster of
+// CLUSTER blocks shares it, each a run of sites. What is held lies in shared memory in its element type, pack behind
+// pack as the threads own them: no bank conflicts, and no barrier, as a thread uses only what it has copied. Copies
+// (cp.async) run AHEAD batches of packs ahead of the sums, up to 320 bytes a thread, where a thread's registers would
+// have 64 in flight: two blocks of 256 threads ask for 160 KB, and some 20 KB a multiprocessor cover the latency.
+// Registers could hold no more than half of what shared memory does (128 of 256 KB), and that only if the size of the
+// slab were a constant. The launcher takes slabs up to some 110 KB a block where it can, so that of two blocks of a
+// multiprocessor one can load or store while the other exchanges sums; else up to 220 KB, with 512 threads.
+// Sums are exchanged through distributed shared memory: between two cluster barriers each block reads the others'
+// and merges them in the order of ranks, so that all have the same bits; rank 0 writes mean, rstd, running
+// statistics and the gradients of parameters. Channels-last holds 64 contiguous bytes of each place, or 32.
+//
+// Split. Grid x: groups of slots, y: runs of sites. The first pass leaves partial results, those of a channel
+// (mean, M2) or three sums: `parts` of them, each of `part_sites` sites. In the second, each block merges those of its
+// channels itself, which costs it less than 1/8 of what it reads of x, all from L2, and saves a launch of 3 µs; where
+// they are more than that (channels-last with few channels), *_merge makes them few before. The blocks of grid row 0
+// write the per-channel results. The second pass walks the sites backwards, since what the first one read last is
+// what the L2 cache still holds.
+//
+// Nothing is added atomically: threads, warps, blocks and parts are merged in a fixed order, and the same input
+// gives the same bits.
+//
+// Predicted for 256@56, N 32, on an H100 (3 µs a launch, 3.0 TB/s; X is 103 MB, of bf16 51 MB), in µs:
+//
+//                             floor fp32   held   split         floor bf16   held   split
+//     forward    NCHW         68           73     101 to 109    34           39     50 to 58
+//     backward   NCHW         102          108    164 to 178    51           57     81 to 92
+//     channels-last, whose slab of 32 bytes a place (3.2 MB) no portable cluster holds: as split, 2 to 5 more
+//
+// held: 2X or 3X, a launch, and 1.5 µs in which the first blocks have nothing to exchange and the last nothing to
+// load. A range: what the second pass finds of its tensors in L2.
 //
 // Why this way: the variance. Σx² - (Σx)²/M is lost when |mean| >> std. Here every value is first taken relative
 // to the channel's first element (exact when they are near each other). That element lies within sqrt(M)·std of
 // the mean, whatever the data, so all further means are small numbers in units of std and round harmlessly.
-// Relative values are gathered in chunks of UNROLL packs, two passes in registers for each, and chunks,
-// threads, warps and splits are merged by Chan's formula, which has no cancellation. The forward pass keeps the
-// mean as first element + remainder, so it loses nothing even where `mean` itself must round (1e4 with std 1e-2
-// in float). Backward has only the rounded `mean`; it finds the rounding error as Σ(x - mean)/M on its way and
-// takes it out of the sums.
+// Relative values are gathered in chunks of UNROLL packs, two passes in registers for each, and merged within a thread
+// by Chan's formula, which has no cancellation. Over a block come first the mean, then M2 about it; over blocks and
+// parts Chan's formula again. The forward pass keeps the mean as first element + remainder, so it loses nothing even
+// where `mean` itself must round (1e4 with std 1e-2 in float). Backward has only the rounded `mean`; it finds the
+// rounding error as Σ(x - mean)/M on its way and takes it out of the sums.
 //
 // Constants: ELEMENT, ACCUMULATOR, PARAMETER (weight, bias, running statistics), INDEX (int, or long long where
 // a tensor spans 2^31 elements), VECTOR = V, UNROLL, CHANNELS_INNER (1: channels-last packs), LANES, THREADS,
-// ACTIVATION, FROM_RESULT (1: what lies beside x in the backward pass is y, not the residual), PARAMS_BYTES; and
-// TRAIN, INFER or BACKWARD, whichever entries are wanted. Everything else is known at run time.
+// ACTIVATION, FROM_RESULT (1: what lies beside x in the backward pass is y, not the residual), HELD (1: with CLUSTER,
+// the number of blocks that hold a slab), PARAMS_BYTES; and TRAIN, INFER or BACKWARD, whichever entries are wanted.
+// Everything else is known at run time.
 #include "epilogue.cuh"
+#include "ptx_cluster.cuh"
 
 using T = ELEMENT;
 using A = ACCUMULATOR;
@@ -66,7 +97,8 @@ using Index = INDEX;
 constexpr int V = VECTOR;
 constexpr int K = CHANNELS_INNER ? V : 1;  // channels of a slot
 constexpr int ROWS = THREADS / LANES;
-constexpr int WARPS = THREADS / 32;
+constexpr int WIDTH = LANES * K;  // channels of a block
+constexpr int AREA = THREADS / 32 * WIDTH;  // scratch for the sums of one value a channel
 constexpr Activation ACT = Activation::ACTIVATION;
 constexpr bool TRANSCENDENTAL = !FROM_RESULT && (ACT == Activation::silu || ACT == Activation::gelu ||
                                                  ACT == Activation::sigmoid || ACT == Activation::tanh);
@@ -74,9 +106,11 @@ constexpr bool TRANSCENDENTAL = !FROM_RESULT && (ACT == Activation::silu || ACT 
 // values for exp and erf to find registers.
 constexpr int VALUES = !TRANSCENDENTAL ? 16 : sizeof(A) == 4 ? 8 : 2;
 constexpr int UNROLL_Z = VALUES / V < 1 ? 1 : VALUES / V < UNROLL / 2 ? VALUES / V : UNROLL / 2;
+constexpr int AHEAD = 4;  // batches of packs that are being copied while one is used
 static_assert(THREADS % 32 == 0 && 32 % LANES == 0, "a warp holds whole rows of lanes");
 static_assert((V & (V - 1)) == 0 && V * sizeof(T) <= 16, "a pack is one access");
 static_assert(CHANNELS_INNER || LANES == 1, "in NCHW a block works on one channel");
+static_assert(THREADS % WIDTH == 0, "a thread for each channel of the block");
 static_assert(!FROM_RESULT || TOLD_BY_RESULT<ACT>, "y must tell the derivative");
 
 struct Strides { long long image, site, slot; };
@@ -85,22 +119,29 @@ struct BatchNormParams {
   // In the backward pass `residual` may be where y lies, and `y` is where grad_y lies.
   Strides x, residual, y, grad_x, grad_residual;
   FastDiv sites_per_image;
-  int sites, split_sites, splits;  // sites in all, sites of one split, splits
+  int sites, split_sites;   // sites in all, and of a block
+  int parts, part_sites;    // partial results of a channel, and the sites that each is of
+  int merged;               // how many of them a block of the merge passes takes together
+  int held;                 // elements of a tensor that a block holds
   int channels, training;
-  double count, unbiased;  // M, and M / (M - 1)
+  double count, unbiased;   // M, and M / (M - 1)
   double momentum, eps;
 };
 static_assert(sizeof(BatchNormParams) == PARAMS_BYTES, "the Python structure must mirror this one");
 
 // ---- who owns what --------------------------------------------------------------------------------------
 struct Owner {
-  int row, channel;  // first row of the thread's sites; first channel of its slot
+  int row, lane;
+  int first, last;             // sites of the block; none in the lanes behind the last slot
+  int block_channel, channel;  // first channel of the block, and of the thread's slot
   Index slot;
-  bool active;       // false in the lanes behind the last slot
+  bool active;
 };
-DEVICE Owner owner(const BatchNormParams& p) {
-  const int slot = blockIdx.x * LANES + threadIdx.x % LANES;
-  return {(int)threadIdx.x / LANES, slot * K, (Index)slot, slot * K < p.channels};
+DEVICE Owner owner(int slot_block, int split, const BatchNormParams& p) {
+  const int lane = threadIdx.x % LANES, slot = slot_block * LANES + lane, first = split * p.split_sites;
+  const bool active = slot * K < p.channels;
+  const int last = active ? first + min(p.split_sites, p.sites - first) : first;
+  return {(int)threadIdx.x / LANES, lane, first, last, slot_block * WIDTH, slot * K, (Index)slot, active};
 }
 
 // A pack's place in a tensor.
@@ -110,111 +151,219 @@ template <class E> DEVICE E* at(E* tensor, const Strides& s, Index slot, int sit
   return tensor + (image * (Index)s.image + place * (Index)s.site + slot * (Index)s.slot);
 }
 
-// body.run<U>(site) does U packs, ROWS sites apart, from `site` on; all sites of [first, last) are done once.
-template <int U, class Body> DEVICE void for_sites(int row, int first, int last, Body& body) {
-  int site = first + row;
+// Its place in what the block holds of the tensor: a warp's packs lie side by side.
+DEVICE T* held_at(T* held, const Owner& own, int site) { return held + ((site - own.first) * LANES + own.lane) * V; }
+
+// Begins to copy a pack to where it is held; copies of 2 bytes go through a register.
+DEVICE void fetch_pack(T* to, const T* from) {
+  if constexpr (V * sizeof(T) >= 4) {
+    cp_async<V * (int)sizeof(T)>(shared_address(to), from);
+  } else {
+    *to = *from;
+  }
+}
+
+// The pack from where it is held, or else from the tensor.
+DEVICE void load_held(A (&v)[V], const T* tensor, const Strides& s, T* held, const Owner& own, int site,
+                      const BatchNormParams& p) {
+  if (HELD) {
+    load_as(v, held_at(held, own, site));
+  } else {
+    load_as(v, at(tensor, s, own.slot, site, p));
+  }
+}
+
+// body.run<U>(site) does U packs, ROWS sites apart, from `site` on; all sites of the thread are done once.
+template <int U, class Body> DEVICE void for_last_sites(int site, int last, Body& body) {
+  if constexpr (U > 0) {
+    if (site + (U - 1) * ROWS < last) {
+      body.template run<U>(site);
+      site += U * ROWS;
+    }
+    for_last_sites<U / 2>(site, last, body);
+  }
+}
+template <int U, class Body> DEVICE void for_sites(const Owner& own, Body& body) {
+  int site = own.first + own.row;
 #pragma unroll 1
-  for (; site + (U - 1) * ROWS < last; site += U * ROWS) body.template run<U>(site);
+  for (; site + (U - 1) * ROWS < own.last; site += U * ROWS) body.template run<U>(site);
+  for_last_sites<U / 2>(site, own.last, body);
+}
+
+// The same where the block holds what it reads: body.fetch(site) begins to copy a pack, AHEAD times U packs before
+// run needs it. A thread uses the packs alone that it has copied itself: its own wait is all that they ask for.
+template <int U, class Body> DEVICE void for_fetched_sites(const Owner& own, Body& body) {
+  if constexpr (!HELD) {
+    for_sites<U>(own, body);
+  } else {
+    int site = own.first + own.row, ahead = site;
+    const auto fetch = [&] {
+#pragma unroll
+      for (int u = 0; u < U; u++) {
+        if (ahead < own.last) body.fetch(ahead);
+        ahead += ROWS;
+      }
+      cp_async_commit();
+    };
 #pragma unroll 1
-  for (; site < last; site += ROWS) body.template run<1>(site);
+    for (int i = 0; i < AHEAD; i++) fetch();
+#pragma unroll 1
+    for (; site + (U - 1) * ROWS < own.last; site += U * ROWS) {
+      fetch();
+      cp_async_wait<AHEAD>();
+      body.template run<U>(site);
+    }
+    cp_async_wait_all();
+    for_last_sites<U / 2>(site, own.last, body);
+  }
 }
 
 // The slot's part of a per-channel vector, which may be missing.
 template <class E> DEVICE void load_vector(A (&v)[K], const E* vector, const Owner& own, A otherwise) {
+  if (vector && own.active) {
+    load_as(v, vector + own.channel);
+  } else {
 #pragma unroll
-  for (int k = 0; k < K; k++) v[k] = vector && own.active ? convert<A>(vector[own.channel + k]) : otherwise;
+    for (int k = 0; k < K; k++) v[k] = otherwise;
+  }
 }
 
-// ---- what is gathered over sites ------------------------------------------------------------------------
+// ---- sums over a block ----------------------------------------------------------------------------------
+// Adds J·N values over the threads L apart. For all threads totals[(j·L + lane)·N + n] is the sum of v[j][n] over
+// the threads with threadIdx.x % L == lane; it takes J areas of scratch, of which the totals are the beginning.
+template <int L, int J, int N> DEVICE void sum_rows(A (&v)[J][N], A* totals) {
+  constexpr int TEAM = L < 32 ? 32 : L, COLUMNS = L * N;
+#pragma unroll
+  for (int apart = L; apart < 32; apart *= 2) {
+#pragma unroll
+    for (int i = 0; i < J * N; i++) v[i / N][i % N] += __shfl_xor_sync(0xffffffffu, v[i / N][i % N], apart);
+  }
+  if (threadIdx.x % TEAM < L) {
+#pragma unroll
+    for (int j = 0; j < J; j++) store_as(totals + ((threadIdx.x / TEAM * J + j) * L + threadIdx.x % L) * N, v[j]);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < J * COLUMNS; i += THREADS) {
+    A sum = totals[i];
+#pragma unroll
+    for (int team = 1; team < THREADS / TEAM; team++) sum += totals[team * J * COLUMNS + i];
+    totals[i] = sum;
+  }
+  __syncthreads();
+}
+
 // Count, mean and sum of squared deviations of N channels that have seen equally many values.
 template <int N> struct Moments {
   A count, mean[N], m2[N];
   __device__ __forceinline__ void clear() {
     count = A(0);
 #pragma unroll
-    for (int k = 0; k < N; k++) mean[k] = m2[k] = A(0);
+    for (int n = 0; n < N; n++) mean[n] = m2[n] = A(0);
   }
   // Chan, Golub and LeVeque (1979): the moments of two sets taken together.
   __device__ __forceinline__ void merge(const Moments& b) {
     const A total = count + b.count, weight = total > A(0) ? b.count / total : A(0);
 #pragma unroll
-    for (int k = 0; k < N; k++) {
-      const A delta = b.mean[k] - mean[k];
-      mean[k] += delta * weight;
-      m2[k] += b.m2[k] + delta * delta * (count * weight);
+    for (int n = 0; n < N; n++) {
+      const A delta = b.mean[n] - mean[n];
+      mean[n] += delta * weight;
+      m2[n] += b.m2[n] + delta * delta * (count * weight);
     }
     count = total;
   }
-  __device__ __forceinline__ Moments from_lane_xor(int lanes) const {
-    Moments other;
-    other.count = __shfl_xor_sync(0xffffffffu, count, lanes);
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-      other.mean[k] = __shfl_xor_sync(0xffffffffu, mean[k], lanes);
-      other.m2[k] = __shfl_xor_sync(0xffffffffu, m2[k], lanes);
-    }
-    return other;
-  }
 };
 
-// Σg, Σ g·(x - mean) and Σ(x - mean) of N channels.
-template <int N> struct Sums {
-  A g[N], gx[N], x[N];
-  __device__ __forceinline__ void clear() {
+// Merges over the threads L apart, which have seen `values` values a channel in all: leaves means in the first area
+// of scratch and M2 in the second, one a channel of the block.
+template <int L, int N> DEVICE void merge_rows(const Moments<N>& own, A values, A* scratch) {
+  const A inverse = values > A(0) ? A(1) / values : A(0);
+  A v[1][N], mean[N];
 #pragma unroll
-    for (int k = 0; k < N; k++) g[k] = gx[k] = x[k] = A(0);
+  for (int n = 0; n < N; n++) v[0][n] = own.count * inverse * own.mean[n];
+  sum_rows<L>(v, scratch);
+  load_as(mean, scratch + threadIdx.x % L * N);
+#pragma unroll
+  for (int n = 0; n < N; n++) {
+    const A d = own.mean[n] - mean[n];
+    v[0][n] = own.m2[n] + d * d * own.count;
   }
-  __device__ __forceinline__ void merge(const Sums& b) {
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-      g[k] += b.g[k];
-      gx[k] += b.gx[k];
-      x[k] += b.x[k];
-    }
-  }
-  __device__ __forceinline__ Sums from_lane_xor(int lanes) const {
-    Sums other;
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-      other.g[k] = __shfl_xor_sync(0xffffffffu, g[k], lanes);
-      other.gx[k] = __shfl_xor_sync(0xffffffffu, gx[k], lanes);
-      other.x[k] = __shfl_xor_sync(0xffffffffu, x[k], lanes);
-    }
-    return other;
-  }
-};
-
-// Merges lanes `nearest`, 2·nearest, … 16 apart. Only the result of the first `nearest` lanes counts: elsewhere
-// operands come in another order. All 32 lanes must take part.
-template <class Gathered> DEVICE void merge_warp(Gathered& v, int nearest) {
-#pragma unroll
-  for (int lanes = nearest; lanes < 32; lanes *= 2) v.merge(v.from_lane_xor(lanes));
+  sum_rows<L>(v, scratch + AREA);
 }
 
-// Merges the rows of a block; the result is in the first LANES threads. All threads must take part.
-template <class Gathered> DEVICE void merge_rows(Gathered& v, Gathered (&scratch)[WARPS][LANES]) {
-  merge_warp(v, LANES);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  if (lane < LANES) scratch[warp][lane] = v;
-  __syncthreads();
-  if (threadIdx.x < LANES) {
+// Values of a channel in `sites` sites, which are all that the block or the partial result has; fewer than none: 0.
+DEVICE A values_of(int sites) { return A(sites < 0 ? 0 : sites) * A(V / K); }
+
+// ---- partial results ------------------------------------------------------------------------------------
+// Value j of J of a channel's partial result: channels side by side as the slots lie, or else alone.
+template <int J> DEVICE Index partial(int c, int part, int parts, int j, const BatchNormParams& p) {
+  return CHANNELS_INNER ? ((Index)part * J + j) * p.channels + c : ((Index)c * parts + part) * J + j;
+}
+
+// Sites of the partial results from `first` on, before `last`.
+DEVICE int part_sites(int first, int last, const BatchNormParams& p) {
+  return last < p.parts ? (last - first) * p.part_sites : p.sites - first * p.part_sites;
+}
+
+// Moments of the block's channels over some of the partial results, left in scratch as by merge_rows.
+DEVICE void gather_moments(const A* partials, int first, int last, const Owner& own, A* scratch,
+                           const BatchNormParams& p) {
+  const int c = own.block_channel + threadIdx.x % WIDTH;
+  Moments<1> moments, next;
+  moments.clear();
+  if (c < p.channels) {
 #pragma unroll 1
-    for (int w = 1; w < WARPS; w++) v.merge(scratch[w][lane]);
+    for (int part = first + threadIdx.x / WIDTH; part < last; part += THREADS / WIDTH) {
+      next.count = values_of(part_sites(part, part + 1, p));
+      next.mean[0] = partials[partial<2>(c, part, p.parts, 0, p)];
+      next.m2[0] = partials[partial<2>(c, part, p.parts, 1, p)];
+      moments.merge(next);
+    }
+  }
+  merge_rows<WIDTH>(moments, values_of(part_sites(first, last, p)), scratch);
+}
+
+// The same of the J sums of the backward pass.
+DEVICE void gather_sums(const A* partials, int first, int last, const Owner& own, A* scratch,
+                        const BatchNormParams& p) {
+  const int c = own.block_channel + threadIdx.x % WIDTH;
+  A v[3][1] = {{A(0)}, {A(0)}, {A(0)}};
+  if (c < p.channels) {
+#pragma unroll 1
+    for (int part = first + threadIdx.x / WIDTH; part < last; part += THREADS / WIDTH) {
+#pragma unroll
+      for (int j = 0; j < 3; j++) v[j][0] += partials[partial<3>(c, part, p.parts, j, p)];
+    }
+  }
+  sum_rows<WIDTH>(v, scratch);
+}
+
+// Writes what is in scratch, J areas `pitch` apart, as partial result number blockIdx.y of gridDim.y.
+template <int J> DEVICE void store_partials(A* partials, const A* scratch, int pitch, const Owner& own,
+                                            const BatchNormParams& p) {
+  const int c = own.block_channel + threadIdx.x;
+  if (threadIdx.x >= WIDTH || c >= p.channels) return;
+#pragma unroll
+  for (int j = 0; j < J; j++) {
+    partials[partial<J>(c, blockIdx.y, gridDim.y, j, p)] = scratch[j * pitch + threadIdx.x];
   }
 }
 
 // ---- the four passes over a slot's sites ----------------------------------------------------------------
 struct Statistics {
   const BatchNormParams& p;
+  const Owner& own;
   const T* x;
-  Index slot;
+  T* held;
   A first[K];
   Moments<K> moments;
 
+  __device__ __forceinline__ void fetch(int site) const {
+    fetch_pack(held_at(held, own, site), at(x, p.x, own.slot, site, p));
+  }
   template <int U> __device__ __forceinline__ void run(int site) {
     A v[U][V];
 #pragma unroll
-    for (int u = 0; u < U; u++) load_as(v[u], at(x, p.x, slot, site + u * ROWS, p));
+    for (int u = 0; u < U; u++) load_held(v[u], x, p.x, held, own, site + u * ROWS, p);
     constexpr int N = U * V / K;  // values of each channel
     Moments<K> chunk;
     chunk.clear();
@@ -235,17 +384,17 @@ struct Statistics {
 // y = act((x - shift - centre) * scale + bias + residual)
 struct Normalise {
   const BatchNormParams& p;
+  const Owner& own;
   const T *x, *residual;
-  T* y;
-  Index slot;
+  T *held, *y;
   A shift[K], centre[K], scale[K], bias[K];
 
   template <int U> __device__ __forceinline__ void run(int site) {
     A v[U][V], r[U][V];
 #pragma unroll
     for (int u = 0; u < U; u++) {
-      load_as(v[u], at(x, p.x, slot, site + u * ROWS, p));
-      if (residual) load_as(r[u], at(residual, p.residual, slot, site + u * ROWS, p));
+      if (residual) load_as(r[u], at(residual, p.residual, own.slot, site + u * ROWS, p));
+      load_held(v[u], x, p.x, held, own, site + u * ROWS, p);
     }
 #pragma unroll
     for (int u = 0; u < U; u++) {
@@ -254,58 +403,82 @@ struct Normalise {
         const A z = (v[u][i] - shift[i % K] - centre[i % K]) * scale[i % K] + bias[i % K];
         v[u][i] = activate<ACT>(residual ? z + r[u][i] : z);
       }
-      store_as(at(y, p.y, slot, site + u * ROWS, p), v[u]);
+      store_as(at(y, p.y, own.slot, site + u * ROWS, p), v[u]);
     }
   }
 };
 
 // What the backward passes share: g = grad_y · act'(z) and d = x - mean of U packs. `beside` is the residual or
-// null, with FROM_RESULT it is y.
+// null, with FROM_RESULT it is y. What is held of it is x, then grad_y, then what lies beside; or x and g, where
+// that loses nothing.
+constexpr bool HOLDS_G = HELD && (sizeof(T) == sizeof(A) || ACT == Activation::none || ACT == Activation::relu ||
+                                  ACT == Activation::relu6);
 struct Gradient {
   const BatchNormParams& p;
+  const Owner& own;
   const T *grad_y, *x, *beside;
-  Index slot;
+  T* held;
   A mean[K], scale[K], bias[K];
 
-  template <int U> __device__ __forceinline__ void load(int site, bool with_x, A (&g)[U][V], A (&d)[U][V]) const {
-    constexpr bool WITH_Z = ACT != Activation::none && !FROM_RESULT;
+  // Where is held: x, g or grad_y, what lies beside.
+  __device__ __forceinline__ T* held_tensor(int which) const { return held + which * p.held; }
+
+  __device__ __forceinline__ void fetch(int site) const {
+    fetch_pack(held_at(held_tensor(0), own, site), at(x, p.x, own.slot, site, p));
+    fetch_pack(held_at(held_tensor(1), own, site), at(grad_y, p.y, own.slot, site, p));
+    if (!HOLDS_G && beside) fetch_pack(held_at(held_tensor(2), own, site), at(beside, p.residual, own.slot, site, p));
+  }
+
+  template <int U, bool SECOND>
+  __device__ __forceinline__ void load(int site, bool with_x, A (&g)[U][V], A (&d)[U][V]) const {
+    constexpr bool G_KNOWN = HOLDS_G && SECOND, WITH_Z = ACT != Activation::none && !FROM_RESULT && !G_KNOWN;
+    const bool with_beside = !G_KNOWN && (FROM_RESULT || (WITH_Z && beside));
     A r[U][V];
 #pragma unroll
     for (int u = 0; u < U; u++) {
-      load_as(g[u], at(grad_y, p.y, slot, site + u * ROWS, p));
-      if (WITH_Z || with_x) load_as(d[u], at(x, p.x, slot, site + u * ROWS, p));
-      if (FROM_RESULT || (WITH_Z && beside)) load_as(r[u], at(beside, p.residual, slot, site + u * ROWS, p));
+      load_held(g[u], grad_y, p.y, held_tensor(1), own, site + u * ROWS, p);
+      if (WITH_Z || with_x) load_held(d[u], x, p.x, held_tensor(0), own, site + u * ROWS, p);
+      if (!with_beside) continue;
+      if (HOLDS_G) {
+        load_as(r[u], at(beside, p.residual, own.slot, site + u * ROWS, p));
+      } else {
+        load_held(r[u], beside, p.residual, held_tensor(2), own, site + u * ROWS, p);
+      }
     }
-    if (FROM_RESULT) {
+    if (FROM_RESULT && !G_KNOWN) {
 #pragma unroll
       for (int i = 0; i < U * V; i++)
         g[i / V][i % V] = activation_grad_of_result<ACT>(r[i / V][i % V], g[i / V][i % V]);
     }
-    if (!WITH_Z && !with_x) return;
+    if (WITH_Z || with_x) {
 #pragma unroll
-    for (int u = 0; u < U; u++) {
-#pragma unroll
-      for (int i = 0; i < V; i++) {
-        d[u][i] -= mean[i % K];
-        const A z = d[u][i] * scale[i % K] + bias[i % K];
-        if (WITH_Z) g[u][i] = activation_grad<ACT>(beside ? z + r[u][i] : z, g[u][i]);
+      for (int i = 0; i < U * V; i++) {
+        d[i / V][i % V] -= mean[i % K];
+        const A z = d[i / V][i % V] * scale[i % K] + bias[i % K];
+        if (WITH_Z) g[i / V][i % V] = activation_grad<ACT>(beside ? z + r[i / V][i % V] : z, g[i / V][i % V]);
       }
+    }
+    if (HOLDS_G && !SECOND) {
+#pragma unroll
+      for (int u = 0; u < U; u++) store_as(held_at(held_tensor(1), own, site + u * ROWS), g[u]);
     }
   }
 };
 
+// Σg, Σ g·(x - mean) and Σ(x - mean).
 struct GradientSums {
   const Gradient& gradient;
-  Sums<K> sums;
+  A sums[3][K];
 
+  __device__ __forceinline__ void fetch(int site) const { gradient.fetch(site); }
   template <int U> __device__ __forceinline__ void run(int site) {
     A g[U][V], d[U][V];
-    gradient.load<U>(site, true, g, d);
+    gradient.load<U, false>(site, true, g, d);
 #pragma unroll
     for (int i = 0; i < U * V; i++) {
-      sums.g[i % K] += g[i / V][i % V];
-      sums.gx[i % K] += g[i / V][i % V] * d[i / V][i % V];
-      sums.x[i % K] += d[i / V][i % V];
+      sums[0][i % K] += g[i / V][i % V];
+      sums[1][i % K] += g[i / V][i % V] * d[i / V][i % V];
+      sums[2][i % K] += d[i / V][i % V];
     }
   }
 };
@@ -320,169 +493,180 @@ struct InputGradient {
   template <int U> __device__ __forceinline__ void run(int site) {
     const BatchNormParams& p = gradient.p;
     A g[U][V], d[U][V];
-    gradient.load<U>(site, with_x, g, d);
+    gradient.load<U, true>(site, with_x, g, d);
 #pragma unroll
     for (int u = 0; u < U; u++) {
-      if (grad_residual) store_as(at(grad_residual, p.grad_residual, gradient.slot, site + u * ROWS, p), g[u]);
+      const Index slot = gradient.own.slot;
+      if (grad_residual) store_as(at(grad_residual, p.grad_residual, slot, site + u * ROWS, p), g[u]);
       if (!grad_x) continue;
 #pragma unroll
       for (int i = 0; i < V; i++) {
         g[u][i] *= gradient.scale[i % K];
         if (with_x) g[u][i] += d[u][i] * slope[i % K] + offset[i % K];
       }
-      store_as(at(grad_x, p.grad_x, gradient.slot, site + u * ROWS, p), g[u]);
+      store_as(at(grad_x, p.grad_x, slot, site + u * ROWS, p), g[u]);
     }
   }
 };
 
+// ---- what one block, or a cluster of them, holds whole --------------------------------------------------
+#if HELD
+extern __shared__ __align__(16) unsigned char slab[];
+#if CLUSTER > 1
+#define WHOLE(entry)                                                                                          \
+  extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 512 / THREADS) \
+  entry##_cluster
+#else
+#define WHOLE(entry) extern "C" __global__ void __launch_bounds__(THREADS, 512 / THREADS) entry
+#endif
+
+// What another block of the cluster, or this one, has in its scratch; between the two cluster barriers only.
+DEVICE A from_block(const A* scratch, int rank) { return CLUSTER > 1 ? cluster_load(scratch, rank) : *scratch; }
+#endif
+
 #ifdef TRAIN  // ---- training, forward ---------------------------------------------------------------------
-// The channels' first elements, to which the statistics are relative.
-DEVICE void load_first(A (&v)[K], const T* x, const Owner& own, const BatchNormParams& p) {
-#pragma unroll
-  for (int k = 0; k < K; k++) v[k] = own.active ? convert<A>(x[own.slot * (Index)p.x.slot + k]) : A(0);
-}
-
-struct Normaliser { A mean, rstd; };  // of the values as they are
-
-// From a channel's moments relative to `first`; also moves the running statistics.
-DEVICE Normaliser finish_channel(int c, A first, A mean, A m2, P* running_mean, P* running_var,
-                                 const BatchNormParams& p) {
-  const A var = m2 / A(p.count), keep = A(1.0 - p.momentum), take = A(p.momentum);
-  const Normaliser result{first + mean, A(1) / sqrt(var + A(p.eps))};
-  if (running_mean) running_mean[c] = convert<P>(keep * convert<A>(running_mean[c]) + take * result.mean);
-  if (running_var) running_var[c] = convert<P>(keep * convert<A>(running_var[c]) + take * (var * A(p.unbiased)));
-  return result;
-}
-
-// partials[c][split] = (count, mean, M2), mean relative to the channel's first element.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-batch_norm_train_stats(const T* __restrict__ x, A* __restrict__ partials, BatchNormParams p) {
-  __shared__ Moments<K> scratch[WARPS][LANES];
-  const Owner own = owner(p);
-  Statistics pass{p, x, own.slot};
-  load_first(pass.first, x, own, p);
-  pass.moments.clear();
-  const int first = blockIdx.y * p.split_sites, last = own.active ? min(first + p.split_sites, p.sites) : first;
-  for_sites<UNROLL>(own.row, first, last, pass);
-  merge_rows(pass.moments, scratch);
-  if (threadIdx.x >= LANES || !own.active) return;
-#pragma unroll
-  for (int k = 0; k < K; k++) {
-    A* partial = partials + ((Index)(own.channel + k) * p.splits + blockIdx.y) * 3;
-    partial[0] = pass.moments.count;
-    partial[1] = pass.moments.mean[k];
-    partial[2] = pass.moments.m2[k];
-  }
-}
-
-// A channel's moments over all splits, in the first lane of its warp. All 32 lanes must take part.
-DEVICE Moments<1> merge_splits(const A* partials, int c, const BatchNormParams& p) {
-  Moments<1> moments, next;
-  moments.clear();
-  if (c < p.channels) {
-    for (int split = threadIdx.x % 32; split < p.splits; split += 32) {
-      const A* partial = partials + ((Index)c * p.splits + split) * 3;
-      next.count = partial[0];
-      next.mean[0] = partial[1];
-      next.m2[0] = partial[2];
-      moments.merge(next);
-    }
-  }
-  merge_warp(moments, 1);
-  return moments;
-}
-
-// The channel's first element.
+// The first element of a channel, to which the statistics are relative.
 DEVICE A first_of(const T* x, int c, const BatchNormParams& p) {
   return convert<A>(x[c / K * (Index)p.x.slot + c % K]);
 }
 
-// One warp a channel.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-batch_norm_stats_merge(const T* __restrict__ x, const A* __restrict__ partials, A* __restrict__ mean,
-                       A* __restrict__ var, BatchNormParams p) {
-  const int c = blockIdx.x * WARPS + threadIdx.x / 32;
-  const Moments<1> moments = merge_splits(partials, c, p);
-  if (c >= p.channels || threadIdx.x % 32 != 0) return;
-  mean[c] = first_of(x, c, p) + moments.mean[0];
-  var[c] = moments.m2[0] / A(p.count);
+// Those of the slot.
+DEVICE void load_first(A (&v)[K], const T* x, const Owner& own, const BatchNormParams& p) {
+  if (own.active) {
+    load_as(v, x + own.slot * (Index)p.x.slot);
+  } else {
+#pragma unroll
+    for (int k = 0; k < K; k++) v[k] = A(0);
+  }
 }
 
-// One warp a channel. centre[c] is the mean relative to the channel's first element.
+DEVICE void gather_statistics(Statistics& pass) {
+  load_first(pass.first, pass.x, pass.own, pass.p);
+  pass.moments.clear();
+  for_fetched_sites<UNROLL>(pass.own, pass);
+}
+
+// What normalises the channels of the block; `centre` is the mean relative to the channel's first element.
+struct __align__(16) Normaliser { A centre[WIDTH], rstd[WIDTH]; };
+
+struct Results {  // of a channel
+  A *mean, *rstd;
+  P *running_mean, *running_var;
+};
+
+// From the moments of a channel of the block, by the thread of its number. One block of those that share the channel
+// writes the results.
+DEVICE void finish_channel(Normaliser& normaliser, const Moments<1>& moments, const T* x, const Results& results,
+                           bool writes, const Owner& own, const BatchNormParams& p) {
+  const int c = own.block_channel + threadIdx.x;
+  const A var = moments.m2[0] / A(p.count), rstd = A(1) / sqrt(var + A(p.eps));
+  normaliser.centre[threadIdx.x] = moments.mean[0];
+  normaliser.rstd[threadIdx.x] = rstd;
+  if (!writes || c >= p.channels) return;
+  const A mean = first_of(x, c, p) + moments.mean[0], keep = A(1.0 - p.momentum), take = A(p.momentum);
+  results.mean[c] = mean;
+  results.rstd[c] = rstd;
+  P *running_mean = results.running_mean, *running_var = results.running_var;
+  if (running_mean) running_mean[c] = convert<P>(keep * convert<A>(running_mean[c]) + take * mean);
+  if (running_var) running_var[c] = convert<P>(keep * convert<A>(running_var[c]) + take * (var * A(p.unbiased)));
+}
+
+DEVICE void normalise(Normalise& pass, const Normaliser& normaliser, const P* weight, const P* bias) {
+  A inverse[K];
+  load_first(pass.shift, pass.x, pass.own, pass.p);
+  load_as(pass.centre, normaliser.centre + pass.own.lane * K);
+  load_as(inverse, normaliser.rstd + pass.own.lane * K);
+  load_vector(pass.scale, weight, pass.own, A(1));
+  load_vector(pass.bias, bias, pass.own, A(0));
+#pragma unroll
+  for (int k = 0; k < K; k++) pass.scale[k] *= inverse[k];
+  for_sites<UNROLL_Z>(pass.own, pass);
+}
+
+#if HELD
+WHOLE(batch_norm_train)(const T* __restrict__ x, const P* __restrict__ weight, const P* __restrict__ bias,
+                        const T* __restrict__ residual, T* __restrict__ y, A* __restrict__ mean, A* __restrict__ rstd,
+                        P* __restrict__ running_mean, P* __restrict__ running_var, BatchNormParams p) {
+  __shared__ __align__(16) A scratch[2 * AREA];
+  __shared__ Normaliser normaliser;
+  const int rank = blockIdx.x % CLUSTER;
+  const Owner own = owner(blockIdx.x / CLUSTER, rank, p);
+  T* const held = reinterpret_cast<T*>(slab);
+  Statistics gather{p, own, x, held};
+  gather_statistics(gather);
+  merge_rows<LANES>(gather.moments, values_of(min(p.split_sites, p.sites - own.first)), scratch);
+  if (CLUSTER > 1) cluster_sync();
+  if (threadIdx.x < WIDTH) {
+    Moments<1> moments, next;
+    moments.clear();
+#pragma unroll
+    for (int r = 0; r < CLUSTER; r++) {
+      next.count = values_of(min(p.split_sites, p.sites - r * p.split_sites));
+      next.mean[0] = from_block(scratch + threadIdx.x, r);
+      next.m2[0] = from_block(scratch + AREA + threadIdx.x, r);
+      moments.merge(next);
+    }
+    finish_channel(normaliser, moments, x, {mean, rstd, running_mean, running_var}, rank == 0, own, p);
+  }
+  __syncthreads();
+  if (CLUSTER > 1) cluster_arrive();  // this block has read what it wants of the others
+  Normalise pass{p, own, x, residual, held, y};
+  normalise(pass, normaliser, weight, bias);
+  if (CLUSTER > 1) cluster_wait();
+}
+
+#else
+// partials: mean, relative to the channel's first element, and M2.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-batch_norm_train_merge(const T* __restrict__ x, const A* __restrict__ partials, A* __restrict__ mean,
-                       A* __restrict__ rstd, A* __restrict__ centre, P* __restrict__ running_mean,
-                       P* __restrict__ running_var, BatchNormParams p) {
-  const int c = blockIdx.x * WARPS + threadIdx.x / 32;
-  const Moments<1> moments = merge_splits(partials, c, p);
-  if (c >= p.channels || threadIdx.x % 32 != 0) return;
-  const A first = first_of(x, c, p);
-  const Normaliser result = finish_channel(c, first, moments.mean[0], moments.m2[0], running_mean, running_var, p);
-  mean[c] = result.mean;
-  rstd[c] = result.rstd;
-  centre[c] = moments.mean[0];
+batch_norm_train_stats(const T* __restrict__ x, A* __restrict__ partials, BatchNormParams p) {
+  __shared__ __align__(16) A scratch[2 * AREA];
+  const Owner own = owner(blockIdx.x, blockIdx.y, p);
+  Statistics pass{p, own, x};
+  gather_statistics(pass);
+  merge_rows<LANES>(pass.moments, values_of(min(p.split_sites, p.sites - own.first)), scratch);
+  store_partials<2>(partials, scratch, AREA, own, p);
+}
+
+// Fewer partials of more sites each.
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+batch_norm_train_merge(const A* __restrict__ partials, A* __restrict__ fewer, BatchNormParams p) {
+  __shared__ __align__(16) A scratch[2 * AREA];
+  const Owner own = owner(blockIdx.x, 0, p);
+  const int first = blockIdx.y * p.merged;
+  gather_moments(partials, first, min(first + p.merged, p.parts), own, scratch, p);
+  store_partials<2>(fewer, scratch, AREA, own, p);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+batch_norm_stats_finish(const T* __restrict__ x, const A* __restrict__ partials, A* __restrict__ mean,
+                        A* __restrict__ var, BatchNormParams p) {
+  __shared__ __align__(16) A scratch[2 * AREA];
+  const Owner own = owner(blockIdx.x, 0, p);
+  gather_moments(partials, 0, p.parts, own, scratch, p);
+  const int c = own.block_channel + threadIdx.x;
+  if (threadIdx.x >= WIDTH || c >= p.channels) return;
+  mean[c] = first_of(x, c, p) + scratch[threadIdx.x];
+  var[c] = scratch[AREA + threadIdx.x] / A(p.count);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 batch_norm_train_apply(const T* __restrict__ x, const P* __restrict__ weight, const P* __restrict__ bias,
-                       const T* __restrict__ residual, const A* __restrict__ rstd, const A* __restrict__ centre,
-                       T* __restrict__ y, BatchNormParams p) {
-  const Owner own = owner(p);
-  Normalise pass{p, x, residual, y, own.slot};
-  A inverse[K];
-  load_first(pass.shift, x, own, p);
-  load_vector(pass.centre, centre, own, A(0));
-  load_vector(inverse, rstd, own, A(0));
-  load_vector(pass.scale, weight, own, A(1));
-  load_vector(pass.bias, bias, own, A(0));
-#pragma unroll
-  for (int k = 0; k < K; k++) pass.scale[k] *= inverse[k];
-  const int first = (gridDim.y - 1 - blockIdx.y) * p.split_sites;
-  for_sites<UNROLL_Z>(own.row, first, own.active ? min(first + p.split_sites, p.sites) : first, pass);
-}
-
-// All of the above for channels that one block can hold: the second reading comes from the cache.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-batch_norm_train(const T* __restrict__ x, const P* __restrict__ weight, const P* __restrict__ bias,
-                 const T* __restrict__ residual, T* __restrict__ y, A* __restrict__ mean, A* __restrict__ rstd,
-                 P* __restrict__ running_mean, P* __restrict__ running_var, BatchNormParams p) {
-  __shared__ Moments<K> scratch[WARPS][LANES];
-  __shared__ A centres[LANES][K], inverses[LANES][K];
-  const Owner own = owner(p);
-  const int last = own.active ? p.sites : 0, lane = threadIdx.x % LANES;
-  Statistics gather{p, x, own.slot};
-  load_first(gather.first, x, own, p);
-  gather.moments.clear();
-  for_sites<UNROLL>(own.row, 0, last, gather);
-  merge_rows(gather.moments, scratch);
-  if (threadIdx.x < LANES) {
-#pragma unroll
-    for (int k = 0; k < K; k++) {
-      Normaliser result{A(0), A(0)};
-      if (own.active) {
-        const int c = own.channel + k;
-        const A m2 = gather.moments.m2[k];
-        result = finish_channel(c, gather.first[k], gather.moments.mean[k], m2, running_mean, running_var, p);
-        mean[c] = result.mean;
-        rstd[c] = result.rstd;
-      }
-      centres[lane][k] = gather.moments.mean[k];
-      inverses[lane][k] = result.rstd;
-    }
+                       const T* __restrict__ residual, const A* __restrict__ partials, T* __restrict__ y,
+                       A* __restrict__ mean, A* __restrict__ rstd, P* __restrict__ running_mean,
+                       P* __restrict__ running_var, BatchNormParams p) {
+  __shared__ __align__(16) A scratch[2 * AREA];
+  __shared__ Normaliser normaliser;
+  const Owner own = owner(blockIdx.x, gridDim.y - 1 - blockIdx.y, p);
+  gather_moments(partials, 0, p.parts, own, scratch, p);
+  if (threadIdx.x < WIDTH) {
+    const Moments<1> moments{A(p.count), {scratch[threadIdx.x]}, {scratch[AREA + threadIdx.x]}};
+    finish_channel(normaliser, moments, x, {mean, rstd, running_mean, running_var}, blockIdx.y == 0, own, p);
   }
   __syncthreads();
-  Normalise pass{p, x, residual, y, own.slot};
-  load_vector(pass.scale, weight, own, A(1));
-  load_vector(pass.bias, bias, own, A(0));
-#pragma unroll
-  for (int k = 0; k < K; k++) {
-    pass.shift[k] = gather.first[k];
-    pass.centre[k] = centres[lane][k];
-    pass.scale[k] *= inverses[lane][k];
-  }
-  for_sites<UNROLL_Z>(own.row, 0, last, pass);
+  Normalise pass{p, own, x, residual, nullptr, y};
+  normalise(pass, normaliser, weight, bias);
 }
-
+#endif
 #endif
 
 #ifdef INFER  // ---- inference -----------------------------------------------------------------------------
@@ -490,8 +674,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 batch_norm_infer(const T* __restrict__ x, const P* __restrict__ weight, const P* __restrict__ bias,
                  const T* __restrict__ residual, const P* __restrict__ running_mean,
                  const P* __restrict__ running_var, T* __restrict__ y, BatchNormParams p) {
-  const Owner own = owner(p);
-  Normalise pass{p, x, residual, y, own.slot};
+  const Owner own = owner(blockIdx.x, blockIdx.y, p);
+  Normalise pass{p, own, x, residual, nullptr, y};
   A var[K];
   load_vector(pass.shift, running_mean, own, A(0));
   load_vector(var, running_var, own, A(1));
@@ -502,146 +686,133 @@ batch_norm_infer(const T* __restrict__ x, const P* __restrict__ weight, const P*
     pass.centre[k] = A(0);
     pass.scale[k] *= A(1) / sqrt(var[k] + A(p.eps));
   }
-  const int first = blockIdx.y * p.split_sites;
-  for_sites<UNROLL_Z>(own.row, first, own.active ? min(first + p.split_sites, p.sites) : first, pass);
+  for_sites<UNROLL_Z>(own, pass);
 }
-
 #endif
 
 #ifdef BACKWARD  // ---- backward ---------------------------------------------------------------------------
-struct Coefficients { A slope, offset; };
+// What grad_x needs to know of the channels of the block.
+struct __align__(16) Coefficients { A slope[WIDTH], offset[WIDTH]; };
 
-// Writes the channel's parameter gradients; returns what `InputGradient` needs. The mean of x - mean is the
-// rounding error of `mean`: x̂ = (x - mean - error)·rstd.
-DEVICE Coefficients finish_gradient(int c, A sum_g, A sum_gx, A sum_x, A scale, A rstd, P* grad_weight, P* grad_bias,
-                                    const BatchNormParams& p) {
-  const A error = p.training ? sum_x / A(p.count) : A(0);
-  const A sum_gxhat = (sum_gx - error * sum_g) * rstd;
-  if (grad_weight) grad_weight[c] = convert<P>(sum_gxhat);
-  if (grad_bias) grad_bias[c] = convert<P>(sum_g);
-  if (!p.training) return {A(0), A(0)};
+struct Parameters { const P *weight, *bias; P *grad_weight, *grad_bias; };
+
+// From Σg, Σ g·(x - mean) and Σ(x - mean) of a channel of the block, by the thread of its number; the gradients of
+// parameters are written by one block of those that share the channel. The mean of x - mean is the rounding error of
+// `mean`: x̂ = (x - mean - error)·rstd.
+DEVICE void finish_gradient(Coefficients& coefficients, const A (&sums)[3], const Parameters& parameters,
+                            const A* inverse, bool writes, const Owner& own, const BatchNormParams& p) {
+  const int c = own.block_channel + threadIdx.x;
+  coefficients.slope[threadIdx.x] = coefficients.offset[threadIdx.x] = A(0);
+  if (c >= p.channels) return;
+  const A rstd = inverse[c], scale = parameters.weight ? convert<A>(parameters.weight[c]) * rstd : rstd;
+  const A error = p.training ? sums[2] / A(p.count) : A(0);
+  const A sum_gxhat = (sums[1] - error * sums[0]) * rstd;
+  if (writes && parameters.grad_weight) parameters.grad_weight[c] = convert<P>(sum_gxhat);
+  if (writes && parameters.grad_bias) parameters.grad_bias[c] = convert<P>(sums[0]);
+  if (!p.training) return;
   const A slope = -scale * rstd * (sum_gxhat / A(p.count));
-  return {slope, -scale * (sum_g / A(p.count)) - slope * error};
+  coefficients.slope[threadIdx.x] = slope;
+  coefficients.offset[threadIdx.x] = -scale * (sums[0] / A(p.count)) - slope * error;
 }
 
-DEVICE void load_gradient(Gradient& gradient, A (&inverse)[K], const P* weight, const P* bias, const A* mean,
-                          const A* rstd, const Owner& own) {
-  load_vector(gradient.mean, mean, own, A(0));
-  load_vector(inverse, rstd, own, A(0));
-  load_vector(gradient.scale, weight, own, A(1));
-  load_vector(gradient.bias, bias, own, A(0));
+DEVICE void load_gradient(Gradient& gradient, const P* weight, const P* bias, const A* mean, const A* rstd) {
+  A inverse[K];
+  load_vector(gradient.mean, mean, gradient.own, A(0));
+  load_vector(inverse, rstd, gradient.own, A(0));
+  load_vector(gradient.scale, weight, gradient.own, A(1));
+  load_vector(gradient.bias, bias, gradient.own, A(0));
 #pragma unroll
   for (int k = 0; k < K; k++) gradient.scale[k] *= inverse[k];
 }
 
-// partials[c][split] = (Σg, Σ g·(x - mean), Σ(x - mean))
+// Leaves the sums in scratch.
+DEVICE void sum_gradient(const Gradient& gradient, A* scratch) {
+  GradientSums pass{gradient};
+#pragma unroll
+  for (int i = 0; i < 3 * K; i++) pass.sums[i / K][i % K] = A(0);
+  for_fetched_sites<UNROLL_Z>(gradient.own, pass);
+  sum_rows<LANES>(pass.sums, scratch);
+}
+
+DEVICE void apply_gradient(const Gradient& gradient, const Coefficients& coefficients, T* grad_x, T* grad_residual) {
+  InputGradient pass{gradient, grad_x, grad_residual, gradient.p.training && grad_x};
+  load_as(pass.slope, coefficients.slope + gradient.own.lane * K);
+  load_as(pass.offset, coefficients.offset + gradient.own.lane * K);
+  for_sites<UNROLL_Z>(gradient.own, pass);
+}
+
+#if HELD
+WHOLE(batch_norm_bwd)(const T* __restrict__ grad_y, const T* __restrict__ x, const P* __restrict__ weight,
+                      const P* __restrict__ bias, const T* __restrict__ beside, const A* __restrict__ mean,
+                      const A* __restrict__ rstd, T* __restrict__ grad_x, P* __restrict__ grad_weight,
+                      P* __restrict__ grad_bias, T* __restrict__ grad_residual, BatchNormParams p) {
+  __shared__ __align__(16) A scratch[3 * AREA];
+  __shared__ Coefficients coefficients;
+  const int rank = blockIdx.x % CLUSTER;
+  const Owner own = owner(blockIdx.x / CLUSTER, rank, p);
+  Gradient gradient{p, own, grad_y, x, beside, reinterpret_cast<T*>(slab)};
+  load_gradient(gradient, weight, bias, mean, rstd);
+  sum_gradient(gradient, scratch);
+  if (CLUSTER > 1) cluster_sync();
+  if (threadIdx.x < WIDTH) {
+    A sums[3] = {A(0), A(0), A(0)};
+#pragma unroll
+    for (int i = 0; i < 3 * CLUSTER; i++) sums[i % 3] += from_block(scratch + i % 3 * WIDTH + threadIdx.x, i / 3);
+    finish_gradient(coefficients, sums, {weight, bias, grad_weight, grad_bias}, rstd, rank == 0, own, p);
+  }
+  __syncthreads();
+  if (CLUSTER > 1) cluster_arrive();  // this block has read what it wants of the others
+  if (grad_x || grad_residual) apply_gradient(gradient, coefficients, grad_x, grad_residual);
+  if (CLUSTER > 1) cluster_wait();
+}
+
+#else
+// partials: Σg, Σ g·(x - mean) and Σ(x - mean).
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 batch_norm_bwd_sums(const T* __restrict__ grad_y, const T* __restrict__ x, const P* __restrict__ weight,
                     const P* __restrict__ bias, const T* __restrict__ beside, const A* __restrict__ mean,
                     const A* __restrict__ rstd, A* __restrict__ partials, BatchNormParams p) {
-  __shared__ Sums<K> scratch[WARPS][LANES];
-  const Owner own = owner(p);
-  Gradient gradient{p, grad_y, x, beside, own.slot};
-  A inverse[K];
-  load_gradient(gradient, inverse, weight, bias, mean, rstd, own);
-  GradientSums pass{gradient};
-  pass.sums.clear();
-  const int first = blockIdx.y * p.split_sites, last = own.active ? min(first + p.split_sites, p.sites) : first;
-  for_sites<UNROLL_Z>(own.row, first, last, pass);
-  merge_rows(pass.sums, scratch);
-  if (threadIdx.x >= LANES || !own.active) return;
-#pragma unroll
-  for (int k = 0; k < K; k++) {
-    A* partial = partials + ((Index)(own.channel + k) * p.splits + blockIdx.y) * 3;
-    partial[0] = pass.sums.g[k];
-    partial[1] = pass.sums.gx[k];
-    partial[2] = pass.sums.x[k];
-  }
+  __shared__ __align__(16) A scratch[3 * AREA];
+  const Owner own = owner(blockIdx.x, blockIdx.y, p);
+  Gradient gradient{p, own, grad_y, x, beside};
+  load_gradient(gradient, weight, bias, mean, rstd);
+  sum_gradient(gradient, scratch);
+  store_partials<3>(partials, scratch, WIDTH, own, p);
 }
 
-// One warp a channel. coefficients[c] = (slope, offset)
+// Fewer partials of more sites each.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
-batch_norm_bwd_merge(const A* __restrict__ partials, const P* __restrict__ weight, const A* __restrict__ rstd,
-                     P* __restrict__ grad_weight, P* __restrict__ grad_bias, A* __restrict__ coefficients,
-                     BatchNormParams p) {
-  const int c = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-  Sums<1> sums, next;
-  sums.clear();
-  if (c < p.channels) {
-    for (int split = lane; split < p.splits; split += 32) {
-      const A* partial = partials + ((Index)c * p.splits + split) * 3;
-      next.g[0] = partial[0];
-      next.gx[0] = partial[1];
-      next.x[0] = partial[2];
-      sums.merge(next);
-    }
-  }
-  merge_warp(sums, 1);
-  if (c >= p.channels || lane != 0) return;
-  const A scale = weight ? convert<A>(weight[c]) * rstd[c] : rstd[c];
-  const Coefficients result =
-      finish_gradient(c, sums.g[0], sums.gx[0], sums.x[0], scale, rstd[c], grad_weight, grad_bias, p);
-  coefficients[2 * c] = result.slope;
-  coefficients[2 * c + 1] = result.offset;
+batch_norm_bwd_merge(const A* __restrict__ partials, A* __restrict__ fewer, BatchNormParams p) {
+  __shared__ __align__(16) A scratch[3 * AREA];
+  const Owner own = owner(blockIdx.x, 0, p);
+  const int first = blockIdx.y * p.merged;
+  gather_sums(partials, first, min(first + p.merged, p.parts), own, scratch, p);
+  store_partials<3>(fewer, scratch, WIDTH, own, p);
 }
 
+// Without partials nobody asks for sums: x is then read only where it tells the activation's derivative.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 batch_norm_bwd_apply(const T* __restrict__ grad_y, const T* __restrict__ x, const P* __restrict__ weight,
                      const P* __restrict__ bias, const T* __restrict__ beside, const A* __restrict__ mean,
-                     const A* __restrict__ rstd, const A* __restrict__ coefficients, T* __restrict__ grad_x,
-                     T* __restrict__ grad_residual, BatchNormParams p) {
-  const Owner own = owner(p);
-  Gradient gradient{p, grad_y, x, beside, own.slot};
-  A inverse[K];
-  load_gradient(gradient, inverse, weight, bias, mean, rstd, own);
-  InputGradient pass{gradient, grad_x, grad_residual, p.training && grad_x};
+                     const A* __restrict__ rstd, const A* __restrict__ partials, T* __restrict__ grad_x,
+                     P* __restrict__ grad_weight, P* __restrict__ grad_bias, T* __restrict__ grad_residual,
+                     BatchNormParams p) {
+  __shared__ __align__(16) A scratch[3 * AREA];
+  __shared__ Coefficients coefficients;
+  const Owner own = owner(blockIdx.x, gridDim.y - 1 - blockIdx.y, p);
+  Gradient gradient{p, own, grad_y, x, beside};
+  load_gradient(gradient, weight, bias, mean, rstd);
+  if (partials) gather_sums(partials, 0, p.parts, own, scratch, p);
+  if (threadIdx.x < WIDTH) {
+    A sums[3] = {A(0), A(0), A(0)};
+    if (partials) {
 #pragma unroll
-  for (int k = 0; k < K; k++) {
-    const bool given = pass.with_x && own.active;
-    pass.slope[k] = given ? coefficients[2 * (own.channel + k)] : A(0);
-    pass.offset[k] = given ? coefficients[2 * (own.channel + k) + 1] : A(0);
-  }
-  const int first = (gridDim.y - 1 - blockIdx.y) * p.split_sites;
-  for_sites<UNROLL_Z>(own.row, first, own.active ? min(first + p.split_sites, p.sites) : first, pass);
-}
-
-// All of the above for channels that one block can hold.
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
-batch_norm_bwd(const T* __restrict__ grad_y, const T* __restrict__ x, const P* __restrict__ weight,
-               const P* __restrict__ bias, const T* __restrict__ beside, const A* __restrict__ mean,
-               const A* __restrict__ rstd, T* __restrict__ grad_x, P* __restrict__ grad_weight,
-               P* __restrict__ grad_bias, T* __restrict__ grad_residual, BatchNormParams p) {
-  __shared__ Sums<K> scratch[WARPS][LANES];
-  __shared__ A slopes[LANES][K], offsets[LANES][K];
-  const Owner own = owner(p);
-  const int last = own.active ? p.sites : 0, lane = threadIdx.x % LANES;
-  Gradient gradient{p, grad_y, x, beside, own.slot};
-  A inverse[K];
-  load_gradient(gradient, inverse, weight, bias, mean, rstd, own);
-  GradientSums gather{gradient};
-  gather.sums.clear();
-  for_sites<UNROLL_Z>(own.row, 0, last, gather);
-  merge_rows(gather.sums, scratch);
-  if (threadIdx.x < LANES) {
-#pragma unroll
-    for (int k = 0; k < K; k++) {
-      Coefficients result{A(0), A(0)};
-      if (own.active) {
-        result = finish_gradient(own.channel + k, gather.sums.g[k], gather.sums.gx[k], gather.sums.x[k],
-                                 gradient.scale[k], inverse[k], grad_weight, grad_bias, p);
-      }
-      slopes[lane][k] = result.slope;
-      offsets[lane][k] = result.offset;
+      for (int j = 0; j < 3; j++) sums[j] = scratch[j * WIDTH + threadIdx.x];
     }
+    finish_gradient(coefficients, sums, {weight, bias, grad_weight, grad_bias}, rstd, blockIdx.y == 0, own, p);
   }
   __syncthreads();
-  if (!grad_x && !grad_residual) return;
-  InputGradient pass{gradient, grad_x, grad_residual, p.training && grad_x};
-#pragma unroll
-  for (int k = 0; k < K; k++) {
-    pass.slope[k] = slopes[lane][k];
-    pass.offset[k] = offsets[lane][k];
-  }
-  for_sites<UNROLL_Z>(own.row, 0, last, pass);
+  if (grad_x || grad_residual) apply_gradient(gradient, coefficients, grad_x, grad_residual);
 }
+#endif
 #endif

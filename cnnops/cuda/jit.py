@@ -203,11 +203,16 @@ def _function(kernel: Kernel, shared_bytes: int, device_index: int) -> Any:
     from cupy.cuda import driver
 
     function = _module(kernel.source, kernel.constants, device_index).get_function(kernel.entry)
-    if shared_bytes > 48 * 1024:
+    # The limit belongs to the entry, whatever launch asked for it: it must not fall again.
+    if shared_bytes > _shared_limits.get((kernel, device_index), 48 * 1024):
         driver.funcSetAttribute(
             function.ptr, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes
         )
+        _shared_limits[kernel, device_index] = shared_bytes
     return function
+
+
+_shared_limits: dict[tuple[Kernel, int], int] = {}
 
 
 @lru_cache(256)
