@@ -26,7 +26,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -39,16 +39,17 @@ from cnnops.cuda.emulator_build import (
     available,
     kernel_library,
     places,
+    places_of_each,
     runtime_library,
     shared_variables,
     stats,
 )
-from cnnops.cuda.emulator_profile import Counters, Profile, Traffic
+from cnnops.cuda.emulator_profile import Counters, Profile, TensorTraffic, Traffic, read_profile
 from cnnops.cuda.kernel import Kernel, Launch
 
 __all__ = [
-    "CompileError", "Counters", "KernelError", "Profile", "available", "execute", "last_counters", "profile",
-    "schedule", "stats", "time_limit",
+    "CompileError", "Counters", "KernelError", "Profile", "TensorTraffic", "Traffic", "available", "execute",
+    "last_counters", "profile", "schedule", "stats", "time_limit",
 ]  # fmt: skip
 
 SCHEDULES = ("forward", "reverse", "random")
@@ -205,15 +206,6 @@ class _LaunchInfo(ctypes.Structure):
 
 class _Counters(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint64) for name in Counters._fields]
-
-
-class _Traffic(ctypes.Structure):
-    _fields_ = [
-        ("code", ctypes.c_uint64),
-        ("shared", ctypes.c_uint32),
-        ("writes", ctypes.c_uint32),
-        *((name, ctypes.c_uint64) for name in ("requests", "lanes", "units", "least")),
-    ]
 
 
 class _Parameter(ctypes.Structure):
@@ -399,22 +391,6 @@ def _places(module: _Module, offsets: Sequence[int]) -> list[tuple[str, int]]:
     return [place for place in found if not _WRAPPERS.fullmatch(place[0])] or found
 
 
-def _traffic(plan: Launch, module: _Module) -> tuple[Traffic, ...]:
-    """What the launch that was profiled last moved, by line: a line of the kernel's own file, if any."""
-    runtime, source = _runtime()[0], Path(plan.kernel.source).name
-    room = runtime.emulator_traffic(None, 0)
-    rows = (_Traffic * room)()
-    runtime.emulator_traffic(rows, room)
-    found = []
-    for row in rows:
-        chain = _places(module, [row.code - 1])  # of the call, not of the return address
-        own = [place for place in chain if place[0] == source] or chain or [("?", 0)]
-        kind = bool(row.shared), bool(row.writes)
-        counts = row.requests, row.lanes, row.units, row.least
-        found.append(Traffic(f"{own[0][0]}:{own[0][1]}", *kind, *counts))
-    return tuple(found)
-
-
 def _error(plan: Launch, module: _Module, report: _Report) -> KernelError:
     message = report.message.decode(errors="replace")
     if not report.in_thread:
@@ -505,7 +481,9 @@ def _run_once(
         )
         _counters = Counters(*(getattr(counters, name) for name in Counters._fields))
         if _settings.profiles is not None and not failed:
-            _settings.profiles.append(Profile(plan, _counters, _traffic(plan, entry.module)))
+            spans = [(argument.tensor, argument.elements) for argument in arguments]
+            each = partial(places_of_each, entry.module.path)
+            _settings.profiles.append(read_profile(runtime, plan, spans, _counters, each))
     if failed:
         raise _error(plan, entry.module, report)
     return results

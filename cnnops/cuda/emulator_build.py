@@ -290,17 +290,25 @@ def kernel_library(
     return _libraries.entry(f"{path.stem}-{digest}", lambda built: _compile(kernel, built, runtime))
 
 
-def places(path: Path, offsets: Sequence[int]) -> list[tuple[str, int]]:
-    """(file, line) of instructions and of the functions they were inlined into, innermost first."""
+def places_of_each(path: Path, offsets: Sequence[int]) -> list[list[tuple[str, int]]]:
+    """For each offset the (file, line) of the instruction and of the functions it was inlined into, innermost
+    first. Empty lists where nothing is known of them."""
     tool = shutil.which("addr2line")
     if tool is None or not offsets:
-        return []
-    command = [tool, "-i", "-e", str(path), *map(hex, offsets)]
+        return [[] for _ in offsets]
+    command = [tool, "-a", "-i", "-e", str(path), *map(hex, offsets)]
     text = subprocess.run(command, capture_output=True, text=True, errors="replace").stdout
     hidden = {TRAMPOLINES, *(file.name for file in _emulator_dir().iterdir())}
-    found: dict[tuple[str, int], None] = {}
+    found: list[list[tuple[str, int]]] = []
     for row in text.splitlines():
         file, _, line = row.split(" (")[0].rpartition(":")
-        if line.isdigit() and Path(file).name not in hidden:
-            found[Path(file).name, int(line)] = None
-    return list(found)
+        if row.startswith("0x") and not file:  # the address, ahead of its lines
+            found.append([])
+        elif found and line.isdigit() and Path(file).name not in hidden:
+            found[-1].append((Path(file).name, int(line)))
+    return found if len(found) == len(offsets) else [[] for _ in offsets]
+
+
+def places(path: Path, offsets: Sequence[int]) -> list[tuple[str, int]]:
+    """All of `places_of_each`, each place once."""
+    return list(dict.fromkeys(place for each in places_of_each(path, offsets) for place in each))

@@ -6,6 +6,7 @@
 #include "diagnostics.h"
 #include "mbarriers.h"
 #include "memory.h"
+#include "profile.h"
 #include "schedule.h"
 #include "tensor_maps.h"
 
@@ -90,7 +91,9 @@ void issue(Load load, const char* instruction) {
             instruction, describe_mbarrier(load.barrier).c_str());
   for_each_piece(load, [&](uint32_t, uintptr_t from, uint32_t, uint32_t bytes) {
     const Access read{epoch, current->clock, load.code, current->number, 0, 0, current->fences};
-    if (bytes) access_global(Kind::read, from, bytes, read, *current);
+    if (!bytes) return;
+    access_global(Kind::read, from, bytes, read, *current);
+    if (launch.profiled) note_copy(Kind::read, from, bytes, load.code);
   });
   const Access write{epoch, UNDER_WAY, load.code, barrier.agent, 0, 1, 0};
   access_shared(Kind::write, load.shared, load.bytes, write, *current);
@@ -122,7 +125,9 @@ void issue(Store store) {
   access_shared(Kind::read, store.shared, store.bytes, read, *current);
   for_each_piece(store, [&](uint32_t, uintptr_t to, uint32_t, uint32_t bytes) {
     const Access write{epoch, UNDER_WAY, store.code, current->number, 0, 1, 0};
-    if (bytes) access_global(Kind::write, to, bytes, write, *current);
+    if (!bytes) return;
+    access_global(Kind::write, to, bytes, write, *current);
+    if (launch.profiled) note_copy(Kind::write, to, bytes, store.code);
   });
   stores.push_back(std::move(store));
 }
@@ -233,6 +238,10 @@ void emulator_cp_async(unsigned shared, const void* global, unsigned bytes, unsi
   if (source_bytes > bytes)
     fail_at(place, "cp.async: expected at most %u bytes of source, got %u", bytes, source_bytes);
   const void* pc = __builtin_return_address(0);
+  if (launch.profiled) {
+    if (source_bytes) note_access(Kind::read, (uintptr_t)global, source_bytes, pc);
+    note_access(Kind::write, launch.shared_base + shared, bytes, pc);
+  }
   if (source_bytes)
     access_global(Kind::read, (uintptr_t)global, source_bytes, access_now(Kind::read, pc), *current);
   Access write = access_now(Kind::write, pc);
