@@ -126,6 +126,7 @@ BATCH_NORM = ("batch_norm_train", "batch_norm_infer", "batch_norm_bwd", "batch_n
 GROUP_NORM = ("group_norm_fwd", "group_norm_bwd", "layer_norm_fwd", "layer_norm_bwd")
 
 ROWS: tuple[Row, ...] = (
+    *(Row(op, GPU, "cnnops.cuda.conv_depthwise") for op in CONV[:3]),
     *(Row(op, GPU, "cnnops.cuda.conv_direct") for op in CONV),
     *(Row(op, GPU, "cnnops.cuda.conv_im2col", by_torch=True) for op in CONV[:3]),
     Row("conv_fold", GPU, "cnnops.cuda.conv_fold"),

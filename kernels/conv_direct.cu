@@ -79,8 +79,8 @@
 //           blocks of 128 x 64 are 5.94 rounds of 132; a step issues 512 FFMA among some 670 instructions in NCHW,
 //           600 in channels-last: 0.15 and 0.13 ms, if nothing else ever waits.
 //   depthwise 3x3, 144 channels @ 56x56   116 MB: the floor is 0.035 ms. Some 130 instructions an output in NCHW,
-//           65 in packs of channels: 0.06 and 0.04 ms. Keeping rows in registers from one place to the next would
-//           reach the floor; that takes the stride as a constant and is a kernel of its own.
+//           65 in packs of channels: 0.06 and 0.04 ms. Where each group has one channel conv_depthwise.cu keeps rows
+//           in registers from one place to the next and reaches the floor; it takes filter and stride as constants.
 //   another PADDING than zeros   some 3 to 6 instructions more an axis for every gathered element or pack. By size of
 //           the compiled entries: 2 % to 5 % in channels-last packs and 8 % to 15 % in NCHW in the first example, 18 %
 //           to 43 % in the thin form. A padded copy would read and write x once more, before anything else begins.

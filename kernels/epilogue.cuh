@@ -84,16 +84,14 @@ template <Activation ACT, class A> DEVICE A activation_grad_of_result(A y, A g) 
 }
 
 // ---- on the way to memory ---------------------------------------------------------------------------------
-// scale[k] and bias[k] of a channel: null pointers, the same for all threads, leave a sum as it is.
+// scale[k] and bias[k] of a channel, either of which may be missing (null): times 1 plus -0 a sum is what it was, to
+// the bit, so that one multiply-add does for all.
 template <class A> struct ScaleShift {
   A scale, shift;
-  bool scaled, shifted;
   template <class P> static __device__ __forceinline__ ScaleShift of(const P* scale, const P* bias, long long k) {
-    return {scale ? convert<A>(scale[k]) : A(1), bias ? convert<A>(bias[k]) : A(0), scale != nullptr, bias != nullptr};
+    return {scale ? convert<A>(scale[k]) : A(1), bias ? convert<A>(bias[k]) : A(-0.0)};
   }
-  __device__ __forceinline__ A operator()(A sum) const {
-    return scaled ? sum * scale + shift : shifted ? sum + shift : sum;
-  }
+  __device__ __forceinline__ A operator()(A sum) const { return fma(sum, scale, shift); }
 };
 
 // Writes act(z + residual) for V neighbouring values, `residual` lying as the result does (null: none). What was

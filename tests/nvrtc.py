@@ -142,6 +142,22 @@ def _with_epilogues(dtype: torch.dtype, form: torch.memory_format) -> None:
     C.conv_batch_norm_act(x, w, None, None, None, training=True, padding=1)
 
 
+def _pooled(dtype: torch.dtype) -> None:
+    """Windows of stride 1 over images that fill a GPU, by tiles of several rows, and rows off alignment."""
+    for size, window, pad in (
+        ((32, 64, 112, 112), 3, 0),
+        ((64, 512, 39, 39), 4, 1),
+        ((64, 512, 39, 39), 13, 6),
+    ):
+        for form in (torch.contiguous_format, torch.channels_last):
+            dense = torch.empty(size, device="meta", memory_format=form).stride()
+            x = _address_space().view(dtype).as_strided(size, dense).requires_grad_()
+            for pool in (C.max_pool2d, C.avg_pool2d):
+                y = pool(x, window, 1, pad)
+                grad = _address_space().view(dtype).as_strided(y.shape, y.stride())
+                torch.autograd.grad(y, x, grad)
+
+
 def beyond(family: Sequence[str], algorithm: str) -> None:
     """Problems of the sizes that networks have, and of more than 2^31 elements, without their numbers."""
     one_image = algorithm == "conv_im2col"  # whose products PyTorch does compute
@@ -170,6 +186,7 @@ def beyond(family: Sequence[str], algorithm: str) -> None:
         if family == POOL:
             for y in (C.max_pool2d(x, 2), C.avg_pool2d(x, 3, 2), C.adaptive_avg_pool2d(x, 1)):
                 _backward(y, (x,), far=True)
+            _pooled(dtype)
         elif family == UNPOOL:
             places = torch.zeros((2, 8, 8, 8), dtype=torch.int64)
             _backward(C.max_unpool2d(x, places, 1), (x,), far=True)

@@ -169,8 +169,8 @@ def conv_act(
 
     input ``N C *spatial`` or ``C *spatial``; weight ``K C/groups *kernel``, which tells the axes; scale and
     bias ``K``; residual as large as the result. All have one dtype. `padding` is `conv2d`'s, `padding_mode`
-    that of ``torch.nn.Conv2d``, `activation` that of `batch_norm_act`. With a batch norm folded into scale and
-    bias this is a block of a network at inference.
+    that of ``torch.nn.Conv2d``, `activation` that of `batch_norm_act`. With a batch norm folded into scale
+    and bias this is a block of a network at inference.
 
     Differentiable; backward costs what convolution's does and a pass over the result where the activation is
     relu, relu6, leaky_relu, or in float32 and float64 sigmoid or tanh, and there is no scale. With silu, gelu

@@ -21,6 +21,7 @@ from cases.base import (
 )
 from cases.conv import CONV_CASES, ConvCase
 from cases.conv_act import CONV_ACT_CASES, ConvActCase
+from cases.depthwise import DEPTHWISE_CASES
 from cases.group_norm import (
     GROUP_NORM_CASES,
     LAYER_NORM_CASES,
@@ -33,6 +34,7 @@ from cases.pool import POOL_CASES, PoolCase
 CASES: tuple[Case, ...] = (
     *CONV_CASES,
     *CONV_ACT_CASES,
+    *DEPTHWISE_CASES,
     *POOL_CASES,
     *NORM_CASES,
     *GROUP_NORM_CASES,
@@ -44,6 +46,7 @@ __all__ = [
     "CASES",
     "CONV_ACT_CASES",
     "CONV_CASES",
+    "DEPTHWISE_CASES",
     "ENGINES",
     "GROUP_NORM_CASES",
     "LAYER_NORM_CASES",
