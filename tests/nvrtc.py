@@ -25,12 +25,12 @@ import importlib
 import mmap
 import os
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -358,8 +358,7 @@ def read() -> Table:
     return table
 
 
-def write(table: Table, seconds: Mapping[str, float]) -> None:
-    """`seconds`: of compiling the units of a source, for one architecture of `FULL`."""
+def write(table: Table) -> None:
     counts = defaultdict(int)
     for unit in table.cells:
         counts[unit.source] += 1
@@ -371,8 +370,7 @@ def write(table: Table, seconds: Mapping[str, float]) -> None:
             file=file,
         )
         for source, count in sorted(counts.items()):
-            time_ = f"{seconds[source]:.0f} s of CPU time an architecture"
-            print(f"# {source}: {count} sets of constants, {time_}, of {digest(source)}", file=file)
+            print(f"# {source}: {count} sets of constants, of {digest(source)}", file=file)
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(["source", "entry", *ALL, "constants"])
         lines = (
@@ -410,32 +408,25 @@ def differences(table: Table, unit: Unit, arch: str, cells: Mapping[str, Cell]) 
 
 
 def record() -> None:
-    """Compile everything and rewrite the table. Takes some minutes of CPU time, on all cores."""
-    table, seconds = Table(jit.nvrtc_version()), defaultdict(float)
+    """Compile what the table does not know and rewrite it. After an edit of common.cuh that is everything:
+    some fifteen minutes of CPU time, on all cores.
+    """
+    table, known = Table(jit.nvrtc_version()), read()
+    same = {source for source in known.digests if known.knows(source)}
     pool = ThreadPoolExecutor(os.cpu_count())
 
-    def timed(unit: Unit, arch: str) -> tuple[dict[str, Cell], float]:
-        began = time.thread_time()
-        return compiled(unit, arch), time.thread_time() - began
+    def cells_of(unit: Unit, arch: str) -> dict[str, Cell]:
+        rows = known.cells.get(unit, {}) if unit.source in same else {}
+        found = {entry: row[arch] for entry, row in rows.items() if arch in row}
+        return found if found and set(found) == set(rows) else compiled(unit, arch)
 
-    def compile_all(
-        arch: str, chosen: Iterable[Unit]
-    ) -> Iterator[tuple[Unit, dict[str, Cell], float]]:
-        chosen = list(chosen)
+    for arch in (*FULL, *SAMPLED):
+        every = arch in FULL
+        chosen = [u for u in units() if arch in architectures(u)] if every else table.sample(arch)
         print(f"sm_{arch}: {len(chosen)} sets of constants", flush=True)
-        for unit, (cells, took) in zip(
-            chosen, pool.map(lambda u: timed(u, arch), chosen), strict=True
-        ):
+        for unit, cells in zip(chosen, pool.map(cells_of, chosen, repeat(arch)), strict=True):
             table.put(unit, arch, cells)
-            yield unit, cells, took
-
-    for arch in FULL:
-        for unit, _, took in compile_all(arch, [u for u in units() if arch in architectures(u)]):
-            seconds[unit.source] += took / len(FULL)
-    for arch in SAMPLED:
-        for _ in compile_all(arch, table.sample(arch)):
-            pass
-    write(table, seconds)
+    write(table)
     spilling = [
         f"  {unit.source}:{entry} for sm_{arch}: {cell.spill} and {cell.stack} bytes [{unit.variant}]"
         for unit, rows in table.cells.items()

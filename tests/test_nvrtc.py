@@ -157,7 +157,7 @@ def test_cells_are_read_as_they_were_written(cell: tuple[int, int, int, int]) ->
 def test_the_table_is_as_record_writes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = nvrtc.TABLE.read_text()
     monkeypatch.setattr(nvrtc, "TABLE", tmp_path / "table.csv")
-    nvrtc.write(TABLE, dict.fromkeys(SOURCES, 0.0))
+    nvrtc.write(TABLE)
 
     def content(text: str) -> list[str]:
         lines = text.splitlines()

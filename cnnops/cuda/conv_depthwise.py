@@ -37,6 +37,8 @@ LIVE_SUMS = {False: 64, True: 50}
 """Sums that a thread has under way where it can choose how many: in NCHW, and beside packs of channels."""
 COLUMN_SUMS = {False: 28, True: 24}
 """Source columns of a row that a thread keeps, in accumulators; in both cases likewise."""
+WEIGHTS_AND_SUMS = 126
+"""Of 255 registers: float64 has two for each."""
 WASTE = 1.15
 """Tiles may reach over a row to this many times its length."""
 LANES = 64
@@ -210,7 +212,9 @@ class _Problem:
         sums = self.live * tile * channels * self.accumulator
         inner = self.source.c == self.result.c == 1
         columns = self.packs(tile, x_vec) * x_vec * channels * self.accumulator
-        return sums <= LIVE_SUMS[inner] and columns <= COLUMN_SUMS[inner]
+        weights = self.taps * channels * self.accumulator
+        fits = sums <= LIVE_SUMS[inner] and columns <= COLUMN_SUMS[inner]
+        return fits and (tile == 1 or weights + sums <= WEIGHTS_AND_SUMS)
 
     def resident(self, form: Form) -> int:
         """Blocks that find registers on a multiprocessor."""

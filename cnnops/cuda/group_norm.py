@@ -330,7 +330,9 @@ def _channel_tile(problem: Problem, vector: int, most: int, group: str) -> Tile:
             return Tile(vector, _power(-(-sites // team)), team, THREADS, packs * vector, True)
     for limit in (HELD_BYTES // 2, HELD_BYTES_CHANNELS):
         for lanes, packs in slabs:
-            tile = Tile(vector, most, MOST_THREADS // lanes, MOST_THREADS, packs * vector, True)
+            # So many threads have half as many registers.
+            fewer = max(1, most // 2) if group == "BACKWARD" else most
+            tile = Tile(vector, fewer, MOST_THREADS // lanes, MOST_THREADS, packs * vector, True)
             if held := _held(problem, group, tile, sites, limit):
                 return held
     few = [n for n in LANES if sites <= THREADS // n * most and n * bytes_ >= LINE_BYTES]
@@ -348,6 +350,8 @@ def _tile(problem: Problem, group: str) -> Tile:
         values = DOUBLE_CURVED_VALUES if curved else DOUBLE_VALUES
     elif curved and problem.channels_inner:
         values = CURVED_VALUES
+    if problem.channels_inner and problem.slab_lines < vector:
+        values //= 2  # a pack's channels have statistics of their own
     most = max(1, min(values // vector, MOST_PACKS[group]))
     make = _channel_tile if problem.channels_inner else _line_tile
     return make(problem, vector, most, group)
