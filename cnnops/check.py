@@ -204,7 +204,33 @@ def _convolutions() -> Iterator[_Problem]:
     yield _Problem(*transposed, ((2, 3, 5, 4), (3, 4, 3, 3), (4,)))
     yield _Problem(*_named("conv1d", stride=2), ((2, 3, 17), (4, 3, 5), (4,)))
     yield _Problem(*_named("conv3d", padding=1), ((1, 3, 4, 5, 6), (4, 3, 3, 3, 3), (4,)))
+    yield from _finished()
     yield from _folded()
+
+
+def _finished() -> Iterator[_Problem]:
+    """Convolutions whose results meet something on their way out."""
+
+    def ours(x: Tensor, w: Tensor, bias: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
+        return C.conv_act(x, w, bias, padding=1, scale=scale, residual=residual, activation="tanh")
+
+    def theirs(x: Tensor, w: Tensor, bias: Tensor, scale: Tensor, residual: Tensor) -> Tensor:
+        z = F.conv2d(x, w, padding=1) * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)
+        return torch.tanh(z + residual)
+
+    def normalised(x: Tensor, w: Tensor) -> Tensor:
+        return C.conv_batch_norm_act(x, w, None, None, None, training=True, activation="none")
+
+    def by_torch(x: Tensor, w: Tensor) -> Tensor:
+        return F.batch_norm(F.conv2d(x, w), None, None, training=True)
+
+    size, filters, y = (2, 8, 9, 8), (16, 8, 3, 3), (2, 16, 9, 8)
+    for last in (False, True):
+        sizes = (size, filters, (16,), (16,), y)
+        yield _Problem("conv_act(tanh)", ours, theirs, sizes, channels_last=last)
+        yield _Problem(
+            "conv_batch_norm_act()", normalised, by_torch, (size, filters), channels_last=last
+        )
 
 
 def _folded() -> Iterator[_Problem]:
@@ -286,14 +312,21 @@ def _norms() -> Iterator[_Problem]:
 
 
 def _group_norms() -> Iterator[_Problem]:
-    group, layer = _named("group_norm", num_groups=2), _named("layer_norm", normalized_shape=[8])
+    def group(home: Any) -> Callable[..., Tensor]:
+        return lambda x, w, b: home.group_norm(x, 2, w, b)
+
+    def layer(home: Any) -> Callable[..., Tensor]:
+        return lambda x, *parameters: home.layer_norm(x, x.shape[-1:], *parameters)
+
+    groups = "group_norm(num_groups=2)", group(C), group(F)
+    layers = "layer_norm()", layer(C), layer(F)
     for dtype in _DTYPES:
-        yield _Problem(*group, ((3, 8, 6, 5), (8,), (8,)), dtype)
-        yield _Problem(*layer, ((3, 4, 5, 8), (8,), (8,)), dtype)
-    yield _Problem(*group, ((3, 8, 6, 5), (8,), (8,)), torch.float32, True)
-    yield _Problem(*group, ((1, 4, 67, 65), (4,), (4,)))  # several blocks a group
+        yield _Problem(*groups, ((3, 8, 6, 5), (8,), (8,)), dtype)
+        yield _Problem(*layers, ((3, 4, 5, 8), (8,), (8,)), dtype)
+    yield _Problem(*groups, ((3, 8, 6, 5), (8,), (8,)), torch.float32, True)
+    yield _Problem(*groups, ((1, 4, 67, 65), (4,), (4,)))  # a group in a whole block
     yield _Problem(*_named("instance_norm"), ((2, 3, 9, 7),))
-    yield _Problem(*_named("layer_norm", normalized_shape=[5000]), ((3, 5000),))
+    yield _Problem(*layers, ((3, 5000),))
 
 
 _PROBLEMS = {
