@@ -172,9 +172,9 @@ def _finished(
     z = sums
     if scale is not None:
         per_channel = (-1, *(1,) * (sums.dim() - 2))
-        z = sums.to(torch.promote_types(sums.dtype, torch.float32)) * scale.view(per_channel)
+        z = sums * scale.view(per_channel)
         z = z if bias is None else z + bias.view(per_channel)
-    return activate(z, residual, activation).to(sums.dtype)
+    return activate(z, residual, activation)
 
 
 # ---- autograd ---------------------------------------------------------------------------------------------
