@@ -59,7 +59,7 @@ SAMPLED = ("86", "89", "100a")
 ALL = ("80", "86", "89", "90a", "100a")
 REGISTERS_MAY_GROW = 8
 """Registers are allotted to a warp's threads by eights: this much may come and go with an edit."""
-ONE_IN = 12
+ONE_IN = 24
 
 FAMILIES = ((*CONV, "conv_fold"), POOL, UNPOOL, BATCH_NORM, GROUP_NORM)
 
