@@ -707,7 +707,16 @@ def test_no_variant_takes_more_memory_than_allowed(splits: int, layout: str) -> 
         strides = tuple(laid_out(s, layout, lambda s: torch.empty(s)).stride() for s in sizes)
         for op, output in (("fprop", 2), ("dgrad", 0), ("wgrad", 1)):
             plan = conv_direct._plan(
-                op, shape, torch.float32, *strides, True, True, True, 0, f"64x64x16/{splits}"
+                op,
+                shape,
+                torch.float32,
+                *strides,
+                True,
+                True,
+                True,
+                "none",
+                False,
+                f"64x64x16/{splits}",
             )
             assert 4 * plan.partial <= conv_direct.PARTIAL_BYTES
             parts = plan.first.params.splits.divisor
