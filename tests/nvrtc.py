@@ -43,11 +43,11 @@ from cases import CASES, Case, NormCase, PoolCase, run
 
 import cnnops
 from cnnops import functional as C
-from cnnops.aten.norm import ACTIVATIONS
 from cnnops.cuda import conv_fold, jit
 from cnnops.cuda.cache import digest_of, sources
 from cnnops.cuda.kernel import Kernel, kernels_dir
 from cnnops.cuda.launch import trace
+from cnnops.epilogue import ACTIVATIONS
 from cnnops.ops.norm import batch_norm_stats
 from cnnops.registry import BATCH_NORM, CONV, GPU, GROUP_NORM, POOL, ROWS, UNPOOL
 from cnnops.shapes import ConvShape

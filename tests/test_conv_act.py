@@ -21,7 +21,7 @@ from cases import (
     needs_emulator,
     normal,
 )
-from cases.conv_act import ACTIVATIONS
+from cases.norm import ACTIVATIONS
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 

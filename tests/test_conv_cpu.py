@@ -26,6 +26,7 @@ import cnnops.cpu.conv
 from cnnops.cpu import simd
 from cnnops.cpu.task import Task, unpack
 from cnnops.cpu.task import layout as layout_of
+from cnnops.epilogue import ACTIVATIONS as ORDER
 from cnnops.epilogue import Epilogue
 from cnnops.shapes import PADDING_MODES, ConvShape
 
@@ -635,7 +636,7 @@ def test_finish_at_every_width(bits: int, T: str, activation: str) -> None:
             to = torch.full((count + L,), 7, dtype=dtype)
             finish(T, L).run(
                 1, 0, to.data_ptr(), source.data_ptr(), 0 if beside is None else beside.data_ptr(),
-                scale.data_ptr(), shift.data_ptr(), count, simd.ACTIVATIONS.index(activation), 64,
+                scale.data_ptr(), shift.data_ptr(), count, ORDER.index(activation), 64,
             )  # fmt: skip
             z = source.double() * scale.double() + shift.double()
             z = z if beside is None else z + beside.double()

@@ -23,7 +23,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-ACTIVATIONS = tuple(_ACTIVATIONS)
 
 
 def _silu_grad(grad: Tensor, z: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ from cnnops.cpu.task import (
 from cnnops.cpu.task import (
     supports as supports,
 )
-from cnnops.epilogue import NO_EPILOGUE, Epilogue
+from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import ConvShape, NormShape
 
 CACHE_BYTES = 512 * 1024
@@ -837,7 +837,7 @@ class _Correlation:
         start = sum(axis.start * stride for axis, stride in zip(self._axes, places, strict=True))
         start *= y.element_size()
         if epilogue is not None:
-            activation = simd.ACTIVATIONS.index(epilogue.activation)
+            activation = ACTIVATIONS.index(epilogue.activation)
             if epilogue.scale is not None:
                 scale = epilogue.scale.data_ptr()
             if epilogue.residual is not None:

@@ -30,7 +30,6 @@ import torch
 from numba import njit
 
 from cnnops.cpu.norm import (
-    ACTIVATIONS,
     _activate,
     _addresses,
     _deliver,
@@ -52,6 +51,7 @@ from cnnops.cpu.task import (
 from cnnops.cpu.task import (
     supports as supports,
 )
+from cnnops.epilogue import ACTIVATIONS
 from cnnops.shapes import GroupShape, LayerShape
 
 SIDE = 64

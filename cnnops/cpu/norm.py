@@ -35,6 +35,7 @@ from cnnops.cpu.task import (
 from cnnops.cpu.task import (
     supports as supports,
 )
+from cnnops.epilogue import ACTIVATIONS
 from cnnops.shapes import NormShape
 
 SIDE = 16
@@ -42,10 +43,6 @@ SIDE = 16
 
 PIECE = 1024
 """Elements that the backward holds in scratch at a time."""
-
-ACTIVATIONS = (
-    "none", "relu", "relu6", "silu", "gelu", "hardswish", "leaky_relu", "sigmoid", "tanh",
-)  # fmt: skip
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------

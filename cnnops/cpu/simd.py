@@ -28,6 +28,8 @@ from numba import njit, types
 from numba.extending import intrinsic
 from numpy.polynomial import Chebyshev, Polynomial
 
+from cnnops.epilogue import ACTIVATIONS
+
 WIDTHS = (128, 256, 512)
 _I64 = ir.IntType(64)
 
@@ -528,8 +530,6 @@ _ACTIVATIONS: dict[str, Callable[[Emit, ir.Value], ir.Value]] = {
     "tanh": lambda emit, z: emit.tanh(z),
 }
 
-ACTIVATIONS = tuple(_ACTIVATIONS)
-
 
 @intrinsic(prefer_literal=True)
 def finish(
@@ -564,11 +564,12 @@ def finish(
             else:
                 emit.store_some(y, place, mask)
 
+        functions = [_ACTIVATIONS[name] for name in ACTIVATIONS]
         null = ir.Constant(residual.type, None)
         there = builder.zext(builder.icmp_unsigned("!=", residual, null), _I64)
         end = builder.append_basic_block("finished")
         switch = builder.switch(builder.add(builder.shl(activation, int_constant(1)), there), end)
-        for case, (function, given) in enumerate(product(_ACTIVATIONS.values(), (False, True))):
+        for case, (function, given) in enumerate(product(functions, (False, True))):
             block = builder.append_basic_block("case")
             switch.add_case(int_constant(case), block)
             builder.position_at_end(block)

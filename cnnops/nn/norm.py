@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cnnops import functional
-from cnnops.aten.norm import ACTIVATIONS
+from cnnops.epilogue import expect_activation
 from cnnops.ops.sync_norm import group_of, sync_batch_norm
 
 
@@ -83,10 +83,7 @@ class _Act(_BatchNorm):
     """Batch norm, residual addition and activation in one pass over memory."""
 
     def __init__(self, *args: Any, activation: str = "relu", **kwargs: Any) -> None:
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-            )
+        expect_activation(activation)
         super().__init__(*args, **kwargs)
         self.activation = activation
 

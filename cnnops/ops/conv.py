@@ -100,7 +100,7 @@ def conv_transpose(
         function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[w.dim() - 3]
         return function(x, w, bias, stride, padding, output_padding, groups, dilation)
     size, *arguments = rest
-    last = channels_last_strides(x.shape, x.stride()) or channels_last_strides(w.shape, w.stride())
+    last = is_last(x, w)
     y: Tensor = call(_Dgrad, conv_dgrad, x, w, bias, size, last, *arguments, engine)
     return y
 
@@ -130,6 +130,11 @@ def transposed(
     pairs = tuple(p for pair in shape.padding for p in pair)
     size = (shape.N, shape.C, *shape.spatial)
     return size, shape.stride, pairs, shape.dilation, shape.groups, shape.padding_mode
+
+
+def is_last(x: Tensor, w: Tensor) -> bool:
+    """Whether results are channels-last: where x or w is."""
+    return channels_last_strides(x.shape, x.stride()) or channels_last_strides(w.shape, w.stride())
 
 
 def cast(x: Tensor, w: Tensor, *others: Tensor | None) -> Any:
@@ -233,6 +238,26 @@ def _sum(*terms: Tensor | None) -> Tensor | None:
     return sum(found[1:], found[0]) if found else None
 
 
+def save_for_gradients(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """Keeps what `gradients` needs of a Function's x, w, bias and arguments."""
+    x, w, _, *arguments = inputs
+    to_x, to_w = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(x if to_w else None, w if to_x else None)
+    ctx.call = x.shape, x.stride(), w.shape, w.stride(), arguments
+
+
+def gradients(ctx: Any, grad_y: Tensor) -> Any:
+    """Those of x, w and bias, and None for each of the other arguments."""
+    x, w = ctx.saved_tensors
+    x_size, x_strides, w_size, w_strides, arguments = ctx.call
+    last = channels_last_strides(x_size, x_strides) or channels_last_strides(w_size, w_strides)
+    to_x, to_w, to_bias = ctx.needs_input_grad[:3]
+    grad_x = dgrad(grad_y, w, x_size, last, *arguments) if to_x else None
+    grad_w = wgrad(grad_y, x, w_size, last, *arguments) if to_w else None
+    grad_b = bgrad(grad_y, arguments[-1]) if to_bias else None
+    return grad_x, grad_w, grad_b, *(None,) * len(arguments)
+
+
 class _Fprop(Function):
     vmap = staticmethod(_vmap_fprop)
 
@@ -243,21 +268,11 @@ class _Fprop(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, w, _, *arguments = inputs
-        to_x, to_w = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if to_w else None, w if to_x else None)
-        ctx.call = x.shape, x.stride(), w.shape, w.stride(), arguments
+        save_for_gradients(ctx, inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
-        x, w = ctx.saved_tensors
-        x_size, x_strides, w_size, w_strides, arguments = ctx.call
-        last = channels_last_strides(x_size, x_strides) or channels_last_strides(w_size, w_strides)
-        to_x, to_w, to_bias = ctx.needs_input_grad[:3]
-        grad_x = dgrad(grad_y, w, x_size, last, *arguments) if to_x else None
-        grad_w = wgrad(grad_y, x, w_size, last, *arguments) if to_w else None
-        grad_b = bgrad(grad_y, arguments[-1]) if to_bias else None
-        return grad_x, grad_w, grad_b, *(None,) * 6
+        return gradients(ctx, grad_y)
 
     @staticmethod
     def tangent(

@@ -20,12 +20,11 @@ from torch.autograd import Function
 
 from cnnops import registry
 from cnnops.aten.conv import finished
-from cnnops.aten.norm import ACTIVATIONS, activate, activation_grad, told_by_result
-from cnnops.epilogue import Epilogue
+from cnnops.aten.norm import activate, activation_grad, told_by_result
+from cnnops.epilogue import Epilogue, expect_activation
 from cnnops.ops import (
     DTYPES,
     call,
-    channels_last_strides,
     define,
     empty,
     expect_same,
@@ -56,7 +55,7 @@ def conv_act(
     """See `cnnops.functional.conv_act`; x and residual have a batch."""
     arguments = plain.settled(w.shape, stride, padding, dilation, groups, padding_mode)
     x, w, bias, scale, residual = plain.cast(x, w, bias, scale, residual)
-    _check_activation(activation)
+    expect_activation(activation)
     engine = registry.engine_for(x.device)
     tensors = (x, w, bias, scale, residual)
     if _fusible(tensors, activation):
@@ -86,7 +85,7 @@ def conv_transpose_act(
         x.shape, w.shape, of_bias, stride, padding, output_padding, groups, dilation
     )
     x, w, bias, scale, residual = plain.cast(x, w, bias, scale, residual)
-    _check_activation(activation)
+    expect_activation(activation)
     engine = registry.engine_for(x.device)
     tensors = (x, w, bias, scale, residual)
     if _fusible(tensors, activation):
@@ -139,13 +138,6 @@ def conv_batch_norm_act(
     )
 
 
-def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
-
-
 def _check_sizes(scale: Tensor | None, residual: Tensor | None, y: Tensor) -> None:
     for name, t, size in (("scale", scale, y.shape[1:2]), ("residual", residual, y.shape)):
         if t is not None and t.shape != size:
@@ -194,9 +186,7 @@ class _ConvAct(Function):
         to_x, to_w = ctx.needs_input_grad[:2]
         kept = None if activation == "none" else output
         ctx.save_for_backward(x if to_w else None, w if to_x else None, kept)
-        last = channels_last_strides(x.shape, x.stride()) or channels_last_strides(
-            w.shape, w.stride()
-        )
+        last = plain.is_last(x, w)
         ctx.call = x.shape, w.shape, last, activation, size is not None, arguments
 
     @staticmethod
@@ -205,17 +195,12 @@ class _ConvAct(Function):
         x_size, w_size, last, activation, transposed, arguments = ctx.call
         to_x, to_w, to_bias, _, to_residual = ctx.needs_input_grad[:5]
         g = activation_grad(grad_y, None, y, activation)
-        grad_x = grad_w = None
         if transposed:
-            if to_x:
-                grad_x = plain.fprop(g, w, *arguments)
-            if to_w:
-                grad_w = plain.wgrad(x, g, w_size, last, *arguments)
+            grad_x = plain.fprop(g, w, *arguments) if to_x else None
+            grad_w = plain.wgrad(x, g, w_size, last, *arguments) if to_w else None
         else:
-            if to_x:
-                grad_x = plain.dgrad(g, w, x_size, last, *arguments)
-            if to_w:
-                grad_w = plain.wgrad(g, x, w_size, last, *arguments)
+            grad_x = plain.dgrad(g, w, x_size, last, *arguments) if to_x else None
+            grad_w = plain.wgrad(g, x, w_size, last, *arguments) if to_w else None
         grad_b = plain.bgrad(g, arguments[-1]) if to_bias else None
         return grad_x, grad_w, grad_b, None, g if to_residual else None, *(None,) * 8
 
@@ -232,25 +217,12 @@ class _ConvMoments(Function):
     def setup_context(
         ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        x, w, _, *arguments = inputs
-        _, mean, var = output
-        ctx.mark_non_differentiable(mean, var)
-        to_x, to_w = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if to_w else None, w if to_x else None)
-        last = channels_last_strides(x.shape, x.stride()) or channels_last_strides(
-            w.shape, w.stride()
-        )
-        ctx.call = x.shape, w.shape, last, arguments
+        plain.save_for_gradients(ctx, inputs)
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, *_: None) -> Any:
-        x, w = ctx.saved_tensors
-        x_size, w_size, last, arguments = ctx.call
-        to_x, to_w, to_bias = ctx.needs_input_grad[:3]
-        grad_x = plain.dgrad(grad_y, w, x_size, last, *arguments) if to_x else None
-        grad_w = plain.wgrad(grad_y, x, w_size, last, *arguments) if to_w else None
-        grad_b = plain.bgrad(grad_y, arguments[-1]) if to_bias else None
-        return grad_x, grad_w, grad_b, *(None,) * 6
+        return plain.gradients(ctx, grad_y)
 
 
 # ---- torch.library ----------------------------------------------------------------------------------------
@@ -266,9 +238,7 @@ def _conv_act(
         shape, strides = plain.problem(x, w, bias, *geometry)
         y_size, op = shape.y_size, "conv_fprop"
     else:
-        last = channels_last_strides(x.shape, x.stride()) or channels_last_strides(
-            w.shape, w.stride()
-        )
+        last = plain.is_last(x, w)
         shape = plain.shape_of(size, w.shape, None, *geometry)
         y_size, strides, op = shape.x_size, new_strides(shape.x_size, last), "conv_dgrad"
     expect_same(x, x.dtype, weight=w, bias=bias, scale=scale, residual=residual)

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from cnnops import registry
-from cnnops.aten.norm import ACTIVATIONS, activate
+from cnnops.aten.norm import activate
+from cnnops.epilogue import expect_activation
 from cnnops.ops import (
     DTYPES,
     cached,
@@ -51,10 +52,7 @@ def group_norm(
     """Group norm of x ``N C *spatial``; see `cnnops.functional.group_norm_act` for arguments and errors."""
     groups = _groups(x.shape, groups)
     expect_float("eps", eps)
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
+    expect_activation(activation)
     x, weight, bias = _widened(x, weight, bias)
     engine = registry.engine_for(x.device)
     if x.dtype not in DTYPES:

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 from cnnops import registry
-from cnnops.aten.norm import ACTIVATIONS, activate, activation_grad, told_by_result
+from cnnops.aten.norm import activate, activation_grad, told_by_result
+from cnnops.epilogue import expect_activation
 from cnnops.ops import (
     DTYPES,
     cached,
@@ -80,10 +81,7 @@ def check(
     _check_statistics(running_mean, running_var, training)
     if training and eps <= 0:
         raise ValueError(f"eps: expected a positive value when training, got {eps}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
-        )
+    expect_activation(activation)
 
 
 def _check_statistics(mean: Tensor | None, var: Tensor | None, training: bool) -> None:
