@@ -17,6 +17,7 @@ TEST = [
     # NVRTC compiles every kernel in the tests; neither a GPU nor a driver is needed for that.
     "cuda-bindings>=12.8; sys_platform == 'linux'",
     "nvidia-cuda-nvrtc; sys_platform == 'linux'",
+    "nvidia-cuda-nvdisasm; sys_platform == 'linux'",  # and what it makes of the main loops is read
 ]
 
 setup(

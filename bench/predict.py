@@ -1,14 +1,17 @@
-"""The tables of bench/notes.md: what the memory-bound kernels should take on a GPU, by counts and a model.
+"""The tables of bench/notes.md: what kernels should take on a GPU, by counts and a model.
 
     python bench/predict.py                       # count everything and renew bench/notes.md: 10 minutes
     python bench/predict.py --only resnet50 fold  # the rows whose names hold one of these words
     python bench/predict.py --check               # exit 1 where a table is stale
 
-Every pooling and normalisation row of bench/suites.py gets its predicted time before a GPU is asked: the
-emulator counts what its launches move (bench/traffic.py), `predict` makes a time of it by the constants of
-`Gpu`. Measured times stand beside it once bench/results/ has those of a GPU. Rows of equal sizes stand in the
-table once, under the first name; float16 moves what bfloat16 does. What is written by hand stays: the text
-around the tables, and their last column.
+Every row of bench/suites.py that is pooling, normalisation or depthwise convolution gets its predicted time
+before a GPU is asked: the emulator counts what its launches move (bench/traffic.py), `predict` makes a time
+of it, and of a convolution's multiply-adds, by the constants of `Gpu`. Measured times stand beside it once
+bench/results/ has those of a GPU. Rows of equal sizes stand in the table once, under the first name; float16
+moves what bfloat16 does. What is written by hand stays: the text around the tables, and their last column.
+
+Convolutions on tensor cores are not counted: cnnops/cuda/conv_igemm.py chooses their tiles by a model of
+time, and what that model says stands in a table of its own, which takes seconds and is renewed each time.
 """
 
 from __future__ import annotations
@@ -41,9 +44,12 @@ from bench.traffic import (  # noqa: E402
     Make,
     Problem,
     count,
+    has_problem,
     problem_named,
     problem_of,
 )
+from cnnops.cuda import conv_igemm  # noqa: E402
+from cnnops.shapes import ConvShape  # noqa: E402
 
 NOTES = Path(__file__).resolve().parent / "notes.md"
 BEGIN, END = "<!-- predicted: {} -->", "<!-- end -->"
@@ -65,6 +71,8 @@ class Gpu:
     """Bytes of the sectors that requests touch: 128 a cycle and multiprocessor."""
     wavefronts: float = 132 * 1.755e9
     """Of shared memory: one a cycle and multiprocessor."""
+    ffma: float = 132 * 128 * 1.755e9
+    """Multiply-adds in float32: one a cycle and lane."""
     l2_bytes: float = 50e6
     """What L2 keeps from launch to launch."""
 
@@ -77,7 +85,7 @@ class Prediction:
     least: float
     most: float
     limit: str
-    """What takes the most of that: "launch", "memory", "L2", "L1" or "shared"."""
+    """What takes the most of that: "launch", "memory", "L2", "L1", "shared" or "FFMA"."""
 
 
 def from_memory(launches: Sequence[Counted], gpu: Gpu, optimistic: bool) -> list[float]:
@@ -109,7 +117,8 @@ def _touches(launch: Counted, tensor: int) -> bool:
 
 
 def predict(launches: Sequence[Counted], gpu: Gpu) -> Prediction:
-    """One launch follows another: each takes `Gpu.launch`, and the longest of what levels of memory take."""
+    """One launch follows another: each takes `Gpu.launch`, and the longest of what levels of memory, and
+    multiply-adds, take."""
     best, worst = (from_memory(launches, gpu, optimistic) for optimistic in (True, False))
     taken = {"launch": gpu.launch * len(launches)}
     least = most = taken["launch"]
@@ -118,6 +127,7 @@ def predict(launches: Sequence[Counted], gpu: Gpu) -> Prediction:
             "L2": sum(side.l2 for side in launch.sides) / gpu.l2,
             "L1": launch.l1 / gpu.l1,
             "shared": launch.wavefronts / gpu.wavefronts,
+            "FFMA": launch.multiplies / gpu.ffma,
         }
         parts = {"memory": high / gpu.memory, **others}
         limit = max(parts, key=lambda name: parts[name])
@@ -155,8 +165,8 @@ def lines() -> list[Line]:
     """All lines of all tables, in the order of the suites."""
     same: dict[tuple[object, ...], list[Case]] = {}
     for case in (case for suite in SUITES.values() for case in suite):
-        if case.kind in ("pool", "norm"):
-            same.setdefault((case.op, case.x, case.options), []).append(case)
+        if has_problem(case):
+            same.setdefault((case.op, case.x, case.w, case.options), []).append(case)
     found = []
     for cases in same.values():
         rows: dict[tuple[str, Form], tuple[str, ...]] = {}
@@ -244,7 +254,9 @@ def predictions(
     for form in forms:
         steps = problem.steps(problem.full, Make(form, "meta"))
         for direction, launches in count(problem, form).items():
-            found[direction, form] = steps[direction].least / gpu.memory, predict(launches, gpu)
+            step = steps[direction]
+            floor = max(step.least / gpu.memory, step.multiplies / gpu.ffma)
+            found[direction, form] = floor, predict(launches, gpu)
     return found
 
 
@@ -286,15 +298,65 @@ def table(
 
 def renewed(text: str, found: Mapping[str, Predictions], measured: Mapping[str, float]) -> str:
     """`text` with all its tables renewed. Raises ValueError where one has no place."""
-    for kernel in kernels():
+    for kernel in (*kernels(), PRODUCTS):
         begin = BEGIN.format(kernel)
         pattern = re.compile(f"({re.escape(begin)}\n)(.*?){END}", re.DOTALL)
         places = list(pattern.finditer(text))
         if len(places) != 1:
             raise ValueError(f"expected one {begin} and an {END} behind it, got {len(places)}")
         start, end = places[0].span(2)
-        text = text[:start] + table(places[0][2], kernel, found, measured) + text[end:]
+        new = (
+            product_table(measured)
+            if kernel == PRODUCTS
+            else table(places[0][2], kernel, found, measured)
+        )
+        text = text[:start] + new + text[end:]
     return text
+
+
+# ---- convolutions on tensor cores ------------------------------------------------------------------------
+
+PRODUCTS = "conv_igemm.cu"
+PRODUCT_FORMS = (("bfloat16", "channels_last"), ("float32", "contiguous"))
+PASSES = ("fprop", "dgrad", "wgrad")
+
+
+def _estimates(case: Case, form: Form) -> list[conv_igemm.Estimate]:
+    """Of the case's directions, as `PASSES` has them; none where the kernel does not take it."""
+    shape, make = case.shape, Make(form, "meta")
+    assert isinstance(shape, ConvShape)
+    if any(conv_igemm.supports(f"conv_{op}", shape, form.dtype) for op in PASSES):
+        return []
+    x, w, y = make(shape.x_size), make(shape.w_size), make(shape.y_size)
+    arguments = {"fprop": (x, w, y), "dgrad": (y, w, x), "wgrad": (y, x, w)}
+    # Of a transposed convolution the forward pass is its twin's dgrad, and the other way round.
+    order = ("dgrad", "fprop", "wgrad") if case.kind == "conv_transpose" else PASSES
+    return [conv_igemm.estimate(f"conv_{op}", shape, *arguments[op]) for op in order]
+
+
+def product_table(measured: Mapping[str, float]) -> str:
+    """Predicted times of all convolutions that tensor cores take, each problem once."""
+    head = ["row", "problem"]
+    for name, layout in (("bf16", "NHWC"), ("TF32", "NCHW")):
+        head += [f"floor {name}", *(f"{layout} {op}" for op in PASSES)]
+    rows = [head, ["---", "---", *["--:"] * (len(head) - 2)]]
+    seen: set[tuple[object, ...]] = set()
+    for case in (case for suite in SUITES.values() for case in suite):
+        key = case.op, case.x, case.w, case.options
+        if case.kind not in ("conv", "conv_transpose") or key in seen:
+            continue
+        seen.add(key)
+        row = [f"{case.suite}/{case.name}", case.problem]
+        for dtype, layout in PRODUCT_FORMS:
+            found = _estimates(case, _form(dtype, layout))
+            row.append(_microseconds(found[0].floor) if found else "–")
+            for i, op in enumerate(PASSES):
+                id = f"{case.suite}/{case.name}/{op}/{dtype}/{layout}"
+                text = _microseconds(found[i].seconds) if found else "–"
+                row.append(f"{text}, {_microseconds(measured[id])}" if id in measured else text)
+        if len(set(row[2:])) > 1:
+            rows.append(row)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 # ---- command line ----------------------------------------------------------------------------------------

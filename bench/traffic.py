@@ -5,7 +5,8 @@ that the emulator can run in a second and for which the launchers choose the sam
 for the full one; `count` runs it there and scales the counts up again. tests/test_traffic.py holds the counts
 to the least traffic, `bench/predict.py` makes times of them.
 
-Problems are the pooling and normalisation rows of `bench/suites.py`, and `OTHERS`, which no suite has.
+Problems are the pooling and normalisation rows of `bench/suites.py`, its depthwise convolutions, and
+`OTHERS`, which no suite has.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.suites import SUITES, Case, Size
-from cnnops.cuda import batch_norm, conv_fold, emulate, group_norm, pool, unpool
+from cnnops.cuda import batch_norm, conv_depthwise, conv_fold, emulate, group_norm, pool, unpool
 from cnnops.cuda.emulate import Profile
 from cnnops.cuda.emulator_profile import SECTOR
 from cnnops.cuda.launch import trace
@@ -58,6 +59,10 @@ class Step(NamedTuple):
     run: Callable[[], None]
     reads: tuple[Tensor, ...]
     writes: tuple[Tensor, ...]
+    multiplies: int = 0
+    """Multiply-adds, where they might take longer than memory."""
+    filters: tuple[Tensor, ...] = ()
+    """Those of `reads` that every image needs: blocks ask for them as often as there are blocks."""
 
     @property
     def least(self) -> int:
@@ -225,6 +230,28 @@ def folded(size: Size, mode: str, make: Make) -> Steps:
     return {"bwd": Step(run, (padded,), (grad_x,))}
 
 
+def convolved(shape: ConvShape, transposed: bool, bias: bool, make: Make) -> Steps:
+    """Depthwise. Of a transposed convolution, `shape` is the one whose dgrad it is, and the result is x."""
+    x, y = make(shape.x_size, fill=True), make(shape.y_size, fill=True)
+    grad_x, grad_y = make(shape.x_size), make(shape.y_size)
+    w, grad_w = make.dense()(shape.w_size, fill=True), make.dense()(shape.w_size)
+    added = make.vectors(shape.C if transposed else shape.K, 1)[0] if bias else None
+    of_fprop, of_dgrad = (None, added) if transposed else (added, None)
+    fprop = Step(
+        lambda: conv_depthwise.conv_fprop(shape, x, w, of_fprop, grad_y),
+        (x, w), (grad_y,), shape.macs, (w,),
+    )  # fmt: skip
+    dgrad = Step(
+        lambda: conv_depthwise.conv_dgrad(shape, y, w, of_dgrad, grad_x),
+        (y, w), (grad_x,), shape.macs, (w,),
+    )  # fmt: skip
+    wgrad = Step(
+        lambda: conv_depthwise.conv_wgrad(shape, y, x, grad_w), (y, x), (grad_w,), shape.macs
+    )
+    forward, back = (dgrad, fprop) if transposed else (fprop, dgrad)
+    return {"fprop": forward, "dgrad": back, "wgrad": wgrad}
+
+
 # ---- problems --------------------------------------------------------------------------------------------
 
 
@@ -241,11 +268,26 @@ class Problem:
     span: int = 1
     """Of a window: scaled down, spatial axes keep four times as much."""
     by_channel: bool = False
-    """Whether channels, not images, are computed each for itself."""
+    """Whether channels are computed each for itself, and images are not: parameters' gradients."""
+    line: int = 128
+    """Bytes of channels that a channels-last tensor keeps, so that neighbouring places share no sector."""
+    channels: int = 1
+    """Their number stays a multiple of it: as many as a block may have."""
+
+
+def is_depthwise(case: Case) -> bool:
+    """Whether `case` is a convolution whose filters have one channel each."""
+    shape = case.shape
+    return isinstance(shape, ConvShape) and shape.groups == shape.C > 1
+
+
+def has_problem(case: Case) -> bool:
+    """Whether `problem_of` takes `case`."""
+    return case.kind in ("pool", "norm") or is_depthwise(case)
 
 
 def problem_of(case: Case) -> Problem:
-    """The problem of a case of pooling or batch norm. Raises ValueError for another one."""
+    """The problem of a case that `has_problem`. Raises ValueError for another one."""
     name, options, shape = f"{case.suite}/{case.name}", dict(case.options), case.shape
     if isinstance(shape, NormShape):
         act = "none" if case.op == "batch_norm" else options.get("activation", "relu")
@@ -255,7 +297,7 @@ def problem_of(case: Case) -> Problem:
             lambda size, make: batch_normed(size, training, residual, act, make), by_channel=True,
         )  # fmt: skip
     if not isinstance(shape, PoolShape):
-        raise ValueError(f"{name}: expected pooling or batch norm, got {case.op}")
+        return _depthwise_problem(name, case)
     op = "max" if case.op.startswith("max") else "avg"
 
     def steps(size: Size, make: Make) -> Steps:
@@ -266,6 +308,30 @@ def problem_of(case: Case) -> Problem:
     # An adaptive window is all of the plane: such planes keep their size.
     span = max(shape.dilation[i] * (shape.kernel[i] - 1) + 1 for i in range(len(shape.kernel)))
     return Problem(name, "pool.cu", case.problem, case.x, steps, span)
+
+
+def _depthwise_problem(name: str, case: Case) -> Problem:
+    if not is_depthwise(case):
+        raise ValueError(
+            f"{name}: expected pooling, batch norm or depthwise convolution, got {case.problem}"
+        )
+    whole, filters = case.shape, case.w
+    assert isinstance(whole, ConvShape) and filters is not None
+
+    def steps(size: Size, make: Make) -> Steps:
+        options = {**dict(case.options), "groups": whole.groups * size[1] // case.x[1]}
+        w = (filters[0] * size[1] // case.x[1], *filters[1:])
+        shape = replace(case, x=size, w=w, options=tuple(options.items())).shape
+        assert isinstance(shape, ConvShape)
+        every = convolved(shape, case.kind == "conv_transpose", case.bias, make)
+        return {direction: every[direction] for direction in case.directions or every}
+
+    span = max(d * (k - 1) + 1 for d, k in zip(whole.dilation, whole.kernel, strict=True))
+    large = math.prod(whole.kernel[-2:]) > conv_depthwise.MOST_TAPS
+    return Problem(
+        name, "conv_depthwise.cu", case.problem, case.x, steps, span, not large,
+        conv_depthwise.RUN_BYTES, 16 if large else 1,
+    )  # fmt: skip
 
 
 def problem_named(name: str) -> Problem:
@@ -298,20 +364,17 @@ OTHERS = (
 
 # ---- scaling down ----------------------------------------------------------------------------------------
 
-LEAST, INNER, MOST = 3 * 2**14, 2**18, 2**24
+LEAST, INNER, MOST = 3 * 2**14, 2**18, 3 * 2**23
 """Elements of x in a problem that is counted: no fewer, if the full one has as many, and no more than `MOST`.
 The axis whose places are neighbours in memory and, but for batch norm, channels of channels-last tensors are
 shortened only as long as more than `INNER` are left: they decide which lanes and blocks share a sector."""
 
-LINE = 128
-"""Bytes of channels that a channels-last tensor keeps, so that neighbouring places share no sector."""
-
-MODULES: tuple[ModuleType, ...] = (batch_norm, conv_fold, group_norm, pool, unpool)
+MODULES: tuple[ModuleType, ...] = (batch_norm, conv_depthwise, conv_fold, group_norm, pool, unpool)
 FULL_GPU = (
-    (batch_norm, "SMS"), (batch_norm, "MAX_BLOCKS"), (group_norm, "WALKERS"), (pool, "FULL_GPU"),
-    (unpool, "BLOCKS"),
+    (batch_norm, "SMS"), (batch_norm, "MAX_BLOCKS"), (conv_depthwise, "SMS"), (group_norm, "WALKERS"),
+    (pool, "FULL_GPU"), (unpool, "BLOCKS"),
 )  # fmt: skip
-"""What launchers keep busy of a GPU: as much smaller as the problem."""
+"""What launchers keep busy of a GPU: as much smaller as the problem, in whole numbers but for floats."""
 
 
 def _forget_plans() -> None:
@@ -328,7 +391,8 @@ def smaller_gpu(ratio: float) -> Iterator[None]:
     _forget_plans()
     try:
         for module, name, value in former:
-            setattr(module, name, max(1, int(value * ratio)))
+            less = value * ratio
+            setattr(module, name, less if isinstance(value, float) else max(1, int(less)))
         yield
     finally:
         for module, name, value in former:
@@ -336,15 +400,19 @@ def smaller_gpu(ratio: float) -> Iterator[None]:
         _forget_plans()
 
 
-Variants = tuple[tuple[str, tuple[tuple[str, str | int], ...]], ...]
+Variants = tuple[tuple[object, ...], ...]
 
 
 def variants(step: Step) -> Variants:
-    """Entries and constants of its launches, but for the width of addresses."""
+    """Entries and constants of its launches, but for the width of addresses, and how far a thread walks."""
     with trace(run=False) as launches:
         step.run()
     return tuple(
-        (plan.kernel.entry, tuple(pair for pair in plan.kernel.constants if pair[0] != "INDEX"))
+        (
+            plan.kernel.entry,
+            tuple(pair for pair in plan.kernel.constants if pair[0] != "INDEX"),
+            getattr(plan.params, "strip", None),
+        )
         for plan in launches
     )
 
@@ -371,12 +439,21 @@ def _shorter(problem: Problem, form: Form, size: Size) -> Iterator[Size]:
         inner -= {1}
     for axis in axes:
         less = (size[axis] + 1) // 2
-        if axis >= 2 and (less < 4 * problem.span or size[axis] % 2):
+        # Depth has no neighbours in memory: it may be odd, and borders are a small part of it.
+        deep = len(size) == 5 and axis == 2 and size[axis] % 2
+        if axis >= 2 and not deep and (less < 4 * problem.span or size[axis] % 2):
+            continue
+        if deep and less < 2 * problem.span:
             continue
         if axis in inner and math.prod(size) <= INNER:
             continue
-        if axis == 1 and form.layout == "channels_last" and less * form.dtype.itemsize < LINE:
+        if axis == 1 and less % problem.channels:
             continue
+        if axis == 1 and form.layout == "channels_last":
+            # Places keep their alignment, too.
+            before, after = (n * form.dtype.itemsize for n in (size[1], less))
+            if after < problem.line or after % SECTOR != before % SECTOR:
+                continue
         if less < size[axis]:
             yield (*size[:axis], less, *size[axis + 1 :])
 
@@ -435,6 +512,8 @@ class Counted:
     wavefronts: float
     """Of shared memory."""
     sides: tuple[Side, ...]
+    multiplies: float = 0
+    """Multiply-adds of all threads."""
 
 
 def profiles(step: Step) -> list[Profile]:
@@ -460,7 +539,8 @@ def scaled(problem: Problem, form: Form, size: Size | None = None) -> Steps:
 def count(problem: Problem, form: Form, size: Size | None = None) -> dict[str, tuple[Counted, ...]]:
     """By direction: every launch of the problem in full size, counted at `size`, by default `smaller`'s.
 
-    Counts of a tensor grow as its bytes do; those of scratch, of requests and of shared memory as x does.
+    Counts of a tensor grow as its bytes do; those of scratch, of requests and of shared memory as x does, and
+    so do requests for filters.
     """
     size = size or smaller(problem, form)
     ratio = math.prod(problem.full) / math.prod(size)
@@ -470,18 +550,20 @@ def count(problem: Problem, form: Form, size: Size | None = None) -> dict[str, t
         whole = full[direction]
         pairs = zip((*step.reads, *step.writes), (*whole.reads, *whole.writes), strict=True)
         grown = {t.data_ptr(): large.nbytes / t.nbytes for t, large in pairs}
-        found[direction] = tuple(_scaled(launch, grown, ratio) for launch in profiles(step))
+        often = {t.data_ptr() for t in step.filters}
+        first, *others = (_scaled(launch, grown, often, ratio) for launch in profiles(step))
+        # A second launch adds up what the first has multiplied.
+        found[direction] = (replace(first, multiplies=whole.multiplies), *others)
     return found
 
 
-def _scaled(launch: Profile, grown: dict[int, float], ratio: float) -> Counted:
+def _scaled(launch: Profile, grown: dict[int, float], often: set[int], ratio: float) -> Counted:
     sides = []
     for t in launch.tensors:
         by = grown.get(t.address, ratio)
         through = t.requested if t.writes else t.block_sectors
-        sides.append(
-            Side(t.address, t.writes, SECTOR * through * by, SECTOR * t.sectors * by, t.bytes * by)
-        )
+        l2 = SECTOR * through * (ratio if t.address in often else by)
+        sides.append(Side(t.address, t.writes, l2, SECTOR * t.sectors * by, t.bytes * by))
     return Counted(
         launch.launch.kernel.entry,
         SECTOR * launch.global_sectors * ratio,
@@ -530,9 +612,7 @@ def ratios(step: Step, launches: list[Profile]) -> Ratios:
 
 def main(words: Sequence[str]) -> int:
     """Print the ratios of all problems whose id holds one of `words`, or of all."""
-    known = [
-        problem_of(c) for cases in SUITES.values() for c in cases if c.kind in ("pool", "norm")
-    ]
+    known = [problem_of(c) for cases in SUITES.values() for c in cases if has_problem(c)]
     for problem in (*known, *OTHERS):
         if words and not any(word in problem.id for word in words):
             continue

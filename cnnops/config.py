@@ -12,6 +12,8 @@ from __future__ import annotations
 import os
 from types import TracebackType
 
+import torch
+
 ENGINES = ("cuda", "emulate", "cpu", "aten")
 FALLBACKS = ("warn", "error", "silent")
 POLICIES = ("auto", "own")
@@ -84,6 +86,23 @@ def policy(name: str) -> Setting:
     Raises ValueError for any other name.
     """
     return Setting("policy", _checked_policy(name))
+
+
+_CONVOLUTIONS_OF = {"cuda": ("cuda", "conv"), "emulate": ("mkldnn", "conv")}
+
+
+def tf32(engine: str, dtype: torch.dtype) -> bool:
+    """Whether torch lets convolutions multiply float32 as TF32, on tensors of the engine's device.
+
+    What counts is ``torch.backends.cudnn.conv.fp32_precision`` (which ``torch.backends.cudnn.allow_tf32``
+    sets, too) for "cuda", and for "emulate", whose tensors are a CPU's,
+    ``torch.backends.mkldnn.conv.fp32_precision``. Other engines compute in float32.
+    """
+    if dtype is not torch.float32 or engine not in _CONVOLUTIONS_OF:
+        return False
+    # What the two properties read, in a tenth of their time: this is asked at every call.
+    precision: str = torch._C._get_fp32_precision_getter(*_CONVOLUTIONS_OF[engine])
+    return precision == "tf32"
 
 
 settings = _Settings()

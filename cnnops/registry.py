@@ -51,7 +51,7 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, wraps
 from typing import Any
 
@@ -59,7 +59,7 @@ import torch
 from torch import Tensor
 
 from cnnops import tuned
-from cnnops.config import Setting, settings
+from cnnops.config import Setting, settings, tf32
 from cnnops.epilogue import Epilogue as Epilogue
 from cnnops.shapes import Shape
 
@@ -92,13 +92,17 @@ class Row:
     module: str
     by_torch: bool = False
     """Whether the module calls operations that autocast would interfere with."""
+    tf32: bool = False
+    """Whether the module multiplies float32 as TF32, for which torch must give leave."""
 
     @property
     def algorithm(self) -> str:
         return self.module.rpartition(".")[2]
 
-    def supports(self, shape: Shape, dtype: torch.dtype) -> str | None:
-        """None, or why this row cannot take the problem."""
+    def supports(self, shape: Shape, dtype: torch.dtype, tf32: bool = False) -> str | None:
+        """None, or why this row cannot take the problem. `tf32`: what `config.tf32` says of it."""
+        if self.tf32 and dtype == torch.float32 and not tf32:
+            return "float32: expected torch.backends.cudnn.conv.fp32_precision 'tf32', of a CPU mkldnn's"
         reason: str | None = importlib.import_module(self.module).supports(self.op, shape, dtype)
         return reason
 
@@ -111,6 +115,11 @@ class Row:
         """What else than the module's own choice is worth measuring for a call; () for most modules."""
         variants = getattr(importlib.import_module(self.module), "variants", None)
         return tuple(variants(self.op, shape, *arguments)) if variants else ()
+
+    def describe(self, shape: Shape, *arguments: Any) -> str:
+        """How the module would go about a call, in a line; "" of most modules."""
+        describe = getattr(importlib.import_module(self.module), "describe", None)
+        return str(describe(self.op, shape, *arguments)) if describe else ""
 
     def forced(self, variant: str) -> AbstractContextManager[None]:
         """A context in which the module takes this variant, or for "" its own choice, whatever tables say."""
@@ -127,6 +136,7 @@ GROUP_NORM = ("group_norm_fwd", "group_norm_bwd", "layer_norm_fwd", "layer_norm_
 
 ROWS: tuple[Row, ...] = (
     *(Row(op, GPU, "cnnops.cuda.conv_depthwise") for op in CONV[:3]),
+    *(Row(op, GPU, "cnnops.cuda.conv_igemm", tf32=True) for op in CONV[:3]),
     *(Row(op, GPU, "cnnops.cuda.conv_direct") for op in CONV),
     *(Row(op, GPU, "cnnops.cuda.conv_im2col", by_torch=True) for op in CONV[:3]),
     Row("conv_fold", GPU, "cnnops.cuda.conv_fold"),
@@ -177,7 +187,8 @@ def engine_for(device: torch.device) -> str:
 class Choice:
     """What `choose` decided for one problem: the row, and why the rows before it were passed over.
 
-    `variant` and `measured` are filled in where a table of `cnnops.tuned` decided.
+    `variant` and `measured` are filled in where a table of `cnnops.tuned` decided; `detail` by `explain`,
+    where the row has more to tell.
     """
 
     op: str
@@ -186,6 +197,7 @@ class Choice:
     passed_over: tuple[tuple[str, str], ...] = ()
     variant: str = ""
     measured: str = ""
+    detail: str = ""
     function: Callable[..., None] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -199,6 +211,7 @@ class Choice:
     def __str__(self) -> str:
         lines = [f"{self.op}: {tuned.candidate(self.row.algorithm, self.variant)} ({self.engine})"]
         lines += [f"  measured on {self.measured}"] if self.measured else []
+        lines += [f"  {self.detail}"] if self.detail else []
         return "\n".join(lines + [f"  not {name}: {reason}" for name, reason in self.passed_over])
 
 
@@ -263,13 +276,19 @@ class _Measured(Choice):
 
 @tuned.cached
 def _choose(
-    op: str, engine: str, algorithm: str, shape: Shape, dtype: torch.dtype, policy: str = "own"
+    op: str,
+    engine: str,
+    algorithm: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    policy: str = "own",
+    tf32: bool = False,
 ) -> Choice:
     passed_over: list[tuple[str, str]] = []
     supported: list[Row] = []
     rows = [row for row in ROWS if row.op == op and engine in row.engines]
     for row in sorted(rows, key=lambda row: row.algorithm != algorithm):
-        reason = row.supports(shape, dtype)
+        reason = row.supports(shape, dtype, tf32)
         if reason is None:
             supported.append(row)
         elif not supported:
@@ -304,7 +323,9 @@ def choose(op: str, engine: str, shape: Shape, dtype: torch.dtype) -> Callable[.
     Falls back to PyTorch's op where no row of the engine supports the problem: with one warning a reason,
     silently, or by raising `UnsupportedError`, as `cnnops.fallback` says.
     """
-    choice = _choose(op, engine, settings.algorithm, shape, dtype, settings.policy)
+    choice = _choose(
+        op, engine, settings.algorithm, shape, dtype, settings.policy, tf32(engine, dtype)
+    )
     if choice.engine != engine and settings.fallback != "silent":
         reasons = "; ".join(f"{name}: {reason}" for name, reason in choice.passed_over)
         message = f"{op} in engine {engine!r}: no kernel takes the problem ({reasons})"
@@ -338,7 +359,9 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Choice]:
         choices.append(choice)
 
         def run(shape: Shape, *arguments: Any) -> None:
-            choices[at] = choice.settled(arguments)
+            settled = choice.settled(arguments)
+            detail = settled.row.describe(shape, *arguments)
+            choices[at] = replace(settled, detail=detail) if detail else settled
             choice.function(shape, *arguments)
 
         return run

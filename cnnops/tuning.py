@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from cnnops import registry, tuned
-from cnnops.config import settings
+from cnnops.config import settings, tf32
 from cnnops.registry import CONV, ROWS, Choice, Row
 from cnnops.shapes import Shape
 
@@ -46,7 +46,9 @@ HOPELESS = 2.0
 """After two rounds, a candidate that takes this many times as long as the best gets no more."""
 
 LIMIT = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Largest ``||result - reference|| / ||reference||`` of a candidate. TF32 is beyond that of float32."""
+"""Largest ``||result - reference|| / ||reference||`` of a candidate."""
+TF32_LIMIT = 1e-3
+"""The same for float32 where torch lets it be multiplied as TF32."""
 KINK_LIMIT = 2e-3
 """The same for the backward of an activation: near its kink an element's gradient may fall on either side."""
 
@@ -219,7 +221,11 @@ def candidates(problem: Problem, arguments: Sequence[Any]) -> dict[str, Call]:
     op, engine, shape, dtype = problem.op, problem.engine, problem.shape, problem.dtype
     calls: dict[str, Call] = {}
     for row in ROWS:
-        if row.op == op and engine in row.engines and row.supports(shape, dtype) is None:
+        if (
+            row.op == op
+            and engine in row.engines
+            and row.supports(shape, dtype, tf32(engine, dtype)) is None
+        ):
             for variant in ("", *row.variants(shape, *arguments)):
                 name = tuned.candidate(row.algorithm, variant)
                 calls[name] = _call(row, variant, shape, arguments)
@@ -247,7 +253,7 @@ def _refused(
 ) -> dict[str, str]:
     """Candidates that fail, or whose results are not those of PyTorch in float64, each with the reason."""
     reference = _reference(problem, arguments)
-    limit = LIMIT[problem.dtype]
+    limit = TF32_LIMIT if tf32(problem.engine, problem.dtype) else LIMIT[problem.dtype]
     if problem.op == "batch_norm_bwd":
         limit = max(limit, KINK_LIMIT)
     results, updates = _results(problem.op, arguments), _updates(problem.op, arguments)

@@ -45,17 +45,17 @@
 //
 //                               outputs  NCHW, fp32                      channels-last, bf16
 //                                        MB   µs  instr.    µs  regs     MB   µs  instr.    µs  regs
-//     3x3       32@112          12.8 M  103   34    17.2     8    79     51   17    19.8    10   164
-//     3x3 s2    96@112           9.6 M  193   64    22.5     8    80     96   32    35.2    12   128
-//     3x3      576@14            3.6 M   29   10    24.3     3    64     14  4.8    19.8     3   164
-//     3x3      960@7             1.5 M   12    4    35.3     2    56      6  2.0    19.8     2   164
-//     5x5      240@28            6.0 M   48   16    33.4     8   127     24  8.0    41.6    11   168
+//     3x3       32@112          12.8 M  103   34    17.2     8    79     51   17    16.9    10   143
+//     3x3 s2    96@112           9.6 M  193   64    22.5     8    80     96   32    26.6     9   121
+//     3x3      576@14            3.6 M   29   10    24.3     3    64     14  4.8    16.9   2.6   143
+//     3x3      960@7             1.5 M   12    4    35.3     2    56      6  2.0    16.9   1.9   143
+//     5x5      240@28            6.0 M   48   16    33.4     8   127     24  8.0    38.6    10   168
 //     7x7       96@56            9.6 M   77   26    58.1    21   168     39   13    72.1    29   168
-//     causal 4, 4096@64k, silu  268.4 M 2147  716   38.5   349    48   1074  358    36.3   329   117
+//     causal 4, 4096@64k, silu  268.4 M 2147  716   38.5   349    48   1074  358    34.6   314   106
 //
 // The first µs are memory's, the second arithmetic's with the rows that strips read to begin with. 7x7 in bf16 is
 // bound by arithmetic: 49 of its 72 instructions are products, 56 % of the peak in channels-last, 68 % in NCHW.
-// wgrad takes 19 to 24 instructions for 3x3, 42 to 49 for 5x5, 68 to 81 for 7x7.
+// wgrad takes 20 to 23 instructions for 3x3, 41 to 43 for 5x5, 69 to 81 for 7x7.
 //
 // Bytes. Memory moves each tensor once. L1 is asked for more: in channels-last for (TILE + S - 1) / TILE columns,
 // 1.1 to 1.6 times the least with the result counted in; in NCHW for three packs a tile, twice the least in all,
@@ -157,8 +157,24 @@ DEVICE constexpr bool pack_used(int pack) {  // dilation and stride leave gaps
 }
 
 // ---- reading ------------------------------------------------------------------------------------------------
+// A pack from its load to its use: pairs of halves as words. As elements each would be moved by an instruction of its
+// own, from step to step and to take them apart: a sixth of all that 3x3 issues.
+template <class E, int N, bool PAIRS = sizeof(E) == 2 && N % 2 == 0> struct Held {
+  Pack<E, N> pack;
+  __device__ __forceinline__ E get(int i) const { return pack.v[i]; }
+  __device__ __forceinline__ void set(int i, E value) { pack.v[i] = value; }
+};
+template <class E, int N> struct __align__(sizeof(E) * N) Held<E, N, true> {
+  unsigned words[N / 2];
+  __device__ __forceinline__ E get(int i) const { return E{(unsigned short)(words[i / 2] >> i % 2 * 16)}; }
+  __device__ __forceinline__ void set(int i, E value) {
+    words[i / 2] = (words[i / 2] & 0xffff0000u >> i % 2 * 16) | (unsigned)value.bits << i % 2 * 16;
+  }
+};
+template <int N> DEVICE Held<T, N> load_held(const T* p) { return *reinterpret_cast<const Held<T, N>*>(p); }
+
 // The source columns of one row for a tile; what nobody uses stays zero, and costs nothing.
-struct Line { Pack<T, X_VEC * V> packs[PACKS]; };
+struct Line { Held<T, X_VEC * V> packs[PACKS]; };
 
 // Strides along w, where they are known.
 DEVICE Index source_step(const Params& p) { return X_DENSE ? 1 : (Index)p.source.w; }
@@ -170,12 +186,12 @@ DEVICE Line load_line(const T* source, Index line, bool row_exists, int first, c
   line += first * source_step(p);
 #pragma unroll
   for (int i = 0; i < PACKS; i++) {
-    loaded.packs[i] = Pack<T, X_VEC * V>{};
+    loaded.packs[i] = Held<T, X_VEC * V>{};
     if (!pack_used(i)) continue;
     const int column = first + i * X_VEC;
     // A pack is inside or outside as a whole: it starts at a multiple of X_VEC, as the row's end does.
     if (row_exists && (unsigned)column < (unsigned)p.W) {
-      loaded.packs[i] = load_pack<X_VEC * V>(source + (line + i * X_VEC * source_step(p)));
+      loaded.packs[i] = load_held<X_VEC * V>(source + (line + i * X_VEC * source_step(p)));
     } else if (PADDING != ZEROS && row_exists) {
 #pragma unroll
       for (int c = 0; c < X_VEC; c++) {
@@ -183,7 +199,7 @@ DEVICE Line load_line(const T* source, Index line, bool row_exists, int first, c
         if ((unsigned)inside >= (unsigned)p.W) continue;  // beyond the padding: of columns that do not exist
         const Pack<T, V> place = load_pack<V>(source + (line + (inside - first) * source_step(p)));
 #pragma unroll
-        for (int v = 0; v < V; v++) loaded.packs[i].v[c * V + v] = place.v[v];
+        for (int v = 0; v < V; v++) loaded.packs[i].set(c * V + v, place.v[v]);
       }
     }
   }
@@ -252,7 +268,7 @@ template <class Visit> DEVICE void each_column(const Line& line, const Visit& vi
 #pragma unroll
     for (int c = 0; c < X_VEC; c++) {
 #pragma unroll
-      for (int v = 0; v < V; v++) visit(i * X_VEC + c, v, convert<A>(line.packs[i].v[c * V + v]));
+      for (int v = 0; v < V; v++) visit(i * X_VEC + c, v, convert<A>(line.packs[i].get(c * V + v)));
     }
   }
 }
@@ -265,7 +281,7 @@ constexpr int PLANES = TAPS_D * FILTERS;
 constexpr Activation ACT = Activation::ACTIVATION;
 
 // Weights as accumulators, of the block's channels side by side so that lanes read neighbours.
-constexpr int PITCH = LANES * V + 16 / sizeof(A);  // the pad moves what is written to other banks
+constexpr int PITCH = LANES * V + V;  // the pad moves what is written to other banks
 struct __align__(16) Filters { A w[CHANNELS_INNER ? PLANES * TAPS : 1][PITCH]; };
 
 DEVICE A weight(const T* w, int k, int plane, int tap, const Params& p) {
@@ -404,7 +420,7 @@ conv_dgrad_depthwise(const T* __restrict__ grad_y, const T* __restrict__ w, cons
 // The last LIVE rows of grad_y stay in registers: a row of x meets all of them, once.
 struct Step {
   Line x[ROWS_IN];
-  Pack<T, Y_VEC * V> grad_y[TILE / Y_VEC];
+  Held<T, Y_VEC * V> grad_y[TILE / Y_VEC];
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
@@ -436,7 +452,7 @@ conv_wgrad_depthwise(const T* __restrict__ grad_y, const T* __restrict__ x, RESU
       for (int j = 0; j < TILE; j += Y_VEC) {
         const bool in = step < tile.end && h < p.result_h && tile.w + folded + j < p.result_w;
         const Index at = other + h * (Index)p.result.h + (folded + j) * result_step(p);
-        loaded.grad_y[j / Y_VEC] = in ? load_pack<Y_VEC * V>(grad_y + at) : Pack<T, Y_VEC * V>{};
+        loaded.grad_y[j / Y_VEC] = in ? load_held<Y_VEC * V>(grad_y + at) : Held<T, Y_VEC * V>{};
       }
       return loaded;
     };
@@ -453,7 +469,7 @@ conv_wgrad_depthwise(const T* __restrict__ grad_y, const T* __restrict__ x, RESU
         for (int live = 0; live + 1 < LIVE; live++) {
           live_rows[live][j / V][j % V] = live_rows[live + 1][j / V][j % V];
         }
-        live_rows[LIVE - 1][j / V][j % V] = convert<A>(now.grad_y[j / (Y_VEC * V)].v[j % (Y_VEC * V)]);
+        live_rows[LIVE - 1][j / V][j % V] = convert<A>(now.grad_y[j / (Y_VEC * V)].get(j % (Y_VEC * V)));
       }
 #pragma unroll
       for (int in = 0; in < ROWS_IN; in++) {
@@ -496,7 +512,7 @@ conv_wgrad_depthwise(const T* __restrict__ grad_y, const T* __restrict__ x, RESU
 }
 
 #else
-// ---- second pass of wgrad: sums of partial gradients, each K x T x R x S and dense --------------------------
+// ---- second pass of wgrad: sums of partial gradients, each dense; k t r s name its axes, in any order -------
 constexpr int LANES_R = 32, ROWS_R = 8, THREADS_R = LANES_R * ROWS_R;
 
 extern "C" __global__ void __launch_bounds__(THREADS_R)

@@ -16,15 +16,15 @@
 // the target is filled with zeros; with 0 the source is not touched at all. The copy is part of the generic
 // proxy, but it is done in no order with the thread's other accesses: until a wait of the same thread covers it,
 // the target may be neither read nor written, and the source may not be written. 16 bytes go past L1 (.cg),
-// which is right for what a block reads once.
-template <int BYTES>
+// which is right for what a block reads once; for what it reads AGAIN they are kept there (.ca), as 4 and 8 are.
+template <int BYTES, bool AGAIN = false>
 DEVICE void cp_async(unsigned shared, const void* global, unsigned source_bytes = BYTES CALLER) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
 #ifdef EMULATOR
   emulator_cp_async(shared, global, BYTES, source_bytes, {file, line});
 #else
   const size_t source = __cvta_generic_to_global(global);
-  if constexpr (BYTES == 16)
+  if constexpr (BYTES == 16 && !AGAIN)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(source), "r"(source_bytes)
                  : "memory");
   else
@@ -42,13 +42,13 @@ DEVICE void cp_async_commit() {
 #endif
 }
 
-// PTX: waits until at most the GROUPS newest groups of the executing thread are under way. Other threads see the
+// PTX: waits until at most the PENDING newest groups of the executing thread are under way. Other threads see the
 // data only behind a barrier that follows the wait.
-template <int GROUPS> DEVICE void cp_async_wait(CALLER_ALONE) {
+template <int PENDING> DEVICE void cp_async_wait(CALLER_ALONE) {
 #ifdef EMULATOR
-  emulator_cp_async_wait(GROUPS, {file, line});
+  emulator_cp_async_wait(PENDING, {file, line});
 #else
-  asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 #endif
 }
 

@@ -27,6 +27,15 @@ def no_tables() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def all_bits() -> Iterator[None]:
+    """On a GPU torch would let convolutions multiply float32 as TF32; tests that want that say so."""
+    cudnn = torch.backends.cudnn
+    former, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    yield
+    cudnn.allow_tf32 = former
+
+
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
     """Every test starts from the default engine, and no problem may slip away to PyTorch unnoticed."""

@@ -26,8 +26,9 @@ import mmap
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import repeat
@@ -43,7 +44,7 @@ from cases import CASES, Case, NormCase, PoolCase, run
 
 import cnnops
 from cnnops import functional as C
-from cnnops.cuda import conv_fold, jit
+from cnnops.cuda import conv_fold, conv_igemm, conv_igemm_planes, jit
 from cnnops.cuda.cache import digest_of, sources
 from cnnops.cuda.kernel import Kernel, kernels_dir
 from cnnops.cuda.launch import trace
@@ -59,7 +60,7 @@ SAMPLED = ("86", "89", "100a")
 ALL = ("80", "86", "89", "90a", "100a")
 REGISTERS_MAY_GROW = 8
 """Registers are allotted to a warp's threads by eights: this much may come and go with an edit."""
-ONE_IN = 24
+ONE_IN = 60
 
 FAMILIES = ((*CONV, "conv_fold"), POOL, UNPOOL, BATCH_NORM, GROUP_NORM)
 
@@ -142,6 +143,26 @@ def _with_epilogues(dtype: torch.dtype, form: torch.memory_format) -> None:
     C.conv_batch_norm_act(x, w, None, None, None, training=True, padding=1)
 
 
+def _tiles(dtype: torch.dtype) -> None:
+    """Every tile of conv_igemm.py in all passes, in both layouts, and those of planes."""
+    if dtype not in conv_igemm.DTYPES:
+        return
+    for planes in conv_igemm_planes.TILES:
+        for taps in (3, 5):
+            x = torch.empty((2, 128, 28, 28), dtype=dtype, requires_grad=True)
+            w = torch.empty((128, 128, taps, taps), dtype=dtype, requires_grad=True)
+            with conv_igemm.forced(str(planes)):
+                _backward(C.conv2d(x, w, None, 1, taps // 2), (x, w))
+    for tile in conv_igemm.TILES:
+        for form in (torch.contiguous_format, torch.channels_last):
+            groups = 8 if tile.groups > 1 else 1
+            c, k = (tile.columns * groups, tile.columns) if groups > 1 else (256, 256)
+            x = torch.empty((2, c, 14, 14), dtype=dtype, memory_format=form, requires_grad=True)
+            w = torch.empty((c, k, 3, 3), dtype=dtype, memory_format=form, requires_grad=True)
+            with conv_igemm.forced(str(tile)):
+                _backward(C.conv2d(x, w, None, 1, 1, 1, groups), (x, w))
+
+
 def _pooled(dtype: torch.dtype) -> None:
     """Windows of stride 1 over images that fill a GPU, by tiles of several rows, and rows off alignment."""
     for size, window, pad in (
@@ -172,6 +193,8 @@ def beyond(family: Sequence[str], algorithm: str) -> None:
                 leaves = x.requires_grad_(), w.requires_grad_()
                 _backward(C.conv2d(x, w, None, stride, padding, 1, groups), leaves)
             _with_epilogues(dtype, form)
+            if algorithm == "conv_igemm":
+                _tiles(dtype)
             for filters, groups in (((8, 8, 3, 3), 1), ((8, 1, 3, 3), 8)):
                 x = far_apart((2, 8, 8, 8), dtype).requires_grad_()
                 w = torch.empty(filters, dtype=dtype, requires_grad=True)
@@ -238,12 +261,23 @@ def _rows(ops: Set[str]) -> None:
 MODULES = {row.algorithm: row.module for row in ROWS if row.engines == GPU}
 
 
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Leave to multiply float32 as TF32: who asks for another algorithm by name gets it all the same."""
+    conv = torch.backends.mkldnn.conv
+    former, conv.fp32_precision = conv.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        conv.fp32_precision = former
+
+
 @lru_cache(None)
 def units() -> dict[Unit, tuple[Kernel, frozenset[str]]]:
     """Every unit: one of its kernels, and all entries that are launched from it."""
     found: dict[Unit, Kernel] = {}
     entries: dict[Unit, set[str]] = defaultdict(set)
-    with cnnops.engine("emulate"), cnnops.fallback("silent"):
+    with cnnops.engine("emulate"), cnnops.fallback("silent"), _tf32():
         for algorithm in MODULES:
             ops = {row.op for row in ROWS if row.algorithm == algorithm}
             with cnnops.algorithm(algorithm), trace(run=False) as launches:

@@ -44,12 +44,9 @@ class Support:
     ops: set[str] = field(default_factory=set)
 
     def modules(self, engine: str) -> list[str]:
-        """The modules that an engine prefers for its operations, in the order of the registry."""
-        firsts: dict[str, str] = {}
-        for row in registry.ROWS:
-            if engine in row.engines and row.op in self.ops:
-                firsts.setdefault(row.op, row.module)
-        return list(dict.fromkeys(firsts.values()))
+        """The modules that an engine has for its operations, in the order of the registry."""
+        rows = [row for row in registry.ROWS if engine in row.engines and row.op in self.ops]
+        return list(dict.fromkeys(row.module for row in rows))
 
 
 @contextmanager

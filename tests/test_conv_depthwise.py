@@ -189,6 +189,28 @@ def test_mixed_layouts() -> None:
     assert_close(y, expected(tensors)["conv_fprop"], TOLERANCE[torch.float32].output, "y")
 
 
+@pytest.mark.parametrize("x, kernel", [((2, 4, 5, 8), (3, 4)), ((2, 3, 200), (4,))], ids=str)
+def test_rows_of_odd_length(x: Size, kernel: Size) -> None:
+    """Pairs of columns are read at once, though results are written one by one."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = check(Tensors(shape_of(x, kernel), dtype), ("conv_fprop", "conv_wgrad"))
+        for launches in found.values():
+            widths = [constants(launches[0])[name] for name in ("TILE", "X_VEC", "Y_VEC")]
+            assert widths == [2, 2, 1]
+
+
+def test_partial_sums_lie_as_lanes_write_them() -> None:
+    """In channels-last filters are neighbours: each sector of a partial gradient is written once."""
+    shape = shape_of((8, 64, 14, 14), (3, 3), 1, 1)
+    tensors = Tensors(shape, layout="channels_last")
+    with emulate.schedule("forward"), emulate.profile() as profiles:
+        computed("conv_wgrad", tensors)
+    first, second = profiles
+    (written,) = (t for t in first.tensors if t.writes)
+    (read,) = (t for t in second.tensors if not t.writes)
+    assert written.requested == written.sectors and read.requested == read.sectors
+
+
 def test_offsets_beyond_31_bits() -> None:
     shape = shape_of((2, 4, 5, 8), (3, 3), 1, 1)
     tensors = Tensors(shape)

@@ -20,7 +20,7 @@ pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC is missing: pip install
 import nvrtc
 from nvrtc import Cell, Table, Unit
 
-from cnnops.cuda import conv_direct, emulate, jit
+from cnnops.cuda import conv_direct, conv_igemm, emulate, jit
 from cnnops.cuda.kernel import ACCUMULATOR, ELEMENT, kernels_dir, launch_of
 from cnnops.registry import GPU, ROWS
 
@@ -82,11 +82,18 @@ def test_compiles_within_its_resources(source: str, arch: str) -> None:
 
 
 def test_every_tile_is_compiled() -> None:
-    """Of conv_direct's tiles, each in each type: `nvrtc.CONVOLUTIONS` must have a problem that picks it."""
+    """Of conv_direct's tiles, each in each type: `nvrtc.CONVOLUTIONS` must have a problem that picks it. And
+    conv_igemm's, which are forced.
+    """
     wanted = {
         (ELEMENT[dtype], tile.block_m, tile.block_n, tile.block_k)
         for dtype in ELEMENT
         for tile in conv_direct.TILES[ACCUMULATOR[dtype]]
+    }
+    wanted |= {
+        (ELEMENT[dtype], tile.block_m, tile.block_n, conv_igemm.STEP_BYTES // dtype.itemsize)
+        for dtype in conv_igemm.DTYPES
+        for tile in conv_igemm.TILES
     }
     for kernel, _ in nvrtc.units().values():
         constants = dict(kernel.constants)
@@ -98,7 +105,10 @@ def test_every_tile_is_compiled() -> None:
 def test_every_type_and_wide_offsets_are_compiled() -> None:
     for source in SOURCES:
         variants = [unit.variant for unit in nvrtc.units() if unit.source == source]
-        for element in ELEMENT.values():
+        known = (
+            (torch.float32, torch.float16, torch.bfloat16) if "igemm" in source else tuple(ELEMENT)
+        )
+        for element in (ELEMENT[dtype] for dtype in known):
             assert any(f"ELEMENT={element}" in v for v in variants), (source, element)
         wide = any("WIDE=1" in v or "INDEX=long long" in v for v in variants)
         assert wide or source == "conv_im2col.cu", (

@@ -15,8 +15,9 @@ from bench.predict import Gpu, Line, Prediction
 from bench.traffic import Counted, Form, Side
 
 FP32 = Form("contiguous", torch.float32)
-# Easy rates: a byte of memory takes 1 s, and so do 2 of L2, 4 of L1, and 8 wavefronts; a launch takes 100 s.
-GPU = Gpu(launch=100, memory=1, l2=2, l1=4, wavefronts=8, l2_bytes=50)
+# Easy rates: a byte of memory takes 1 s, and so do 2 of L2, 4 of L1, 8 wavefronts and 16 multiply-adds; a
+# launch takes 100 s.
+GPU = Gpu(launch=100, memory=1, l2=2, l1=4, wavefronts=8, ffma=16, l2_bytes=50)
 
 
 def read(tensor: int, memory: float, l2: float = 0) -> Side:
@@ -27,8 +28,8 @@ def written(tensor: int, memory: float, l2: float = 0) -> Side:
     return Side(tensor, True, l2, memory, memory)
 
 
-def launch(*sides: Side, l1: float = 0, wavefronts: float = 0) -> Counted:
-    return Counted("kernel", l1, wavefronts, sides)
+def launch(*sides: Side, l1: float = 0, wavefronts: float = 0, multiplies: float = 0) -> Counted:
+    return Counted("kernel", l1, wavefronts, sides, multiplies)
 
 
 def test_a_launch_takes_what_its_slowest_memory_takes() -> None:
@@ -40,6 +41,7 @@ def test_a_launch_takes_what_its_slowest_memory_takes() -> None:
     assert found(l2=400) == Prediction(300, 300, "L2")
     assert found(l1=1200) == Prediction(400, 400, "L1")
     assert found(wavefronts=4000) == Prediction(600, 600, "shared")
+    assert found(multiplies=9600) == Prediction(700, 700, "FFMA")
     assert found(l2=240, l1=480, wavefronts=960) == Prediction(220, 220, "memory")
 
 
@@ -77,9 +79,10 @@ def test_cells(least: float, most: float, limit: str, text: str) -> None:
 
 
 def test_every_row_has_its_line() -> None:
-    """Each pooling and normalisation row of the suites stands in one line of a table; none stands twice."""
+    """Each row of the suites that is counted stands in one line of a table; none stands twice."""
     listed = [id for line in predict.lines() for ids in line.rows.values() for id in ids]
-    rows = [row.id for row in suites.rows() if row.case.kind in ("pool", "norm")]
+    rows = [row.id for row in suites.rows() if traffic.has_problem(row.case)]
+    assert {row.case.kind for row in suites.rows() if row.id in listed} >= {"pool", "norm", "conv"}
     assert sorted(listed) == sorted(rows)
     names = [line.problem.id for line in predict.lines()]
     assert len(set(names)) == len(names)
@@ -96,8 +99,10 @@ def test_tables_are_renewed_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for name, ids in (("resnet50/maxpool", ("a", "b")), ("vgg16/pool1", ()))
     )
     monkeypatch.setattr(predict, "lines", lambda: [other, here])
+    monkeypatch.setattr(predict, "product_table", lambda measured: "products\n")
     before = "Written by hand.\n\n<!-- predicted: pool.cu -->\n"
-    after = "<!-- end -->\n\nSo is this.\n"
+    products = "<!-- predicted: conv_igemm.cu -->\nproducts\n<!-- end -->\n"
+    after = f"<!-- end -->\n\nSo is this.\n{products}"
     head = "| row | problem |  | floor fp32 | NCHW | measured | explanation |\n"
     rule = "| --- | --- | --- | --: | --: | --: | --- |\n"
     kept = f"| vgg16/pool1 | {other.problem.text} | bwd | 1 | 2 | – | why |\n"
@@ -134,6 +139,28 @@ def test_measured_times_are_those_of_the_newest_gpu(tmp_path: Path) -> None:
     assert predict.measured_times(tmp_path / "none") == {}
 
 
+def test_depthwise_convolutions_multiply() -> None:
+    """31x31 taps bind, in their floor, too; 3x3 do not, and what is counted scales to the whole problem."""
+    large = traffic.problem_named("reports/depthwise_31x31_square")
+    step = large.steps(large.full, traffic.Make(FP32, "meta"))["fprop"]
+    assert step.multiplies == 64 * 1000 * 32 * 32 * 31 * 31
+    assert step.multiplies / Gpu().ffma > 10 * step.least / Gpu().memory
+    small = traffic.problem_named("mobilenetv2/stage2.0.depthwise")
+    x, w, y = 32 * 96 * 112 * 112, 96 * 9, 32 * 96 * 56 * 56
+    for step in small.steps(small.full, traffic.Make(FP32, "meta")).values():
+        assert step.least == 4 * (x + w + y) and step.multiplies == 9 * y
+
+
+def test_a_transposed_depthwise_convolution_is_its_twins_dgrad() -> None:
+    problem = traffic.problem_named("reports/transposed_depthwise_1d")
+    steps = problem.steps(problem.full, traffic.Make(FP32, "meta"))
+    entries = {op: traffic.variants(step)[0][0] for op, step in steps.items()}
+    assert entries == {
+        "fprop": "conv_dgrad_depthwise", "dgrad": "conv_fprop_depthwise", "wgrad": "conv_wgrad_depthwise"
+    }  # fmt: skip
+    assert [t.shape[1:] for t in steps["fprop"].writes] == [(512, 96)]
+
+
 @needs_emulator
 def test_some_predictions_are_not_stale(capsys: pytest.CaptureFixture[str]) -> None:
     """Of each kernel a problem or two; all of them: python bench/predict.py --check."""
@@ -144,6 +171,7 @@ def test_some_predictions_are_not_stale(capsys: pytest.CaptureFixture[str]) -> N
         "group_norm/256",
         "resnet50/maxpool",
         "sweep_norm/eval",
+        "mobilenetv2/stage6.1.depthwise",
     ]
     stale = predict.main(["--check", "--jobs", "1", "--only", *some])
     assert not stale, capsys.readouterr().out

@@ -7,6 +7,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -63,7 +64,9 @@ def test_every_row_is_reached_by_a_case() -> None:
         for op, shape in _problems(case):
             for algorithm in ("", *registry.algorithms()):
                 for engine in ("cuda", "emulate", "cpu", "aten"):
-                    choice = registry._choose(op, engine, algorithm, shape, torch.float32)
+                    choice = registry._choose(
+                        op, engine, algorithm, shape, torch.float32, tf32=True
+                    )
                     if choice.engine == engine:
                         missing.discard((op, engine, choice.row.module))
     assert not missing
@@ -89,9 +92,10 @@ def test_every_kernel_file_has_a_row_and_a_line_in_the_readme() -> None:
     modules = {row.algorithm: row.module for row in ROWS if "cuda" in row.engines}
     sources = {path.stem for path in kernels_dir().glob("*.cu")}
     assert set(modules) <= sources
-    for stem in sources - set(modules):  # a second file of a launcher
-        owners = [name for name in modules if stem.startswith(f"{name}_")]
-        launchers = [inspect.getsource(importlib.import_module(modules[name])) for name in owners]
+    for stem in sources - set(modules):  # a second file of a launcher, or of a module beside it
+        owners = [modules[name] for name in modules if stem.startswith(f"{name}_")]
+        owners += [name for name in (f"cnnops.cuda.{stem}",) if find_spec(name)]
+        launchers = [inspect.getsource(importlib.import_module(name)) for name in owners]
         assert any(f'"{stem}.cu"' in text for text in launchers), stem
     for source in kernels_dir().glob("*.cu*"):
         assert re.search(rf"^.*\b{re.escape(source.name)}\b", readme, re.MULTILINE), source.name

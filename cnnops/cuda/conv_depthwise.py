@@ -41,10 +41,12 @@ WEIGHTS_AND_SUMS = 126
 """Of 255 registers: float64 has two for each."""
 WASTE = 1.15
 """Tiles may reach over a row to this many times its length."""
-LANES = 64
-"""The most packs of channels that lie side by side in a block."""
-SMS = 132
-"""Multiprocessors a choice is made for (an H100's). Fixed, so that results do not depend on the GPU."""
+RUN_BYTES, LINE_BYTES = 64, 128
+"""Channels that lie side by side in a block: whole runs of memory, and at most a line of L1."""
+SMS = 132.0
+"""Multiprocessors a choice is made for (an H100's). Fixed: results do not depend on the GPU. No whole number
+where a part of a problem stands for all of it (bench/traffic.py).
+"""
 REGISTERS = 65536
 """Of a multiprocessor."""
 START = 4
@@ -246,13 +248,17 @@ class Form(NamedTuple):
 
 
 def _lanes(packs: int, pack_bytes: int) -> int:
-    """Packs of channels side by side in a block: no idle threads, whole sectors, then as many as may be."""
+    """Packs of channels side by side in a block: whole runs, few idle threads, then as few as may be, so that
+    many tiles share a filter, the borders of their windows, and wgrad's sum.
+    """
+    most = min(packs, LINE_BYTES // pack_bytes)
 
-    def rank(lanes: int) -> tuple[bool, bool, int]:
+    def rank(lanes: int) -> tuple[bool, float, int]:
         used = packs / (-(-packs // lanes) * lanes) * (THREADS // lanes * lanes) / THREADS
-        return used >= 0.8, lanes * pack_bytes % 32 == 0 or lanes == packs, lanes
+        whole = lanes == packs or lanes * pack_bytes % RUN_BYTES == 0
+        return whole, used, -lanes
 
-    return max(range(1, min(packs, LANES) + 1), key=rank)
+    return max(range(1, most + 1), key=rank)
 
 
 def _channels_last(problem: _Problem, most: int) -> Form | None:
@@ -290,6 +296,9 @@ def _by_columns(problem: _Problem, most: int) -> Form:
     y_most = widest_pack((problem.result,), "w", problem.result_size[2], most)
     step = w.stride if problem.back else 1
     tile = math.lcm(y_most, step)
+    if tile == 1 < x_most and problem.fits(2, 1, 1):
+        # Pairs, though stores are of single columns: the halves of a sector are written one by one.
+        tile = 2
     while True:
         y_vec = math.gcd(tile, y_most)
         x_vec = math.gcd(tile // step if problem.back else tile * w.stride, x_most)
@@ -328,10 +337,12 @@ def _form(problem: _Problem) -> Form:
     return form or _by_columns(problem, most)
 
 
-def _strips(steps: int, warm: int, threads: int, room: int) -> int:
-    """Strips of a plane, each of so many `threads`: a GPU with `room` for some is done with these first."""
+def _strips(steps: int, warm: int, threads: int, room: float) -> int:
+    """Strips of a plane, each of so many `threads`: a GPU with `room` for some is done with these first.
+    In the same way parts of a sum, each of so many blocks.
+    """
 
-    def rounds(strips: int) -> int:
+    def rounds(strips: int) -> float:
         return -(-threads * strips // room) * (-(-steps // strips) + warm + START)
 
     return min(range(1, min(steps, 1024) + 1), key=rounds)
@@ -475,14 +486,20 @@ def _split(
     shape, dtype = problem.shape, problem.dtype
     each = channel_tiles * problem.axes[0].taps
     room = SMS * int(constants["RESIDENT"])
-    splits = max(1, min(room // each, -(-tiles // rows)))
+    splits = max(1, min(int(room / each), -(-tiles // rows)))
     numel = math.prod(shape.w_size)
     params.channel_tiles, params.splits = FastDiv(channel_tiles), FastDiv(splits)
     second = None
     if splits > 1:
         d, h, w = (a.taps for a in problem.axes)
-        second = _second(problem, splits, (params.w_k, params.w_t, params.w_r, params.w_s))
-        params.w_k, params.w_t, params.w_r, params.w_s = d * h * w, h * w, w, 1
+        strides = params.w_k, params.w_t, params.w_r, params.w_s
+        K = shape.K
+        if form.inner:  # lanes write neighbours
+            second = _second(problem, splits, (d, h, w, K), (*strides[1:], strides[0]))
+            params.w_k, params.w_t, params.w_r, params.w_s = 1, h * w * K, w * K, K
+        else:
+            second = _second(problem, splits, (K, d, h, w), strides)
+            params.w_k, params.w_t, params.w_r, params.w_s = d * h * w, h * w, w, 1
     constants["RESULT"] = ELEMENT[dtype] if second is None else ACCUMULATOR[dtype]
     first = launch_of(
         SOURCE, "conv_wgrad_depthwise", constants, params, grid=(each * splits,), block=(form.threads,),
@@ -491,13 +508,18 @@ def _split(
     return _Plan(first, second, splits * numel if second else 0)
 
 
-def _second(problem: _Problem, splits: int, strides: tuple[int, int, int, int]) -> Launch:
-    """The launch that adds up partial gradients of filters, into one of these strides (K T R S)."""
-    numel, dtype = math.prod(problem.shape.w_size), problem.dtype
-    d, h, w = (FastDiv(a.taps) for a in problem.axes)
+def _second(
+    problem: _Problem, splits: int, size: tuple[int, int, int, int], strides: tuple[int, int, int, int]
+) -> Launch:  # fmt: skip
+    """The launch that adds up partial gradients, dense and of this size, into a gradient of these strides.
+
+    Axes are named as if they were K T R S.
+    """
+    numel, dtype = math.prod(size), problem.dtype
+    _, planes, strips, w_tiles = (FastDiv(n) for n in size)
     w_k, w_t, w_r, w_s = strides
     params = _Params(
-        w_k=w_k, w_t=w_t, w_r=w_r, w_s=w_s, numel=numel, w_tiles=w, strips=h, planes=d,
+        w_k=w_k, w_t=w_t, w_r=w_r, w_s=w_s, numel=numel, w_tiles=w_tiles, strips=strips, planes=planes,
         splits=FastDiv(splits), items=numel,
     )  # fmt: skip
     constants: dict[str, str | int] = {
@@ -655,10 +677,10 @@ def _large_plan(problem: _Problem, w: tuple[int, ...], activation: str, residual
     inputs, output = _TENSORS[op]
     blocks, partial, second = groups * shape.N * math.prod(tiles), 0, None
     if op == "wgrad":
-        params.splits = max(1, min(2 * SMS // groups, shape.N * math.prod(tiles)))
+        params.splits = _strips(shape.N * math.prod(tiles), 0, groups, 2 * SMS)
         blocks = groups * params.splits
         if params.splits > 1:
-            second = _second(problem, params.splits, (w[0], 0, w_r, w_s))
+            second = _second(problem, params.splits, (shape.K, 1, *taps), (w[0], 0, w_r, w_s))
             partial, output = params.splits * numel, "partial"
             params.w_k, params.w_r, params.w_s = math.prod(taps), taps[1], 1
         constants |= {"RESULT": (ACCUMULATOR if second else ELEMENT)[dtype], "TAPS_W": taps[1]}
