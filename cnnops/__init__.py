@@ -8,6 +8,7 @@
 
     with cnnops.engine("emulate"): ...                  # who computes: cuda, emulate, cpu, aten
     print(*cnnops.explain(layer, x), sep="\\n")          # which kernels ran, and why not the others
+    print(cnnops.summary(model, (3, 224, 224)))         # sizes, operations, least times, layer by layer
     cnnops.tune(layer, x)                               # measures the candidates once, and remembers
 
 Importing compiles nothing and loads no engine: the first call does.
@@ -16,13 +17,17 @@ Importing compiles nothing and loads no engine: the first call does.
 from cnnops import functional, nn, tuned
 from cnnops.config import engine, fallback, policy
 from cnnops.conversion import Conversion, convert, revert
+from cnnops.fusion import Fusion, fuse
+from cnnops.patching import patched
 from cnnops.registry import UnsupportedError, algorithm, explain
+from cnnops.summary import summary
 from cnnops.tuning import tune
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Conversion",
+    "Fusion",
     "UnsupportedError",
     "__version__",
     "algorithm",
@@ -31,9 +36,12 @@ __all__ = [
     "explain",
     "fallback",
     "functional",
+    "fuse",
     "nn",
+    "patched",
     "policy",
     "revert",
+    "summary",
     "tune",
     "tuned",
 ]

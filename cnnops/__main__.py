@@ -54,6 +54,9 @@ def _parser(command: str | None = None) -> _Parser:
     check = commands.add_parser(
         "check", help="compile and check a CUDA kernel of yours, without a GPU"
     )
+    summary = commands.add_parser(
+        "summary", help="a network layer by layer: sizes, parameters, operations, least times"
+    )
     commands.add_parser(
         "bench", add_help=False, help="what benchmarks have found: tables, plots, comparisons"
     )
@@ -65,6 +68,10 @@ def _parser(command: str | None = None) -> _Parser:
         from cnnops import check as checking
 
         checking.add_arguments(check)
+    if command == "summary":
+        from cnnops.summary import command as summarising
+
+        summarising.add_arguments(summary)
     return parser
 
 
@@ -122,6 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from cnnops import check
 
             return check.main(options)
+        elif options.command == "summary":
+            from cnnops.summary import command as summarising
+
+            return summarising.main(options)
         else:
             parser.error(
                 "expected a command, such as info or demo (cnnops --help tells more), got none"

@@ -16,6 +16,14 @@ from cnnops.nn.conv import (
     LazyConvTranspose2d,
     LazyConvTranspose3d,
 )
+from cnnops.nn.conv_act import (
+    ConvAct1d,
+    ConvAct2d,
+    ConvAct3d,
+    ConvTransposeAct1d,
+    ConvTransposeAct2d,
+    ConvTransposeAct3d,
+)
 from cnnops.nn.group_norm import (
     GroupNorm,
     InstanceNorm1d,
@@ -79,9 +87,15 @@ __all__ = [
     "Conv1d",
     "Conv2d",
     "Conv3d",
+    "ConvAct1d",
+    "ConvAct2d",
+    "ConvAct3d",
     "ConvTranspose1d",
     "ConvTranspose2d",
     "ConvTranspose3d",
+    "ConvTransposeAct1d",
+    "ConvTransposeAct2d",
+    "ConvTransposeAct3d",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
