@@ -358,7 +358,7 @@ def check_tiles(
     "name, layout, dtype",
     [
         *((name, "contiguous", torch.float32) for name in TILES),
-        *((name, "contiguous", torch.bfloat16) for name in TILES),
+        *((name, "contiguous", torch.bfloat16) for name in list(TILES)[::2]),
         *((name, "contiguous", torch.float64) for name in ("bands", "large", "strided", "1d")),
         ("odd_rows", "contiguous", torch.float16),
         *(

@@ -124,6 +124,7 @@ KERNEL_FLAGS = (
 GCC_FLAGS = (
     "--param=tsan-instrument-func-entry-exit=0", "-fsanitize=bounds-strict",
     "-fno-tree-loop-distribute-patterns", "-fno-gnu-unique", "-fno-extern-tls-init", "-fno-section-anchors",
+    "-fno-var-tracking",  # where variables are nobody asks; a sixth of the time
 )  # fmt: skip
 CLANG_FLAGS = (
     "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write=1",
