@@ -11,8 +11,8 @@ and of the block's static shared memory; zeros at its end are left off. Of `FULL
 `FULL`'s first, so that compiling all of it again takes minutes and not a quarter of an hour.
 
 The head of the table has a digest of every source with its headers. The same NVRTC makes the same of the same
-source: where version and digest are those of the table, the tests compile a sample of `FULL`'s units again
-(`Table.sample`, and every `ONE_IN`-th of the others), and otherwise all of them.
+source, and another one much the same: where the digest is that of the table, the tests compile a sample of
+`FULL`'s units again (`Table.sample`, and every `ONE_IN`-th of the others), and otherwise all of them.
 
 A launcher that serves fewer architectures says so in a constant ``ARCHITECTURES``: a tuple like `ALL` for the
 whole module, or a dict from an entry's name to such a tuple (entries that it does not name: all).
@@ -355,9 +355,13 @@ class Table:
     def recorded(self, arch: str) -> list[Unit]:
         return [u for u, rows in self.cells.items() if any(arch in row for row in rows.values())]
 
+    def is_of(self, source: str) -> bool:
+        """Whether the table was made of just this source."""
+        return self.digests.get(source) == digest(source)
+
     def knows(self, source: str) -> bool:
-        """Whether the table was made of just this source, by this NVRTC."""
-        return self.nvrtc == jit.nvrtc_version() and self.digests.get(source) == digest(source)
+        """Whether it was, too, by this NVRTC."""
+        return self.nvrtc == jit.nvrtc_version() and self.is_of(source)
 
     def sample(self, arch: str) -> list[Unit]:
         """The units that stand for all on `arch`."""

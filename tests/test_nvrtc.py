@@ -68,7 +68,7 @@ def test_compiles_within_its_resources(source: str, arch: str) -> None:
     if arch not in nvrtc.supported():
         pytest.skip(f"NVRTC {jit.nvrtc_version()} does not know sm_{arch}")
     recorded = [unit for unit in TABLE.recorded(arch) if unit.source == source]
-    if TABLE.knows(source):
+    if TABLE.is_of(source):
         chosen = {unit for unit in TABLE.sample(arch) if unit.source == source}
         recorded = [u for i, u in enumerate(recorded) if u in chosen or i % nvrtc.ONE_IN == 0]
     assert recorded or not any(
