@@ -82,7 +82,8 @@ def _call(
     device = x.device
     if rival in CNNOPS:
         model: nn.Module = MODELS[row.model](layers=cnnops.nn).to(device)
-        around = partial(rivals.our_settings, "own" if rival == "cnnops" else "auto", None)
+        policy = "own" if rival == "cnnops" else "auto"
+        around = partial(rivals.our_settings, policy, None, tf32=False)
     else:
         if rival == "cudnn-graph" or (rival == "eager-benchmark" and device.type != "cuda"):
             raise Absent("cuDNN's graphs are asked of single layers, its benchmark of GPUs")

@@ -209,8 +209,10 @@ def torch_settings(benchmark: bool, tf32: bool) -> Iterator[None]:
 
 
 @contextmanager
-def our_settings(policy: str, engine: str | None) -> Iterator[None]:
+def our_settings(policy: str, engine: str | None, tf32: bool) -> Iterator[None]:
+    """Torch's leave to use TF32, which our kernels ask for, is the other rivals'."""
     with ExitStack() as stack:
+        stack.enter_context(torch_settings(benchmark=False, tf32=tf32))
         stack.enter_context(cnnops.engine(engine))
         stack.enter_context(cnnops.fallback("error"))
         stack.enter_context(cnnops.policy(policy))
@@ -223,7 +225,7 @@ def call(
     """One rival's Call. Raises Absent, and whatever the rival raises."""
     if rival in CNNOPS:
         policy = "own" if rival == "cnnops" else "auto"
-        around = partial(our_settings, policy, engine)
+        around = partial(our_settings, policy, engine, tf32)
         f = function(row, ours=True)
     else:
         on_gpu = sets[0].x.is_cuda

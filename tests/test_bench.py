@@ -234,10 +234,12 @@ def test_settings_are_put_back() -> None:
         torch.backends.cudnn.benchmark,
         torch.backends.cudnn.allow_tf32,
     )
-    ready, _ = rivals.calls(CONV, ("cnnops", "eager"), CPU, tf32=True)
-    for call in ready.values():
-        with call.around():
-            call.run(0)
+    for tf32 in (True, False):
+        ready, _ = rivals.calls(CONV, ("cnnops", "eager"), CPU, tf32=tf32)
+        for call in ready.values():
+            with call.around():
+                assert torch.backends.cudnn.allow_tf32 is tf32  # the same leave for all
+                call.run(0)
     after = (
         cnnops.config.settings.policy,
         torch.backends.cudnn.benchmark,

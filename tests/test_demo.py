@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import needs_emulator
 from torch import nn
 
+import cnnops
 from cnnops import data, demo, info
 from cnnops.demo import figure, training
 from cnnops.models import MODELS
@@ -66,6 +68,29 @@ def test_disagreement_is_said_and_fails() -> None:
         assert demo._compare(console, "label", "what", logits, reference) is verdict
         assert ("DISAGREE" in console.file.getvalue()) is not verdict
     assert not demo._compare(console, "label", "what", reference * torch.nan, reference)
+
+
+@needs_emulator
+def test_kernels_are_compared_with_all_bits() -> None:
+    """Also where torch would let convolutions use TF32, as on a GPU: that is further off than allowed."""
+    torch.manual_seed(0)
+    model, images = MODELS["lenet5"](), torch.randn(2, 1, 28, 28)
+    stock = MODELS["lenet5"](layers=nn)
+    stock.load_state_dict(model.state_dict())
+    reference = training.evaluate(stock, images)
+    backends = torch.backends.cudnn.conv, torch.backends.mkldnn.conv
+    former = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "tf32"
+        with cnnops.engine("emulate"):
+            rough = training.evaluate(model, images)
+        assert (rough - reference).norm() > demo.TOLERANCE * reference.norm()
+        assert demo._check_kernels(Console(file=io.StringIO()), model, images, reference)
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "tf32"]
+    finally:
+        for backend, precision in zip(backends, former, strict=True):
+            backend.fp32_precision = precision
 
 
 # ---- bad input: one line, exit code 2, nothing done ------------------------------------------------------

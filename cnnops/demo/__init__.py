@@ -10,9 +10,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +102,8 @@ def run(plan: Plan, console: Console) -> bool:
         model, history = train(
             plan.model, digits, plan.epochs, plan.seed, _device(plan.engine), console
         )
-        logits = evaluate(model, digits.test_images)
+        with _all_bits():
+            logits = evaluate(model, digits.test_images)
     predicted = logits.argmax(1)
     hits = int((predicted == digits.test_labels).sum())
     later = statistics.median(history.seconds[1:] or history.seconds)
@@ -132,6 +135,21 @@ def _device(engine: str) -> torch.device:
     return torch.device("cuda" if engine == "cuda" else "cpu")
 
 
+@contextmanager
+def _all_bits() -> Iterator[None]:
+    """Convolutions multiply float32 as it is, though torch may let them use TF32: for comparisons."""
+    libraries: Any = torch.backends  # whose types know of no conv
+    backends = libraries.cudnn.conv, libraries.mkldnn.conv
+    former = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, former, strict=True):
+            backend.fp32_precision = precision
+
+
 def _compare(console: Console, label: str, what: str, logits: Tensor, reference: Tensor) -> bool:
     """Print how far apart the logits are, and whether that is agreement."""
     agreed = bool((logits - reference).norm() <= TOLERANCE * reference.norm())
@@ -150,7 +168,7 @@ def _check_kernels(console: Console, model: LeNet, images: Tensor, reference: Te
         console.print(f"CUDA kernels    not run: {info.unavailable('emulate')}")
         return True
     where = "on the GPU" if engine == "cuda" else "under the emulator"
-    with cnnops.engine(engine), cnnops.fallback("error"):
+    with _all_bits(), cnnops.engine(engine), cnnops.fallback("error"):
         logits = evaluate(model.to(_device(engine)), images)
     return _compare(
         console, "CUDA kernels", f"{len(images)} test digits {where}", logits, reference
