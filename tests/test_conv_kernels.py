@@ -476,6 +476,32 @@ def test_bgrad_needs_no_more_than_the_size_of_y(engine: str) -> None:
         assert_close(got, wanted, TOLERANCE[torch.float32].gradient, str(shape))
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bgrad_in_parts(engine: str, layout: str) -> None:
+    """Few channels of many places: their sums come in parts, which a second launch adds up."""
+    for i, (size, dtype) in enumerate(
+        (
+            ((6, 2, 120, 61), torch.float32),
+            ((6, 3, 101, 61), torch.float64),
+            ((9, 5, 41, 41), torch.bfloat16),
+            ((4, 3, 20000), torch.float16),
+        )
+    ):
+        layout = layout if len(size) > 3 else "contiguous"
+        grad_y = laid_out(size, layout, normal(i, dtype)).abs()  # so that sums are large
+        grad_y = grad_y.to("cuda" if engine == "cuda" else "cpu")
+        shape = ConvShape.of(size, (size[1], size[1], *(1,) * (len(size) - 2)))
+        grad_bias = torch.full((size[1],), float("nan"), dtype=dtype, device=grad_y.device)
+        with trace() as launches:
+            conv_direct.conv_bgrad(shape, grad_y, grad_bias)
+        assert [launch.kernel.entry for launch in launches] == [
+            "conv_bgrad_direct",
+            "conv_reduce_direct",
+        ]
+        wanted = grad_y.double().flatten(2).sum((0, 2))
+        assert_close(grad_bias, wanted, TOLERANCE[dtype].gradient, f"{size} {dtype}")
+
+
 def test_what_is_refused(engine: str) -> None:
     shape = ConvShape.of((2, 4, 5, 4), (6, 4, 3, 3), None, 1, 1, padding_mode="reflect")
     for module in (conv_direct, conv_im2col):

@@ -369,7 +369,7 @@ def plan_of(
     parts or moments are gathered.
     """
     op, dtype, shape = p.key.op, p.key.dtype, p.key.shape
-    numel = shape.K if op == "bgrad" else math.prod(result_of(p.key)[0])
+    numel = math.prod(result_of(p.key)[0])
     inputs, output = TENSORS[op]
     p.params.splits, p.params.numel = FastDiv(splits), numel
     result = ACCUMULATOR[dtype] if splits > 1 else ELEMENT[dtype]
@@ -414,7 +414,9 @@ def _second(p: Problem, pass_: str) -> dict[str, str | int]:
 
 
 def result_of(key: Key) -> tuple[Axes, Axes]:
-    """Size and strides of what the pass fills."""
+    """Size and strides of what the pass fills; the bias gradient counts as one image of K channels."""
+    if key.op == "bgrad":
+        return (1, key.shape.K), (key.shape.K, 1)
     at = {"dgrad": 0, "wgrad": 1, "fprop": 2}[key.op]
     return (key.shape.x_size, key.shape.w_size, key.shape.y_size)[at], key.strides[at]
 
