@@ -14,6 +14,7 @@ TEST = [
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "setuptools>=70",  # a test builds the wheel
+    "transformers>=5",  # networks that others wrote, built from configurations: nothing is downloaded
     # NVRTC compiles every kernel in the tests; neither a GPU nor a driver is needed for that.
     "cuda-bindings>=12.8; sys_platform == 'linux'",
     "nvidia-cuda-nvrtc; sys_platform == 'linux'",

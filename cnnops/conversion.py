@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.nn.utils import parametrize
 
 import cnnops.nn
+from cnnops.fusion.kinds import computing_class, in_place_of, layer_kind
 from cnnops.fusion.training import TrainingFuser, plain_class, undo
 
 
@@ -67,7 +68,9 @@ def convert(model: Module, copy: bool = False, fuse_training: bool = False) -> C
     the same in both modes: what it decides by the module's attributes is then decided for good. ``.fused``
     has what was done, ``.left`` what was not and why.
 
-    Left alone are subclasses of torch's layers, since they may compute something else, and scripted modules.
+    Subclasses of torch's layers that override nothing but ``__init__`` and what they print compute by ours,
+    too, and stay instances of their class. Other subclasses, which may compute something else, and scripted
+    modules are left alone.
     What a module's forward calls as a function is not seen: `cnnops.patched` is for that. Converting twice
     changes nothing more. A model inside of torch.compile's or DistributedDataParallel's wrapper is converted
     in place as any other; what was compiled compiles anew.
@@ -114,6 +117,7 @@ def _ours() -> dict[type[Module], type[Module]]:
 
 
 def _origin(kind: type[Module]) -> str:
+    kind = computing_class(kind)
     return f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
 
 
@@ -132,7 +136,8 @@ def _expected(model: Module, copy: bool) -> Module:
 def _exchange(model: Module, into: dict[type[Module], type[Module]], copy: bool) -> Conversion:
     done = Conversion(_expected(model, copy))
     for name, module, kind in list(_layers(done.model)):
-        target = into.get(kind)
+        base = layer_kind(module, kind)
+        target = in_place_of(kind, into[base]) if base in into else None
         if target is not None:
             former = type(module)
             module.__class__ = target if former is kind else _parametrized(former, target)
@@ -141,7 +146,7 @@ def _exchange(model: Module, into: dict[type[Module], type[Module]], copy: bool)
         layers = [theirs for theirs in into if isinstance(module, theirs)]
         if isinstance(module, torch.jit.ScriptModule):
             done.left[name] = "scripted: convert the model before scripting it"
-        elif layers and kind not in into.values() and kind not in _ONLY_OURS:
+        elif layers and base not in into.values() and base not in _ONLY_OURS:
             done.left[name] = f"{kind.__qualname__} is a subclass of {_origin(layers[-1])}"
     return done
 

@@ -79,6 +79,89 @@ def test_subclasses_and_scripts_are_left() -> None:
     assert set(cnnops.convert(nn.Sequential(scripted)).left) == {"0", "0.0"}
 
 
+class Depthwise(nn.Conv2d):
+    """Arguments of its own, and nothing else."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+
+    def receptive(self) -> int:
+        return self.kernel_size[0]
+
+
+class Norm(nn.BatchNorm2d):
+    def extra_repr(self) -> str:
+        return f"of {self.num_features}"
+
+
+class OfOurs(cnnops.nn.BatchNorm2d):
+    """One that computes by our kernels from the start."""
+
+
+class Pair(nn.Sequential):
+    """Whose forward is a Sequential's."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(
+            Depthwise(channels), Norm(channels), nn.ReLU(), OfOurs(channels), nn.Tanh()
+        )
+
+
+@pytest.mark.parametrize("fuse_training", [False, True], ids=["plain", "fused"])
+def test_subclasses_that_override_nothing(fuse_training: bool) -> None:
+    model = Pair(4).double()
+    theirs = copy.deepcopy(model)
+    done = cnnops.convert(model, fuse_training=fuse_training)
+    assert not done.left and done.swapped.keys() == (
+        {"0", "1", "3"} if fuse_training else {"0", "1"}
+    )
+    assert done.fused == ({"1": "relu", "3": "tanh"} if fuse_training else {})
+    conv, norm = model[0], model[1]
+    assert isinstance(conv, Depthwise) and isinstance(conv, cnnops.nn.Conv2d)
+    assert type(conv).__qualname__ == "Depthwise" and type(conv).__module__ == Depthwise.__module__
+    assert conv.receptive() == 3 and repr(norm) == "Norm(of 4)"
+    assert "  0: Depthwise  test_conversion.Depthwise -> cnnops.Conv2d" in str(done)
+    assert isinstance(norm, Norm) and isinstance(norm, cnnops.nn.BatchNormAct2d) == fuse_training
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    ops = [choice.op for choice in cnnops.explain(model, x)]
+    assert ops == ["conv_fprop", "batch_norm_train", "batch_norm_train"]
+    model.load_state_dict(theirs.state_dict())
+    assert_same(step(model, x), step(theirs, x), 1e-12)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(other[0]) is type(conv) and type(other[1]) is type(norm), "made once"
+        assert torch.equal(other.eval()(x), model.eval()(x))
+    assert not cnnops.convert(model, fuse_training=fuse_training).swapped, "converting twice"
+    undone = cnnops.revert(model)
+    assert undone.swapped.keys() == {"0", "1"}
+    assert [type(m) for m in model] == [type(m) for m in theirs]
+    assert list(undone.left) == ["3"], "nothing of torch's computes as OfOurs does"
+
+
+def test_subclasses_that_override_nothing_may_be_parametrized() -> None:
+    theirs = nn.Sequential(weight_norm(Depthwise(4)))
+    ours = cnnops.convert(theirs, copy=True).model
+    assert isinstance(ours[0], cnnops.nn.Conv2d) and isinstance(ours[0], Depthwise)
+    x = torch.randn(2, 4, 5, 5)
+    assert_same(step(ours, x), step(theirs, x), 2e-6)
+    assert not cnnops.convert(ours).swapped
+    assert cnnops.revert(ours).swapped and not isinstance(ours[0], cnnops.nn.Conv2d)
+    parametrize.remove_parametrizations(ours[0], "weight")
+    assert type(ours[0]) is Depthwise
+
+
+def test_subclasses_in_the_way_of_ours() -> None:
+    """What torch's layer does not have, but ours."""
+
+    class Own(nn.BatchNorm2d):
+        def _forward(self, x: Tensor) -> Tensor:
+            return x
+
+    assert hasattr(cnnops.nn.BatchNorm2d, "_forward") and not hasattr(nn.BatchNorm2d, "_forward")
+    model = nn.Sequential(Own(3), nn.ReLU())
+    done = cnnops.convert(model, fuse_training=True)
+    assert not done.swapped and "Own is a subclass of torch.BatchNorm2d" in done.left["0"]
+
+
 def test_the_report_is_a_tree() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
     assert str(cnnops.convert(model)).splitlines() == [
@@ -515,6 +598,42 @@ def test_training_not_fused(how: str) -> None:
         x = torch.randn(2, 3, 4, 4)
         for mode in (True, False):
             assert_close(done.model.train(mode)(x), theirs.train(mode)(x), 2e-6, how)
+
+
+def scaled(x: Tensor, *modules: Any) -> Tensor:
+    """Cannot be traced; calls the first module that it gets."""
+    y: Tensor = modules[0](x) if modules and x.shape[0] > 0 else x * 2
+    return y
+
+
+class Scaled(nn.Module):
+    """`gets`: what a function is handed."""
+
+    def __init__(self, gets: str) -> None:
+        super().__init__()
+        self.gets = gets
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()
+        self.pair = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = scaled(x, *(getattr(self, name) for name in self.gets.split()))
+        y: Tensor = self.act(self.norm(self.conv(x)))
+        return y
+
+
+@pytest.mark.parametrize("gets", ["conv", "norm", "pair"])
+def test_training_fused_around_functions(gets: str) -> None:
+    """A function that cannot be traced stays a call; what it is handed stays what it is."""
+    theirs = Scaled(gets).double()
+    done = fuse_training(theirs)
+    norms = {"norm": "norm", "pair": "pair.0"}
+    assert done.fused.keys() == {"norm", "pair.0"} - {norms.get(gets)}
+    assert done.left == ({norms[gets]: "is handed to a function"} if gets in norms else {})
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    for model in (done.model, copy.deepcopy(done.model), pickle.loads(pickle.dumps(done.model))):
+        model.load_state_dict(theirs.state_dict())
+        assert_same(step(model, x), step(copy.deepcopy(theirs), x), 1e-12)
+    assert type(cnnops.revert(done.model).model) is Scaled
 
 
 def test_training_of_forwards_with_options_is_not_fused() -> None:

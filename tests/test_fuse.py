@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 import random
 from collections import Counter
@@ -25,6 +26,7 @@ from cnnops.cuda.launch import trace
 from cnnops.fusion import folding
 from cnnops.models import (
     VGG16BN,
+    AlexNet,
     ConvNeXtT,
     EfficientNetB0,
     LeNet5,
@@ -80,6 +82,7 @@ class UpDown(nn.Module):
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "lenet5": (lambda: LeNet5(), (2, 1, 28, 28), 2),
     "lenet5-original": (lambda: LeNet5Original(layers=nn), (2, 1, 32, 32), 3),
+    "alexnet": (lambda: AlexNet(10).features, (1, 3, 63, 63), 5),
     "vgg16-bn": (lambda: VGG16BN(10).features, (1, 3, 32, 32), 13),
     "resnet18": (lambda: ResNet18(10, layers=nn), (1, 3, 32, 32), 20),
     "resnet50": (lambda: ResNet50(10), (1, 3, 32, 32), 53),
@@ -692,8 +695,379 @@ def test_optional_arguments() -> None:
     assert done.fused == {"conv": ("norm", "relu")}
     agree(model, done, x)
     assert_close(done.model(x, mask=None), model(x), 1e-6, "by keyword")
-    with pytest.raises(AssertionError, match="specialized to have value None"):
+    with pytest.raises(AssertionError, match="mask: expected its default, None, as .* got Tensor"):
         done.model(x, x)
+
+
+class AllOptional(Block):
+    """As models of transformers are called: no argument has to be given."""
+
+    def forward(
+        self, pixel_values: Tensor | None = None, labels: Tensor | None = None, twice: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if pixel_values is None:
+            return torch.zeros(1)
+        y = torch.relu(self.norm(self.conv(pixel_values)))
+        y = y + y if twice else y
+        return y if labels is None else (y, (y - labels).square().mean())
+
+
+def names_of(model: nn.Module) -> list[str]:
+    return [p for p in inspect.signature(model.forward).parameters if p != "self"]
+
+
+@pytest.mark.parametrize("sampled", ["nothing", "position", "keyword", "default"])
+def test_the_input_is_optional(sampled: str) -> None:
+    """The sample's, and without one the first argument, whatever its default is."""
+    model = lived_in(AllOptional(lambda y, x: y))
+    x = torch.randn(1, 4, 5, 5)
+    samples = {"position": x, "keyword": {"pixel_values": x}, "default": (x, None, False)}
+    done = cnnops.fuse(model, samples.get(sampled))
+    assert done.fused == {"conv": ("norm", "relu")} and not done.left
+    assert names_of(done.model) == ["pixel_values", "labels", "twice"]
+    agree(model, done, torch.randn(2, 4, 6, 5))
+    for again in (done.model, pickle.loads(pickle.dumps(done.model))):
+        assert_close(again(pixel_values=x, labels=None), model(x), 2e-6, "by keyword")
+        with pytest.raises(AssertionError, match="labels: expected its default, None, as when"):
+            again(x, labels=x)
+        with pytest.raises(AssertionError, match="twice: expected its default, False, .* got True"):
+            again(x, twice=True)
+        for nothing in ((), (None,)):
+            with pytest.raises(AssertionError, match="pixel_values: expected a value, as when"):
+                again(*nothing)
+
+
+@pytest.mark.parametrize("keyword", [False, True], ids=["position", "keyword"])
+def test_a_second_input_is_optional(keyword: bool) -> None:
+    model = lived_in(AllOptional(lambda y, x: y))
+    x, labels = torch.randn(2, 1, 4, 5, 5)
+    both = {"pixel_values": x, "labels": labels}
+    done = cnnops.fuse(model, both if keyword else (x, labels))
+    assert done.fused == {"conv": ("norm", "relu")}
+    assert names_of(done.model) == ["pixel_values", "labels", "twice"]
+    more = torch.randn(2, 2, 4, 6, 5)
+    for found in (done.model(*more), done.model(labels=more[1], pixel_values=more[0])):
+        for a, b in zip(found, model(*more), strict=True):
+            assert_close(a, b, 2e-6, "result")
+    with pytest.raises(AssertionError, match="labels: expected a value, as when the model was fus"):
+        done.model(x)
+    compiled: Any = torch.compile(done.model, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x, labels)[0], model(x), 2e-6, "compiled")
+
+
+def test_options_that_the_sample_changes() -> None:
+    """A number is an input; of a decision no graph knows. A model that cannot be called is not hidden."""
+
+    class Scaled(Block):
+        def forward(self, x: Tensor, scale_1: float = 1.0, scale: float = 2.0) -> Tensor:
+            return scale * torch.relu(self.norm(self.conv(x))) - scale_1
+
+    model, x = lived_in(Scaled(lambda y, x: y)), torch.randn(1, 4, 5, 5)
+    done = cnnops.fuse(model, {"x": x, "scale_1": 3.0})
+    assert names_of(done.model) == ["x", "scale_1", "scale"]
+    for scale in (3.0, 5.0):
+        assert_close(done.model(x, scale), model(x, scale), 2e-6, "another value")
+    agree(model, done, x)
+    with pytest.raises(AssertionError, match="scale: expected its default, 2.0, as .* got 1.0"):
+        done.model(x, 3.0, 1.0)
+    decided = lived_in(AllOptional(lambda y, x: y))
+    done = cnnops.fuse(decided, {"pixel_values": x, "twice": True})
+    assert "used as inputs to control flow" in done.left[""] and not done.fused
+    with pytest.raises(TypeError, match="unexpected keyword argument 'images'"):
+        cnnops.fuse(decided, {"images": x})
+
+
+# ---- functions that cannot be traced -----------------------------------------------------------------------
+
+
+def _same(x: Tensor, conv: Any) -> Tensor:
+    """Padding that depends on the size, as TensorFlow has it."""
+    pads: list[int] = []
+    for size, stride, kernel in zip(x.shape[2:], conv.stride, conv.kernel_size, strict=True):
+        total = max(kernel - (stride if size % stride == 0 else size % stride), 0)
+        pads = [total // 2, total - total // 2, *pads]
+    return F.pad(x, pads)
+
+
+def weighed(x: Tensor, conv: Any) -> Tensor:
+    return x * conv.weight.mean() if x.shape[0] > 0 else x
+
+
+def run(x: Tensor, module: Any) -> Tensor:
+    y: Tensor = module(x) if x.shape[0] > 0 else x
+    return y
+
+
+def first_of(x: Tensor, modules: Any) -> Tensor:
+    y: Tensor = modules[0](x) if x.shape[0] > 0 else x
+    return y
+
+
+def doubled_in_place(x: Tensor) -> Tensor:
+    return x.mul_(2) if x.shape[0] > 0 else x
+
+
+def is_large(x: Tensor) -> bool:
+    return bool(x.abs().max() > 0.1)
+
+
+def asks_another(x: Tensor) -> Tensor:
+    return x * 2 if is_large(x) else x
+
+
+@torch.no_grad()
+def without_gradients(x: Tensor) -> Tensor:
+    return x * torch.ones(1)
+
+
+class CallsFunctions(nn.Module):
+    """`how`: which one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.first = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+        self.conv, self.norm, self.act = nn.Conv2d(4, 4, 3, 2), nn.BatchNorm2d(4), nn.ELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        how, x = self.how, self.first(x)
+        r = F.avg_pool2d(x, 3, 2)
+        if how == "pads":
+            x = _same(x, self.conv)
+        if how == "reads weights":
+            x = weighed(x, conv=self.conv)
+        if how == "calls a block":
+            x = run(x, self.block)
+        if how == "takes one of a list":
+            x = first_of(x, self.block)
+        if how == "asks another":
+            x = asks_another(x)
+        if how == "switches gradients":
+            x = without_gradients(x)
+        if how == "gets the model":
+            x = run(x, self)
+        y = self.norm(self.conv(x))
+        if how == "changes the residual":
+            doubled_in_place(r)
+            y = y + r
+        if how == "calls the layer":
+            y = y + run(x * 1, self.conv)
+        z: Tensor = self.act(y)
+        return z
+
+
+MAIN, FIRST, BLOCK = {"conv": ("norm",)}, {"first.0": ("first.1",)}, {"block.0": ("block.1",)}
+
+# With a sample, without one, and why the convolution or block stays what it is, with one and without.
+FUNCTIONS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
+    "pads": (FIRST | MAIN, FIRST, "", "conv is handed to _same, which may use it in other ways"),
+    "reads weights": (
+        FIRST, FIRST, "conv is handed to weighed, which needs it as it is",
+        "conv is handed to weighed, which may use it in other ways; a sample would tell",
+    ),
+    "calls the layer": (
+        FIRST, FIRST, "conv is handed to run, which needs it as it is",
+        "conv is handed to run, which may use it in other ways; a sample would tell",
+    ),
+    "changes the residual": (FIRST | MAIN, FIRST | MAIN, "", ""),
+    "asks another": (FIRST | MAIN, FIRST | MAIN, "", ""),
+    "switches gradients": (FIRST | MAIN, FIRST | MAIN, "", ""),
+    "calls a block": (
+        FIRST | MAIN | BLOCK, FIRST | MAIN, "", "may be used in other ways than as a whole",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sampled", [True, False], ids=["sample", "no sample"])
+@pytest.mark.parametrize("how", FUNCTIONS)
+def test_functions_that_cannot_be_traced(how: str, sampled: bool) -> None:
+    """They are called as they are, and so is what they get, unless a sample clears the fused layer."""
+    model = lived_in(CallsFunctions(how))
+    x = torch.randn(2, 4, 9, 8)
+    done = cnnops.fuse(model, x if sampled else None)
+    with_sample, without, *reasons = FUNCTIONS[how]
+    assert done.fused == (with_sample if sampled else without)
+    why = reasons[not sampled]
+    assert any(why in left for left in done.left.values()) if why else "norm" not in done.left
+    for found in (done.model, copy.deepcopy(done.model), pickle.loads(pickle.dumps(done.model))):
+        for size in (x, torch.randn(1, 4, 12, 7)):
+            agree(model, cnnops.Fusion(found), size)
+    assert not cnnops.fuse(done.model).fused, "fusing twice"
+
+
+@pytest.mark.parametrize("how", ["gets the model", "takes one of a list"])
+def test_functions_that_see_through_a_model(how: str) -> None:
+    """One that gets the model itself would see all of it; one that iterates over a list, its layers."""
+    model = lived_in(CallsFunctions(how))
+    x = torch.randn(1, 4, 40, 40)
+    if how == "gets the model":
+        done = cnnops.fuse(model)
+        assert done.fused == FIRST and "its forward cannot be traced" in done.left[""]
+    else:
+        done = cnnops.fuse(model)
+        assert done.fused == FIRST | MAIN and "a sample would tell" in done.left["block"]
+        agree(model, done, x)
+
+
+def test_functions_of_a_forward_that_the_sample_misses() -> None:
+    """Where the sample does not come by, nothing was compared."""
+
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = CallsFunctions("pads"), CallsFunctions("reads weights")
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(x) if x.shape[0] == 1 else self.b(x)
+            return y
+
+    model = lived_in(Either())
+    done = cnnops.fuse(model, torch.randn(1, 4, 9, 9))
+    for n in (1, 2):
+        agree(model, done, torch.randn(n, 4, 9, 9))
+    assert "b.conv is handed to weighed, which needs it" in done.left["b.norm"]
+
+
+def test_functions_that_nobody_finds_again() -> None:
+    """A graph that calls them could not be pickled."""
+
+    def local(x: Tensor) -> Tensor:
+        return x * 2 if x.shape[0] > 0 else x
+
+    class Calls(CallsFunctions):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(local(x))
+
+    done = cnnops.fuse(lived_in(Calls("")), torch.randn(1, 4, 8, 8))
+    assert "used as inputs to control flow" in done.left[""]
+
+
+def test_parts_that_are_used_by_themselves_stay() -> None:
+    """A block that is called as it is, and of which a layer is called as well, or a weight read."""
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+            self.block.register_forward_hook(lambda m, x, y: y + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.block(x) + self.block[0](x) * self.block[0].weight.sum()
+            return y
+
+    model = lived_in(Both())
+    done = cnnops.fuse(model, torch.randn(1, 4, 5, 5))
+    assert done.left["block"] == "is used as a whole and in parts" and not done.fused
+    agree(model, done, torch.randn(2, 4, 5, 5))
+
+
+# ---- subclasses that override nothing ----------------------------------------------------------------------
+
+
+class Depthwise(nn.Conv2d):
+    """Arguments of its own, and nothing else."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1, groups=channels)
+
+
+class Norm(cnnops.nn.BatchNorm2d):
+    def extra_repr(self) -> str:
+        return f"of {self.num_features}"
+
+
+class Clipped(nn.ReLU6):
+    pass
+
+
+class Nothing(nn.Identity):
+    pass
+
+
+class Dense(nn.Linear):
+    pass
+
+
+class Norm1d(nn.BatchNorm1d):
+    def names(self) -> list[str]:
+        return [name for name, _ in self.named_parameters()]
+
+
+def test_plain_subclasses_fuse() -> None:
+    model = lived_in(
+        nn.Sequential(
+            Depthwise(4), Nothing(), Norm(4), Clipped(), nn.Flatten(), Dense(16, 3), Norm1d(3)
+        )
+    )
+    done = cnnops.fuse(model, torch.randn(2, 4, 2, 2))
+    assert done.fused == {"0": ("1", "2", "3"), "5": ("6",)} and not done.left
+    assert cnnops.fuse(cnnops.convert(model).model).fused == done.fused
+    agree(model, done, torch.randn(3, 4, 2, 2))
+    alone = lived_in(nn.Sequential(nn.MaxPool2d(2), Norm(4), Clipped()))
+    done = cnnops.fuse(alone, torch.randn(2, 4, 4, 4))
+    assert done.fused == {"1": ("2",)}
+
+
+class Strided(nn.Conv2d):
+    stride: Any = property(lambda self: (2, 2), lambda self, value: None)
+
+
+class OwnPadding(nn.Conv2d):
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input * 2, weight, bias)
+
+
+class Called(nn.Conv2d):
+    def __call__(self, x: Tensor) -> Tensor:
+        y: Tensor = super().__call__(x) * 2
+        return y
+
+
+class Louder:
+    """Not a layer; what it does comes before the layer's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x) * 2  # type: ignore[misc]
+        return y
+
+
+class Mixed(Louder, nn.Conv2d):
+    pass
+
+
+class Scaled(nn.Conv2d):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.scale = 3.0
+
+
+def test_blocks_with_a_call_of_their_own() -> None:
+    class Doubling(nn.Sequential):
+        def __call__(self, x: Tensor) -> Tensor:
+            y: Tensor = super().__call__(x) * 2
+            return y
+
+    parts = (nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    x = torch.randn(2, 4, 3, 3)
+    for model in (Doubling(*parts), nn.Sequential(Doubling(*parts), nn.ReLU())):
+        done = cnnops.fuse(lived_in(model))
+        agree(model, done, x)
+    assert done.fused == {"0.0": ("0.1",)}, "where it is a part it is looked through"
+
+
+@pytest.mark.parametrize("kind", [Strided, OwnPadding, Called, Mixed, Scaled])
+def test_other_subclasses_do_not(kind: Any) -> None:
+    conv = kind(4, 4, 1)
+    model = lived_in(nn.Sequential(conv, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    x = torch.randn(2, 4, 3, 3)
+    done = cnnops.fuse(model, x)
+    assert done.fused == ({} if kind is Called else {"2": ("3",)})
+    if kind is Scaled:  # plain, but in the way of the layer that it would become
+        assert done.left["1"] == "0 has an attribute scale of its own"
+    else:
+        assert "0" in cnnops.convert(model, copy=True).left
+    agree(model, done, x)
 
 
 # ---- the check -------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from cases import TOLERANCE, needs_emulator
 from torch import Tensor, nn
 
 import cnnops
@@ -368,8 +370,10 @@ def test_sizes_of_images(name: str) -> None:
 # ---- own and stock layers -------------------------------------------------------------------------------
 
 
-def pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """The network in own and in stock layers, float64, with the same random weights and statistics.
+def pair(
+    name: str, part: Callable[[Any], nn.Module] = lambda model: model
+) -> tuple[nn.Module, nn.Module]:
+    """A part of the network in own and in stock layers, float64, with the same random weights and statistics.
 
     AlexNet's and VGG's dense layers, torch's either way, are left out: they have most of the weights.
     """
@@ -378,7 +382,7 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
         model = on_meta(name, layers, classes=10)
         if name == "alexnet" or name.startswith("vgg"):
             model.classifier = nn.Identity()
-        models.append(model.double().to_empty(device="cpu"))
+        models.append(part(model).double().to_empty(device="cpu"))
     own, stock = models
     generator = torch.Generator().manual_seed(3)
     for key, t in own.state_dict().items():
@@ -417,6 +421,13 @@ def norm(t: Tensor) -> float:
     return float(torch.linalg.vector_norm(t))
 
 
+def assert_near(ours: list[Tensor], theirs: list[Tensor], limit: float, part: float = 0) -> None:
+    """Norm-relative; what has less than `part` of the largest norm is measured by that."""
+    least = part * max(map(norm, theirs))
+    for a, b in zip(ours, theirs, strict=True):
+        assert norm(a - b) <= limit * max(norm(b), least)
+
+
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in LARGE])
 def test_stock_and_own_layers_agree(name: str) -> None:
     """One state_dict, float64, in training and in evaluation: logits, running statistics, all gradients.
@@ -429,12 +440,69 @@ def test_stock_and_own_layers_agree(name: str) -> None:
         with cnnops.engine("cpu"):
             values, gradients = step(own.train(training), x)
         expected_values, expected_gradients = step(stock.train(training), x)
-        for ours, theirs in zip(values, expected_values, strict=True):
-            assert norm(ours - theirs) <= tolerance * norm(theirs)
+        assert_near(values, expected_values, tolerance)
         # What batch norm undoes, a shift before it, has no gradient but rounding errors.
-        largest = max(map(norm, expected_gradients))
-        for ours, theirs in zip(gradients, expected_gradients, strict=True):
-            assert norm(ours - theirs) <= tolerance * max(norm(theirs), 1e-4 * largest)
+        assert_near(gradients, expected_gradients, tolerance, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, fuse_training",
+    [("resnet18", False), ("vgg16-bn", False), ("mobilenetv2", False), ("mobilenetv2", True)],
+)
+def test_two_steps_of_training(name: str, fuse_training: bool) -> None:
+    """Weights, running statistics and their counts after two steps of an optimizer, float64."""
+    own, stock = pair(name)
+    if fuse_training:
+        done = cnnops.convert(stock, copy=True, fuse_training=True)
+        assert len(done.fused) == 35, "all but the last batch norm of each of 17 blocks"
+        own = done.model
+    before = copy.deepcopy(stock.state_dict())
+    x = images(name, own)
+    for model, engine in ((own.train(), "cpu"), (stock.train(), "aten")):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        for i in range(2):
+            optimizer.zero_grad()
+            torch.manual_seed(2)  # dropout
+            with cnnops.engine(engine):
+                F.cross_entropy(model(x + i), torch.arange(len(x))).backward()
+            optimizer.step()
+    ours, theirs = own.state_dict(), stock.state_dict()
+    assert list(ours) == list(theirs)
+    for key, expected in theirs.items():
+        error = norm((ours[key] - expected).double())
+        assert error <= 1e-9 * max(norm(expected.double()), 1e-3), key
+        # But for shifts, which the next batch norm undoes.
+        assert key.endswith("bias") or not torch.equal(expected, before[key]), key
+
+
+BLOCKS: dict[str, tuple[Callable[[Any], nn.Module], tuple[int, ...]]] = {
+    "lenet5": (lambda m: m, (1, 1, 28, 28)),
+    "lenet5-original": (lambda m: nn.Sequential(m.conv1, m.pool1), (2, 1, 12, 12)),
+    "alexnet": (lambda m: m.features[:3], (2, 3, 16, 16)),
+    "vgg16": (lambda m: m.features[:5], (2, 3, 4, 4)),
+    "resnet18": (lambda m: m.layer1[0], (2, 64, 4, 4)),
+    "resnet50": (lambda m: m.layer1[0], (2, 64, 4, 4)),
+    "mobilenetv2": (lambda m: m.features[1], (2, 32, 4, 4)),
+    "convnext-tiny": (lambda m: m.features[1][0], (2, 96, 4, 4)),
+}
+"""A network -> its first layers or block, and the size of an input for them."""
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", BLOCKS)
+def test_first_blocks_in_cuda_kernels(name: str) -> None:
+    """Float32 in training: results, running statistics and all gradients, against stock float64."""
+    part, size = BLOCKS[name]
+    own, stock = pair(name, part)
+    own.float()
+    stock.load_state_dict(own.state_dict())  # the rounded weights
+    x = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    with cnnops.engine("emulate"), cnnops.fallback("error"):
+        values, gradients = step(own.train(), x)
+    expected_values, expected_gradients = step(stock.train(), x.double())
+    tolerance = TOLERANCE[torch.float32]
+    assert_near(values, expected_values, tolerance.output)
+    assert_near(gradients, expected_gradients, tolerance.gradient, 1e-4)
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in LARGE])
@@ -474,11 +542,8 @@ def test_compiles_to_one_graph(name: str) -> None:
     compiled = torch.compile(copy.deepcopy(own).train(), fullgraph=True, backend="eager")
     values, gradients = step(compiled, x)
     expected_values, expected_gradients = step(own.train(), x)
-    for ours, theirs in zip(values, expected_values, strict=True):
-        assert norm(ours - theirs) <= 1e-12 * norm(theirs)
-    largest = max(map(norm, expected_gradients))
-    for ours, theirs in zip(gradients, expected_gradients, strict=True):
-        assert norm(ours - theirs) <= 1e-9 * max(norm(theirs), 1e-4 * largest)
+    assert_near(values, expected_values, 1e-12)
+    assert_near(gradients, expected_gradients, 1e-9, 1e-4)
 
 
 # ---- training and evaluation ----------------------------------------------------------------------------

@@ -59,9 +59,15 @@ def fuse(model: Module, sample: Any = None, copy: bool = False) -> Fusion:
     is no way back to training: forward is what it was in evaluation, with the values that the model's
     attributes had. Other layers than the fused ones are not exchanged: that is `cnnops.convert`.
 
+    Optional arguments to which `sample` gives another value than the default are inputs of the result, too;
+    so is, without a sample, the model's first argument if it is None by default. All others are taken for
+    their defaults. The result has them all, by the same names, and raises AssertionError for another value
+    than the default that was taken, and for None in place of an input.
+
     Nothing is fused that was not found to be equal: see the reasons in ``.left``. With a `sample` (the
     model's argument, a tuple of them, or a dict of keyword arguments) both models are run and compared, every
-    fused step by itself and the results; RuntimeError says where they disagree beyond rounding.
+    fused step by itself and the results; RuntimeError says where they disagree beyond rounding. A layer that
+    forward hands to a function, which could not be traced, is fused only with a `sample`, if that agrees.
 
     Raises RuntimeError for a model in training mode, TypeError unless `model` is a Module and not wrapped by
     torch.compile or data parallelism. While it works, no module may run in another thread.
@@ -79,9 +85,18 @@ def fuse(model: Module, sample: Any = None, copy: bool = False) -> Fusion:
             at = f"layer {name} ({type(module).__name__})" if name else type(module).__name__
             raise RuntimeError(f"expected model.eval(), got training mode in {at}")
     source = copies.deepcopy(model) if copy else model
-    fuser = Fuser(checked=sample is not None)
+    fuser = Fuser(sample, hands_fused=True)
     done = Fusion(fuser.rebuilt(source), fuser.fused, fuser.left)
-    if sample is not None:
+    if sample is None:
+        return done
+    try:
+        check(source, done.model, fuser.regions, sample)
+    except Exception:
+        if not any(region.hands_fused for region in fuser.regions):
+            raise
+        # A function may have seen the difference.
+        fuser = Fuser(sample, hands_fused=False)
+        done = Fusion(fuser.rebuilt(source), fuser.fused, fuser.left)
         check(source, done.model, fuser.regions, sample)
     return done
 

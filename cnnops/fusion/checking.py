@@ -17,6 +17,7 @@ from torch.nn import Module
 from torch.utils._pytree import tree_leaves
 
 from cnnops.fusion.inference import Group, Region
+from cnnops.fusion.tracing import arguments_of
 
 LIMIT = {torch.float64: 128, torch.float32: 128, torch.float16: 8, torch.bfloat16: 8}
 """Largest error of one step in units of its dtype's epsilon, times the norm of the terms that were added.
@@ -28,9 +29,8 @@ types sum in float32; there the few roundings of results, weights and bias are w
 
 def call(model: Module, sample: Any) -> Any:
     """``model(sample)``, with a tuple as its arguments or a dict as its keyword arguments."""
-    if isinstance(sample, dict):
-        return model(**sample)
-    return model(*sample) if isinstance(sample, (tuple, list)) else model(sample)
+    args, kwargs = arguments_of(sample)
+    return model(*args, **kwargs)
 
 
 def check(model: Module, fused: Module, regions: Sequence[Region], sample: Any) -> None:
@@ -64,6 +64,8 @@ def check(model: Module, fused: Module, regions: Sequence[Region], sample: Any) 
                 steps.run(*given)
             if steps.wrong is not None:
                 raise steps.wrong
+        elif region.hands_fused:
+            raise RuntimeError(f"{region.name!r}: expected a sample that reaches it")
     with torch.no_grad(), torch.random.fork_rng(devices):
         found = call(fused, _cloned(sample))
     _compare_results(found, expected, sum(len(region.groups) for region in regions))

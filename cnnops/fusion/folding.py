@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 import cnnops.nn
+from cnnops.fusion.kinds import attributes, layer_kind
 from cnnops.fusion.patterns import NORMS
 from cnnops.fusion.tracing import altered
 from cnnops.nn.conv_act import FoldedLinear
@@ -30,6 +31,8 @@ CONVOLUTIONS: dict[type[Module], type[Module]] = {
     for d in (1, 2, 3)
 }
 """Layers that take an epilogue -> those with one."""
+_OF_EPILOGUES = {"activation", "adds_in_place", "norm_folded", "fused", "scale"}
+"""Attributes that these have beside those of the layer."""
 
 
 class Folded(NamedTuple):
@@ -45,7 +48,7 @@ def refusal(layer: Any, norm: Any) -> str:
     transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
     linear = isinstance(layer, nn.Linear)
     channels = layer.out_features if linear else layer.out_channels
-    dims, of = NORMS[type(norm)], 1 if linear else layer.weight.dim() - 2
+    dims, of = NORMS[layer_kind(norm)], 1 if linear else layer.weight.dim() - 2
     if altered(norm):
         return altered(norm)
     if norm.training:
@@ -73,6 +76,9 @@ def layer_refusal(layer: Any) -> str:
     if altered(layer):
         return altered(layer)
     tensors = [t for t in (layer.weight, layer.bias) if t is not None]
+    taken = attributes(layer) & ({"fused"} if isinstance(layer, nn.Linear) else _OF_EPILOGUES)
+    if taken:
+        return f"has an attribute {min(taken)} of its own"
     if layer.weight.dtype not in DTYPES or any(t.dtype != layer.weight.dtype for t in tensors):
         return f"has parameters of {', '.join(sorted({str(t.dtype) for t in tensors}))}"
     return ""
@@ -118,7 +124,7 @@ def with_epilogue(layer: Any, norm: Any, activation: str, in_place: bool) -> Mod
     """`layer`, a convolution, with `norm` (or None) folded into it and an activation; its parameters are new
     tensors where there is a norm, else those of `layer`.
     """
-    new = _like(layer, CONVOLUTIONS[type(layer)])
+    new = _like(layer, CONVOLUTIONS[layer_kind(layer)])
     new.activation, new.adds_in_place, new.norm_folded = activation, in_place, norm is not None
     new.fused = ()
     new.register_buffer("scale", None)

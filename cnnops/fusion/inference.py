@@ -19,14 +19,17 @@ from torch.nn import Module
 
 from cnnops.fusion import folding
 from cnnops.fusion.folding import CONVOLUTIONS
+from cnnops.fusion.kinds import layer_kind
 from cnnops.fusion.patterns import (
     NORMS,
     Tail,
     act_class,
+    activation_in,
     activation_of,
     between,
     called,
     changes,
+    handed,
     norm_call,
     skip,
     sole_user,
@@ -77,16 +80,23 @@ class Region:
     """Names of all modules and parameters that the graph uses."""
     calls: Counter[int] = field(default_factory=Counter)
     """id of a module -> how often it is called."""
+    handed: dict[str, str] = field(default_factory=dict)
+    """Names of modules and parameters -> a function that gets them as arguments."""
+    hands_fused: bool = False
+    """Whether one of these functions gets a fused layer."""
 
 
 class Fuser:
-    """One call of `cnnops.fuse`. `checked`: whether results will be compared on a sample."""
+    """One call of `cnnops.fuse`. `sample`: on which results will be compared, or None. `hands_fused`: whether
+    functions that get a layer may then get the fused one.
+    """
 
-    def __init__(self, checked: bool) -> None:
+    def __init__(self, sample: Any, hands_fused: bool) -> None:
         self.fused: dict[str, tuple[str, ...]] = {}
         self.left: dict[str, str] = {}
         self.regions: list[Region] = []
-        self._checked = checked
+        self._sample, self._hands_fused = sample, hands_fused
+        self._checked = sample is not None
         self._done: dict[int, Module] = {}
 
     def rebuilt(self, module: Module, name: str = "") -> Module:
@@ -104,7 +114,7 @@ class Fuser:
         leaves: set[int] = set()
         while True:
             try:
-                graph = trace(module, leaves, root=not name)
+                graph = trace(module, leaves, root=not name, sample=self._sample)
                 break
             except Untraceable as error:
                 if error.module is module or id(error.module) in leaves:
@@ -122,15 +132,19 @@ class Fuser:
         for key, child in module.named_children():
             of = joined(name, key)
             # A block is called; but a Sequential may be indexed and iterated as well.
-            if isinstance(child, nn.Sequential) and not (self._checked or only_called(module, key)):
-                self.left[of] = "may be used in other ways than as a whole; a sample would tell"
-                continue
-            if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-                new._modules[key] = self._around(child, of)
-            else:
-                new._modules[key] = self.rebuilt(child, of)
+            whole = not isinstance(child, nn.Sequential) or only_called(module, key)
+            new._modules[key] = self._part(child, of, whole)
         same = all(new._modules[k] is child for k, child in module.named_children())
         return module if same else new
+
+    def _part(self, child: Module, name: str, whole: bool) -> Module:
+        """`child`, used by code that is not known, rebuilt. `whole`: whether it is only called."""
+        if not (whole or self._checked):
+            self.left[name] = "may be used in other ways than as a whole; a sample would tell"
+            return child
+        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+            return self._around(child, name)
+        return self.rebuilt(child, name)
 
     # ---- one graph ----------------------------------------------------------------------------------------
 
@@ -139,53 +153,66 @@ class Fuser:
         targets = {str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")}
         roots: dict[str, Any] = {t: operator.attrgetter(t)(module) for t in targets}
         region.reached = frozenset(targets)
-        used = (roots[str(n.target)] for n in graph.nodes if n.op in ("call_module", "get_attr"))
-        region.calls.update(id(part) for part in used if isinstance(part, Module))
+        region.handed = handed(graph)
+        for node in graph.nodes:
+            is_added_to = node.op == "get_attr" and node.target not in region.handed
+            if node.op == "call_module" or is_added_to:
+                region.calls[id(roots[str(node.target)])] += 1
         for node in list(graph.nodes):
-            kind = type(called(node, roots)) if node.op == "call_module" and node.users else None
+            kind = layer_kind(called(node, roots)) if node.users else None
             if kind in CONVOLUTIONS or kind is nn.Linear:
                 self._fuse_layer(node, graph, roots, region)
             elif kind in NORMS:
                 self._fuse_norm(node, graph, roots, region)
         self._explain(graph, roots, region)
         rebuilt = False
-        for node in graph.nodes:
-            target = str(node.target)
-            if node.op == "call_module" and not is_layer(roots[target]):
-                new = self.rebuilt(roots[target], joined(name, target))
-                rebuilt |= new is not roots[target]
-                roots[target] = new
+        used = [str(n.target) for n in graph.nodes if n.op in ("call_module", "get_attr")]
+        for target in dict.fromkeys(used):
+            part, of = roots[target], joined(name, target)
+            if not isinstance(part, Module) or is_layer(part):
+                continue
+            if any(_is_inside(t, target) or _is_inside(target, t) for t in region.reached):
+                self.left[of] = "is used as a whole and in parts"
+                continue
+            whole = not isinstance(part, nn.Sequential) or target not in region.handed
+            roots[target] = self._part(part, of, whole)
+            rebuilt |= roots[target] is not part
         if region.groups:
             self.regions.append(region)
         elif not rebuilt:
             return module
         graph.lint()
-        whole = fx.GraphModule(roots, graph, type(module).__name__)
-        for part in whole.modules():
+        fused = fx.GraphModule(roots, graph, type(module).__name__)
+        for part in fused.modules():
             part.training = False
         if has_hooks(module):
             for hooks in HOOKS:
-                vars(whole)[hooks] = copy.copy(vars(module)[hooks])
-        return whole
+                vars(fused)[hooks] = copy.copy(vars(module)[hooks])
+        return fused
 
     def _shared(self, target: str, region: Region, roots: dict[str, Any]) -> str:
         """Why the module of this name does not belong to a single step."""
+        taker = region.handed.get(target)
+        if taker is not None and not self._checked:
+            return f"is handed to {taker}, which may use it in other ways; a sample would tell"
+        if taker is not None and not self._hands_fused:
+            return f"is handed to {taker}, which needs it as it is, as far as the sample tells"
         calls = region.calls[id(roots[target])]
         if calls > 1:
             return f"is called {calls} times"
-        if any(t.startswith(f"{target}.") for t in region.reached):
+        if any(_is_inside(t, target) for t in region.reached):
             return "its parameters are read by themselves"
-        parts = target.split(".")
-        for whole in (".".join(parts[:i]) for i in range(1, len(parts))):
-            if whole in region.reached:
-                return f"is a part of {whole}, which is called as a whole"
+        for whole in sorted(t for t in region.reached if _is_inside(target, t)):
+            return f"is a part of {whole}, which is called as a whole"
+        region.hands_fused |= taker is not None
         return ""
 
     def _fuse_layer(
         self, head: fx.Node, graph: fx.Graph, roots: dict[str, Any], region: Region
     ) -> None:
         """Puts what follows a convolution or dense layer into it."""
-        layer, linear = roots[str(head.target)], type(roots[str(head.target)]) is nn.Linear
+        layer = roots[str(head.target)]
+        linear = layer_kind(layer) is nn.Linear
         inputs = [*head.args, *head.kwargs.values()]
         why = self._shared(str(head.target), region, roots) or folding.layer_refusal(layer)
         why = why or ("" if len(inputs) == 1 else "is called with more than an input")
@@ -208,7 +235,7 @@ class Fuser:
             if refused:
                 self._note(user, refused, region, roots)
                 return
-            activation = getattr(norm, "activation", "none")
+            activation = activation_in(norm)
             if linear and (activation != "none" or call.residual is not None):
                 self._note(user, "adds or activates behind a dense layer", region, roots)
                 return
@@ -255,7 +282,7 @@ class Fuser:
     ) -> None:
         """Puts what follows a batch norm, which stands alone, into it."""
         norm, target = roots[str(head.target)], str(head.target)
-        kind = act_class(type(norm))
+        kind = act_class(norm)
         if kind is None or len(head.args) != 1 or head.kwargs:
             return
         why = self._shared(target, region, roots) or altered(norm)
@@ -340,7 +367,8 @@ class Fuser:
         for node in graph.nodes:
             module = called(node, roots)
             if activation_of(node, roots) or (
-                type(module) in NORMS and joined(region.name, str(node.target)) not in self.fused
+                layer_kind(module) in NORMS
+                and joined(region.name, str(node.target)) not in self.fused
             ):
                 of = node.all_input_nodes[0] if node.all_input_nodes else node
                 before = called(of, roots)
@@ -350,6 +378,11 @@ class Fuser:
         for node in graph.nodes:
             if node in region.refused:
                 self.left[_label(node, region)] = region.refused[node]
+
+
+def _is_inside(part: str, whole: str) -> bool:
+    """Whether the name `part` is that of something in what `whole` names."""
+    return part.startswith(f"{whole}.")
 
 
 def _label(node: fx.Node, region: Region) -> str:

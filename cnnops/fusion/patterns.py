@@ -13,8 +13,9 @@ from torch import fx, nn
 from torch.nn import Module
 
 import cnnops.nn
+from cnnops.fusion.kinds import layer_kind
 from cnnops.fusion.steps import Absorbed, norm_add_act
-from cnnops.fusion.tracing import altered, is_layer
+from cnnops.fusion.tracing import altered, is_layer, is_users
 
 _ACTIVATION_MODULES: dict[type[Module], str] = {
     nn.ReLU: "relu",
@@ -69,22 +70,37 @@ class NormCall(NamedTuple):
 
 def norm_call(node: fx.Node, modules: Mapping[str, Module]) -> NormCall | None:
     """What batch norm `node` calls, with what; None for any other step."""
-    if type(called(node, modules)) in NORMS:
+    if layer_kind(called(node, modules)) in NORMS:
         x, residual, *_ = [*(node.args or (None,)), *node.kwargs.values(), None]
         return NormCall(str(node.target), x, residual)
     if node.op == "call_function" and node.target is norm_add_act:
         layer, x, residual, in_place = node.args
         assert isinstance(layer, fx.Node)
-        if type(modules[str(layer.target)]) in NORMS:
+        if layer_kind(modules[str(layer.target)]) in NORMS:
             return NormCall(str(layer.target), x, residual, bool(in_place))
     return None
+
+
+def handed(graph: fx.Graph) -> dict[str, str]:
+    """Names of modules and tensors that are arguments of a function -> its name."""
+    return {
+        str(node.target): getattr(user.target, "__name__", user.name)
+        for node in graph.nodes
+        for user in node.users
+        if node.op == "get_attr" and user.target is not norm_add_act
+    }
+
+
+def activation_in(norm: Any) -> str:
+    """The activation of a batch norm that has one as a part of it, else "none"."""
+    return norm.activation if layer_kind(norm).__name__.startswith("BatchNormAct") else "none"
 
 
 def activation_of(node: fx.Node, modules: Mapping[str, Module]) -> str:
     """The activation of the epilogues that `node` applies to its first argument; "" for anything else."""
     module = called(node, modules)
     if module is not None:
-        name = _ACTIVATION_MODULES.get(type(module), "")
+        name = _ACTIVATION_MODULES.get(layer_kind(module), "")
         options = {
             k: getattr(module, k) for k in ("negative_slope", "approximate") if hasattr(module, k)
         }
@@ -137,17 +153,18 @@ def is_identity(node: fx.Node, modules: Mapping[str, Module]) -> bool:
     """Whether `node` hands on its only argument: an identity, or dropout in evaluation."""
     kinds = (nn.Identity, Absorbed, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
     module = called(node, modules)
-    return (
-        type(module) in kinds and module is not None and not altered(module) and len(node.args) == 1
-    )
+    if module is None or len(node.args) != 1:
+        return False
+    return layer_kind(module) in kinds and not altered(module)
 
 
 def _module_changes(module: Module) -> bool:
     if altered(module):
         return True
-    if type(module) is nn.Sequential:
+    kind = layer_kind(module)
+    if isinstance(module, nn.Sequential) and kind is nn.Sequential:
         return any(_module_changes(child) for child in module)
-    known = type(module).__module__.startswith(("torch.nn.", "cnnops.nn."))
+    known = kind.__module__.startswith(("torch.nn.", "cnnops.nn."))
     return not (known and is_layer(module)) or bool(getattr(module, "inplace", False))
 
 
@@ -158,6 +175,8 @@ def changes(node: fx.Node, modules: Mapping[str, Module]) -> bool:
         return _module_changes(module)
     if node.op not in ("call_function", "call_method"):
         return False
+    if is_users(node.target):
+        return True
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "_")
     dunder = name.startswith("__") and name.endswith("__")
     name = name.strip("_") if dunder else name
@@ -256,12 +275,15 @@ def tail(head: fx.Node, end: fx.Node, modules: Mapping[str, Module], through: bo
     return found
 
 
-def act_class(kind: type[Module]) -> type[Module] | None:
-    """The layer that is a batch norm of this class and an activation."""
+def act_class(norm: Module) -> type[Module] | None:
+    """The layer that is `norm`, if that is a batch norm without an activation, and an activation."""
+    kind = layer_kind(norm)
+    if hasattr(norm, "activation"):  # its own: what it has, or something of the user's
+        return None
     if kind in (nn.SyncBatchNorm, cnnops.nn.SyncBatchNorm):
         return cnnops.nn.SyncBatchNormAct
     dims = NORMS.get(kind)
-    if dims is None or kind.__name__.startswith("BatchNormAct"):
+    if dims is None:
         return None
     found: type[Module] = getattr(cnnops.nn, f"BatchNormAct{dims}d")
     return found

@@ -26,17 +26,19 @@ from torch.nn import Module
 
 import cnnops.nn
 from cnnops.fusion.inference import joined, only_called
+from cnnops.fusion.kinds import computing_class, in_place_of, layer_kind
 from cnnops.fusion.patterns import (
     NORMS,
     Tail,
     act_class,
     activation_of,
     called,
+    handed,
     summand,
     tail,
 )
 from cnnops.fusion.steps import Absorbed, norm_add_act
-from cnnops.fusion.tracing import Untraceable, altered, is_layer, is_sealed, trace
+from cnnops.fusion.tracing import CONTAINERS, Untraceable, altered, is_layer, is_sealed, trace
 
 TWICE = "is called from more than one place"
 
@@ -87,6 +89,8 @@ class TrainingFuser:
         self._holders: dict[int, list[tuple[Module, str]]] = {}
         self._graphs: dict[int, fx.Graph] = {}
         self._reached: set[int] = set()
+        self._handed: set[int] = set()
+        """ids of modules that a function gets, and of those in lists that one gets."""
         called_ids: set[int] = {id(model)}
         owners = [m for m in model.modules() if not is_layer(m) and not is_sealed(m)]
         for m in model.modules():
@@ -101,6 +105,11 @@ class TrainingFuser:
                     called_ids.add(id(m.get_submodule(target)))
                     inside = (m.get_submodule(".".join(parts[: i + 1])) for i in range(len(path)))
                     self._reached.update(map(id, inside))
+                for target in handed(self._graphs[id(m)]):
+                    part = operator.attrgetter(target)(m)
+                    if isinstance(part, Module):
+                        got = list(part.modules()) if isinstance(part, CONTAINERS) else [part]
+                        self._handed.update(map(id, got))
         # A Sequential whose parts others call is itself not called.
         for m in owners:
             if id(m) in self._reached and id(m) not in called_ids:
@@ -127,7 +136,9 @@ class TrainingFuser:
             self._graphs[id(module)] = graphs[0]
         except Untraceable as error:
             own = [child for _, child in _held(module)]
-            if type(module).forward is not Module.forward and any(type(c) in NORMS for c in own):
+            if type(module).forward is not Module.forward and any(
+                layer_kind(c) in NORMS for c in own
+            ):
                 self.left[self._names[id(module)]] = str(error)
 
     def _fuse(self, module: Module, graph: fx.Graph) -> None:
@@ -137,7 +148,7 @@ class TrainingFuser:
         found = []
         for node in graph.nodes:
             layer = called(node, roots)
-            if layer is None or act_class(type(layer)) is None or not node.users:
+            if layer is None or _with_activation(layer) is None or not node.users:
                 continue
             behind = tail(node, node, roots, through=False)
             if behind.activation == "none":  # a sum alone is no reason for rewriting a forward
@@ -158,7 +169,7 @@ class TrainingFuser:
                 activation_of(n, roots) if n is not behind.sum else "residual" for n in behind.steps
             ]
             self.fused[self._names[id(norm)]] = " + ".join(parts)
-            kind = act_class(type(norm))
+            kind = _with_activation(norm)
             assert kind is not None
             norm.__class__ = kind
             norm.activation = behind.activation
@@ -179,6 +190,8 @@ class TrainingFuser:
             return ""
         if altered(norm):
             return altered(norm)
+        if id(norm) in self._handed:
+            return "is handed to a function"
         if self._calls[id(norm)] != 1:
             return TWICE
         if id(module) in self._reached:
@@ -260,8 +273,16 @@ def _mode(module: Module, training: bool) -> Iterator[None]:
             m.training = mode
 
 
+def _with_activation(norm: Module) -> type[Module] | None:
+    """The class with which `norm` applies an activation, too; None if there is none."""
+    kind = act_class(norm)
+    return None if kind is None else in_place_of(type(norm), kind)
+
+
 def plain_class(kind: type[Module]) -> type[Module]:
-    plain: type[Module] = getattr(cnnops.nn, kind.__name__.replace("Act", ""))
+    """What a batch norm of class `kind` was before it applied an activation."""
+    plain = in_place_of(kind, getattr(cnnops.nn, computing_class(kind).__name__.replace("Act", "")))
+    assert plain is not None
     return plain
 
 
