@@ -76,6 +76,20 @@ DEVICE void mbarrier_arrive_expect_tx(unsigned barrier, unsigned bytes CALLER) {
 #endif
 }
 
+// Of the block of that rank in the cluster, the mbarrier at the same place of its shared memory. PTX: what the thread
+// did before is seen by those who wait with mbarrier_wait_cluster. The block must run: see ptx_cluster.cuh.
+DEVICE void mbarrier_arrive_at(unsigned barrier, unsigned rank CALLER) {
+#ifdef EMULATOR
+  emulator_mbarrier_arrive_at(barrier, rank, {file, line});
+#else
+  asm volatile("{\n"
+               ".reg .b32 there;\n"
+               "mapa.shared::cluster.u32 there, %0, %1;\n"
+               "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+               "}" ::"r"(barrier), "r"(rank) : "memory");
+#endif
+}
+
 // PTX: true if the phase of this parity has completed, which is to say that the current phase has the other one;
 // so the phase "before the first" has parity 1 and has completed. May suspend the thread for a while, and may
 // return false for no reason. Only a call that returned true orders memory.
@@ -98,6 +112,22 @@ DEVICE void mbarrier_wait(unsigned barrier, unsigned parity CALLER) {
   while (!emulator_mbarrier_try_wait(barrier, parity, {file, line})) {}
 #else
   while (!mbarrier_try_wait(barrier, parity)) {}
+#endif
+}
+
+// The same for a phase at which threads of other blocks of the cluster arrive, too.
+DEVICE void mbarrier_wait_cluster(unsigned barrier, unsigned parity CALLER) {
+#ifdef EMULATOR
+  while (!emulator_mbarrier_try_wait(barrier, parity, {file, line})) {}
+#else
+  unsigned complete;
+  do {
+    asm volatile("{\n"
+                 ".reg .pred complete;\n"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 complete, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, complete;\n"
+                 "}" : "=r"(complete) : "r"(barrier), "r"(parity) : "memory");
+  } while (!complete);
 #endif
 }
 
@@ -263,6 +293,61 @@ DEVICE void tma_load_im2col(unsigned tile, const TensorMap& map, unsigned barrie
                "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], {%8, %9, %10};"
                ::"r"(tile), "l"(&map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(d), "r"(n), "h"(s), "h"(r),
                "h"(t) : "memory");
+#endif
+}
+
+// Multicast: one load for several blocks of a cluster, `ranks` being a mask of them. PTX: each gets the box at the same
+// place of its shared memory as `tile` is in the executing thread's, and its mbarrier at the place of `barrier` counts
+// the bytes, which it may do before a thread there has expected them. Those blocks must run, and must have given the
+// tile free: to this block, by mbarrier_arrive_at.
+DEVICE void tma_load_multicast(unsigned tile, const TensorMap& map, unsigned barrier, int c0, int c1, int c2,
+                               unsigned short ranks CALLER) {
+#ifdef EMULATOR
+  const EmulatorBox box{3, {c0, c1, c2}, false, {}};
+  emulator_tma_load_multicast(tile, &map, barrier, &box, ranks, {file, line});
+#else
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%3, %4, %5}], [%2], %6;"
+               ::"r"(tile), "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "h"(ranks) : "memory");
+#endif
+}
+
+DEVICE void tma_load_im2col_multicast(unsigned tile, const TensorMap& map, unsigned barrier, int c, int w, int n,
+                                      unsigned short s, unsigned short ranks CALLER) {
+#ifdef EMULATOR
+  const EmulatorBox box{3, {c, w, n}, true, {s}};
+  emulator_tma_load_multicast(tile, &map, barrier, &box, ranks, {file, line});
+#else
+  asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%3, %4, %5}], [%2], {%6}, %7;"
+               ::"r"(tile), "l"(&map), "r"(barrier), "r"(c), "r"(w), "r"(n), "h"(s), "h"(ranks) : "memory");
+#endif
+}
+
+DEVICE void tma_load_im2col_multicast(unsigned tile, const TensorMap& map, unsigned barrier, int c, int w, int h,
+                                      int n, unsigned short s, unsigned short r, unsigned short ranks CALLER) {
+#ifdef EMULATOR
+  const EmulatorBox box{4, {c, w, h, n}, true, {s, r}};
+  emulator_tma_load_multicast(tile, &map, barrier, &box, ranks, {file, line});
+#else
+  asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8}, %9;"
+               ::"r"(tile), "l"(&map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "h"(s), "h"(r), "h"(ranks)
+               : "memory");
+#endif
+}
+
+DEVICE void tma_load_im2col_multicast(unsigned tile, const TensorMap& map, unsigned barrier, int c, int w, int h,
+                                      int d, int n, unsigned short s, unsigned short r, unsigned short t,
+                                      unsigned short ranks CALLER) {
+#ifdef EMULATOR
+  const EmulatorBox box{5, {c, w, h, d, n}, true, {s, r, t}};
+  emulator_tma_load_multicast(tile, &map, barrier, &box, ranks, {file, line});
+#else
+  asm volatile("cp.async.bulk.tensor.5d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes.multicast::cluster "
+               "[%0], [%1, {%3, %4, %5, %6, %7}], [%2], {%8, %9, %10}, %11;"
+               ::"r"(tile), "l"(&map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(d), "r"(n), "h"(s), "h"(r),
+               "h"(t), "h"(ranks) : "memory");
 #endif
 }
 

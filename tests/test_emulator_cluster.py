@@ -1,7 +1,7 @@
 """Thread-block clusters under the emulator: what they compute, and which bugs are found and where.
 
-The kernels are in tests/emulated: exchange.cu and cluster_tiles.cu compute, clusters.cu holds planted bugs,
-compiled with BUG = 1 and, as their own clean twins, with BUG = 0.
+The kernels are in tests/emulated: exchange.cu, cluster_tiles.cu and multicast_ring.cu compute; clusters.cu
+and multicast.cu hold planted bugs, compiled with BUG = 1 and, as their own clean twins, with BUG = 0.
 """
 
 from __future__ import annotations
@@ -15,12 +15,22 @@ from typing import Any
 
 import pytest
 import torch
-from golden.cluster_items import EMULATED, Exchange, Tiles, exchange_plan, pieces, tiles_plan
+from golden.cluster_items import (
+    EMULATED,
+    SHARES,
+    Exchange,
+    Multicast,
+    Tiles,
+    exchange_plan,
+    pieces,
+    tiles_plan,
+)
 from test_emulator import HUGE, SCHEDULES, Planted
 
 from cnnops.cuda import emulate, jit
 from cnnops.cuda.emulate import KernelError
 from cnnops.cuda.kernel import ELEMENT, Launch, launch_of
+from cnnops.cuda.tensor_map import tiled
 
 if emulate.available() is not None:
     pytest.skip(f"kernels cannot be emulated: {emulate.available()}", allow_module_level=True)
@@ -35,13 +45,20 @@ BETWEEN_BLOCKS = (
     r"thread \(\d+,0,0\) of rank \d \(between blocks of a cluster only"
 )
 OF_S, OF_TILE, OF_Y = (
-    BETWEEN_BLOCKS.format(f"{what}") for what in ("shared 's'", "shared 'tile'", "'y'")
+    BETWEEN_BLOCKS.format(what) for what in ("shared 's'", "shared 'tile'", "'y'")
 )
 UNWRITTEN = r"read of shared '{}' byte \d+ of rank \d before anything has written it"
 MAY_HAVE_ENDED = (
     r"the block of rank \d (may have ended before this access: no cluster barrier stands between"
     r"|has ended, and with it its shared memory)"
 )
+
+MULTICAST_RACE = (
+    r"race: write of shared 'tile' byte \d+( of rank \d)? (is not ordered after the (read|write) by {}|"
+    r"while a bulk copy on mbarrier shared '\w+' byte \d+ of rank \d writes it)"
+)
+THREAD = r"thread \(\d+,0,0\) of rank \d"
+STORE = r"a bulk (store of thread \(0,0,0\)|copy on mbarrier shared 'full' byte \d+) of rank \d"
 
 # What the report must say, apart from its place.
 REPORTS = {
@@ -97,52 +114,108 @@ REPORTS = {
         "not_declared":
             r"clusters of 2 blocks: the entry is declared for clusters of 1, by __cluster_dims__",
     },
+    "multicast": {
+        "multicast_without_first_barrier":
+            r"TMA multicast: the block of rank \d need not run yet: no cluster barrier stands before",
+        "multicast_before_wait": MULTICAST_RACE.format(THREAD),
+        "multicast_over_distributed_reads": MULTICAST_RACE.format(THREAD),
+        "block_ends_under_a_multicast":
+            r"bulk load: the block ends while this load is under way on the mbarrier shared 'm' byte 0 of "
+            r"rank 1 \(phase 0: 1 of 1 arrivals, 0 of 2048 bytes\)",
+        "rank_beyond_the_cluster": r"TMA multicast: expected ranks below 2 as bits of a mask, got 7",
+        "multicast_to_nobody": r"TMA multicast: expected ranks below 2 as bits of a mask, got 0",
+        "foreign_init_without_fence":
+            r"missing fence_mbarrier_init: TMA multicast completes on the mbarrier shared 'm' byte 0 of rank",
+        "arrival_without_first_barrier":
+            r"mbarrier.arrive: the block of rank \d need not run yet: no cluster barrier stands before",
+        "block_ends_before_an_arrival": MAY_HAVE_ENDED,
+        "foreign_arrival_too_many":
+            r"mbarrier.arrive: one arrival too many at the mbarrier shared 'm' byte 0 of rank \d \(phase 0: "
+            r"1 of 1 arrivals, 0 of 2048 bytes\)",
+        "arrival_beyond_the_cluster": r"mbarrier.arrive: expected a rank below 2, got [23]",
+        "foreign_barrier_not_initialised":
+            r"mbarrier.arrive: expected an mbarrier, got shared 'm' byte 0 of rank 1, which nobody has init",
+        "foreign_init_after_the_barrier":
+            r"race: mbarrier.arrive of shared 'm' byte 0 of rank \d is not ordered after its mbarrier_init "
+            r"by thread \(0,0,0\) of rank \d|of rank \d, which nobody has initialised as one",
+        "slot_not_waited_for": MULTICAST_RACE.format(STORE),
+        "own_block_waited_for": MULTICAST_RACE.format(STORE),
+        "given_back_before_the_store": MULTICAST_RACE.format(STORE),
+        "given_back_before_the_product": MULTICAST_RACE.format(r"wgmma of warps 0 to 3 of rank \d"),
+        "given_back_by_another": MULTICAST_RACE.format(STORE),
+        "given_back_after_ordinary_reads": OF_TILE,
+        "arrival_missing_in_the_ring":
+            r"deadlock: .*1 threads of rank \d wait at the mbarrier shared 'empty' byte 0 \(phase 0: 2 of 3 "
+            r"arrivals\)",
+        "own_share_expected":
+            r"race: read of shared 'tile' byte \d+ while a bulk copy on mbarrier shared 'full' byte 0 of "
+            r"rank \d writes it: no wait has covered that yet",
+        "block_ends_before_its_ring": MAY_HAVE_ENDED,
+    },
 }  # fmt: skip
+FILE = {entry: file for file, entries in REPORTS.items() for entry in entries}
 WITHOUT_PLACE = ("not_declared",)
+
+TILES, SHARE = 4, 256  # of multicast.cu: tiles of two shares, floats of a share
 
 
 def planted(entry: str, bug: int) -> tuple[Launch, list[torch.Tensor]]:
     """The launch of a planted bug or of its clean twin, and fresh tensors for it."""
+    multicast = FILE[entry] == "multicast"
+    n = TILES * 2 * SHARE if multicast else 128
+    sizes = (SHARE, 2, TILES), (4 * SHARE, 8 * SHARE), (SHARE, 1, 1)
     plan = launch_of(
-        str(EMULATED / "clusters.cu"), entry, {"BUG": bug}, Planted(128, HUGE, 0), grid=[2],
-        block=[64], inputs=["x"], outputs=["y"], cluster=2,
+        str(EMULATED / f"{FILE[entry]}.cu"), entry, {"BUG": bug}, Planted(n, HUGE, 0), grid=[2],
+        block=[160 if multicast else 64], inputs=["x"], outputs=["y"], cluster=2,
+        tensor_maps=[tiled("x", torch.float32, *sizes)] if multicast else (),
     )  # fmt: skip
-    return plan, [torch.arange(1.0, 129.0), torch.zeros(128)]
+    return plan, [torch.arange(1.0, n + 1), torch.zeros(2 * n if multicast else n)]
 
 
 def marked_lines(entry: str) -> set[tuple[str, int]]:
-    rows = (EMULATED / "clusters.cu").read_text().splitlines()
+    file = f"{FILE[entry]}.cu"
+    rows = (EMULATED / file).read_text().splitlines()
     return {
-        ("clusters.cu", i)
-        for i, row in enumerate(rows, 1)
-        if entry in row.partition("// <-")[2].split()
+        (file, i) for i, row in enumerate(rows, 1) if entry in row.partition("// <-")[2].split()
     }
 
 
-def test_every_planted_kernel_has_a_row() -> None:
-    text = (EMULATED / "clusters.cu").read_text()
+@pytest.mark.parametrize("file", REPORTS)
+def test_every_planted_kernel_has_a_row(file: str) -> None:
+    text = (EMULATED / f"{file}.cu").read_text()
     found = re.findall(r"^ENTRY(?:_OF)?\((\w+)", text, re.MULTILINE)
-    assert found == list(REPORTS["clusters"])
+    assert found == list(REPORTS[file])
 
 
-@pytest.mark.parametrize("entry", REPORTS["clusters"])
+@pytest.mark.parametrize("entry", FILE)
 def test_planted_bug_is_reported(entry: str) -> None:
     for schedule, seed in [("forward", 0), ("reverse", 0), *(("random", i) for i in range(5))]:
         plan, (x, y) = planted(entry, bug=1)
         with emulate.schedule(schedule, seed), emulate.time_limit(1.0):
-            with pytest.raises(KernelError, match=REPORTS["clusters"][entry]) as caught:
+            with pytest.raises(KernelError, match=REPORTS[FILE[entry]][entry]) as caught:
                 emulate.execute(plan, [x, y])
         if entry not in WITHOUT_PLACE:
             assert set(caught.value.places) & marked_lines(entry), (schedule, str(caught.value))
         assert (y == 0).all(), "a failed launch wrote"
 
 
-@pytest.mark.parametrize("entry", REPORTS["clusters"])
+@pytest.mark.parametrize("entry", FILE)
 def test_clean_twin_is_silent(entry: str) -> None:
     for seed in range(5):
         plan, tensors = planted(entry, bug=0)
         with emulate.schedule("all", seed):
             emulate.execute(plan, tensors)
+
+
+@pytest.mark.parametrize(
+    "entry", [e for e in REPORTS["multicast"] if e.startswith(("slot", "own_", "given"))]
+)
+def test_the_ring_brings_every_tile_to_both_blocks(entry: str) -> None:
+    plan, (x, y) = planted(entry, bug=0)
+    emulate.execute(plan, [x, y])
+    if entry == "given_back_before_the_product":  # overwrites a part of y by its sums
+        x, y = x[2 * SHARE :], y.view(2, -1)[:, 2 * SHARE :]
+    assert torch.equal(y.view(2, -1), x.expand(2, -1))
 
 
 # ---- what kernels compute --------------------------------------------------------------------------------
@@ -236,8 +309,37 @@ def test_what_blocks_do_by_themselves(cluster: int) -> None:
         emulate.execute(tiles_plan(cluster, 16, 3), [*inputs, y, totals])
     product = a.float() @ b.float().mT
     following = product.view(-1, cluster, 64, 8).roll(-1, 1).view(16, 64, 8)
+    assert emulate.last_counters().wgmma_instructions == 16 * 3
     assert torch.equal(y, 3 * (product + following))
     assert torch.equal(totals, 3 * following.view(16, 4, -1).sum(2))
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("cluster", SIZES[:-1])
+def test_blocks_load_tiles_for_each_other(cluster: int, share: str) -> None:
+    """By multicast, through a ring whose slots are given back to all blocks that load them."""
+    for rounds in (1, 7):
+        case = Multicast(SHARES[share], cluster, rounds=rounds)
+        inputs = case.inputs(torch.Generator().manual_seed(rounds))
+        want = case.expected(inputs)["y"]
+        y = torch.empty_like(want)
+        with emulate.schedule("all"):
+            emulate.execute(case.plan(inputs, {"y": y}), [*inputs.values(), y])
+        assert torch.equal(y, want)
+
+
+def test_a_multicast_reads_global_memory_once() -> None:
+    case = Multicast(SHARES["im2col_2d"], cluster=4, clusters=1)
+    inputs = case.inputs(torch.Generator().manual_seed(0))
+    want = case.expected(inputs)["y"]
+    y = torch.empty_like(want)
+    with emulate.profile() as launches:
+        emulate.execute(case.plan(inputs, {"y": y}), [*inputs.values(), y])
+    (profile,) = launches
+    inside = int((want[0] != 0).sum())  # of x; what is outside of it is zero, and not read
+    assert inside < want[0].numel()
+    assert profile.counters.global_bytes_read == 4 * (inside + inputs["at"].numel())
+    assert profile.counters.global_bytes_written == 4 * want.numel()
 
 
 def test_the_schedules_order_the_ranks_differently() -> None:
@@ -392,4 +494,9 @@ def test_compiles(arch: str, cluster: int) -> None:
     if arch == "90a":
         sized = (("CLUSTER", cluster), ("PARAMS_BYTES", ctypes.sizeof(Tiles)))
         _, log = jit.compile_cubin(str(EMULATED / "cluster_tiles.cu"), sized, arch)
+        assert all(entry.stack_bytes == 0 for entry in jit.resources(log))
+    if arch == "90a" and cluster == 2:
+        plan, _ = planted("slot_not_waited_for", bug=0)
+        _, log = jit.compile_cubin(plan.kernel.source, plan.kernel.constants, arch)
+        assert "warning" not in log and "serialized" not in log, log
         assert all(entry.stack_bytes == 0 for entry in jit.resources(log))

@@ -29,7 +29,8 @@ SECTOR = 32
 
 
 class Counters(NamedTuple):
-    """What one launch did, counted over all its threads; mma instructions are counted once a warp."""
+    """What one launch did, counted over all its threads; mma instructions are counted once a warp, wgmma
+    once a warpgroup."""
 
     global_bytes_read: int
     global_bytes_written: int
@@ -38,6 +39,7 @@ class Counters(NamedTuple):
     warp_operations: int
     switches: int
     mma_instructions: int
+    wgmma_instructions: int
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class Profile:
         )
         yield (
             f"  {counters.block_barriers} block barriers, {counters.mma_instructions} mma, "
+            f"{counters.wgmma_instructions} wgmma, "
             f"{counters.warp_operations} warp operations counted by lane"
         )
         yield (

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "clusters.h"
 #include "diagnostics.h"
 #include "mbarriers.h"
 #include "memory.h"
@@ -67,6 +68,7 @@ uint32_t piece_at(const Bulk& copy, uint32_t offset) {
 
 struct Load : Bulk {
   uint32_t barrier;
+  unsigned rank;  // of the block whose shared memory is written, and whose mbarrier counts the bytes
 };
 std::vector<Load> loads;
 
@@ -84,17 +86,21 @@ void complete(const Load& load) {
   complete_bytes(barrier, load.bytes);
 }
 
-void issue(Load load, const char* instruction) {
-  Mbarrier& barrier = find_mbarrier(load.barrier, instruction, load.place);
-  if (!barrier.visible_to_async_proxy)
-    fail_at(load.place, "missing fence_mbarrier_init: %s completes on %s, of which the async proxy cannot know",
-            instruction, describe_mbarrier(load.barrier).c_str());
+void read_source(const Load& load) {
   for_each_piece(load, [&](uint32_t, uintptr_t from, uint32_t, uint32_t bytes) {
     const Access read{epoch, current->clock, load.code, current->number, 0, 0, current->fences};
     if (!bytes) return;
     access_global(Kind::read, from, bytes, read, *current);
     if (launch.profiled) note_copy(Kind::read, from, bytes, load.code);
   });
+}
+
+// The target is shared memory of the running block, of which the running thread may not be one.
+void issue(const Load& load, const char* instruction) {
+  Mbarrier& barrier = find_mbarrier(load.barrier, instruction, load.place);
+  if (!barrier.visible_to_async_proxy)
+    fail_at(load.place, "missing fence_mbarrier_init: %s completes on %s, of which the async proxy cannot know",
+            instruction, describe_mbarrier(load.barrier).c_str());
   const Access write{epoch, UNDER_WAY, load.code, barrier.agent, 0, 1, 0};
   access_shared(Kind::write, load.shared, load.bytes, write, *current);
   poison(load.shared, load.bytes);
@@ -174,7 +180,7 @@ Bulk boxed(uint32_t shared, const void* map, const EmulatorBox& box, const char*
 bool complete_a_load() {
   std::vector<size_t> needed;
   for (size_t i = 0; i < loads.size(); i++) {
-    enter(blocks[threads[loads[i].thread].rank]);
+    enter(blocks[loads[i].rank]);
     if (!mbarrier_at(loads[i].barrier).waiting.empty()) needed.push_back(i);
   }
   if (needed.empty()) return false;
@@ -183,7 +189,7 @@ bool complete_a_load() {
                                                           : needed[random_number() % needed.size()];
   const Load load = loads[i];
   loads.erase(loads.begin() + (long)i);
-  enter(blocks[threads[load.thread].rank]);
+  enter(blocks[load.rank]);
   complete(load);
   return true;
 }
@@ -201,7 +207,7 @@ void check_copies_of(const Thread& thread) {
 void finish_copies() {
   auto is_mine = [](const Bulk& copy) { return threads[copy.thread].rank == block->rank; };
   for (const Load& load : loads)
-    if (is_mine(load)) {
+    if (load.rank == block->rank) {
       current = &threads[load.thread];
       fail_at(load.place, "bulk load: the block ends while this load is under way on %s",
               describe_mbarrier(load.barrier).c_str());
@@ -275,14 +281,37 @@ void emulator_cp_async_wait(int groups, EmulatorPlace) {
 void emulator_tma_load(unsigned tile, const void* map, unsigned barrier, const EmulatorBox* box,
                        EmulatorPlace place) {
   const char* instruction = "TMA load";
-  issue(Load{boxed(tile, map, *box, instruction, __builtin_return_address(0), place), barrier}, instruction);
+  const Bulk copy = boxed(tile, map, *box, instruction, __builtin_return_address(0), place);
+  const Load load{copy, barrier, block->rank};
+  read_source(load);
+  issue(load, instruction);
+}
+
+void emulator_tma_load_multicast(unsigned tile, const void* map, unsigned barrier, const EmulatorBox* box,
+                                 unsigned ranks, EmulatorPlace place) {
+  const char* instruction = "TMA multicast";
+  const void* pc = __builtin_return_address(0);
+  const Bulk copy = boxed(tile, map, *box, instruction, pc, place);
+  if (!ranks || ranks >> cluster.blocks)
+    fail_at(place, "%s: expected ranks below %u as bits of a mask, got %x", instruction, cluster.blocks, ranks);
+  Block& own = *block;
+  read_source(Load{copy, barrier, own.rank});
+  for (unsigned rank = 0; rank < cluster.blocks; rank++) {
+    if (!(ranks >> rank & 1)) continue;
+    if (rank != own.rank) visit_block(rank, instruction, access_now(Kind::write, pc), place);
+    enter(blocks[rank]);
+    issue(Load{copy, barrier, rank}, instruction);
+    enter(own);
+  }
 }
 
 void emulator_bulk_load(unsigned shared, const void* global, unsigned bytes, unsigned barrier,
                         EmulatorPlace place) {
   const char* instruction = "bulk load";
   const void* pc = __builtin_return_address(0);
-  issue(Load{plain(shared, (uintptr_t)global, bytes, instruction, pc, place), barrier}, instruction);
+  const Load load{plain(shared, (uintptr_t)global, bytes, instruction, pc, place), barrier, block->rank};
+  read_source(load);
+  issue(load, instruction);
 }
 
 void emulator_tma_store(const void* map, unsigned tile, const EmulatorBox* box, EmulatorPlace place) {

@@ -33,27 +33,34 @@ struct Visit {
 };
 std::vector<Visit> visits[MAX_BLOCKS];
 
-char* visit(Kind kind, const void* shared, unsigned rank, unsigned bytes, const void* pc, EmulatorPlace place) {
-  const char* what = kind == Kind::read ? "cluster_load" : "cluster_store";
+void check_rank(unsigned rank, const char* what, EmulatorPlace place) {
   if (rank >= cluster.blocks)
     fail_at(place, "%s: expected a rank below %u, got %u", what, cluster.blocks, rank);
+}
+
+char* visit(Kind kind, const void* shared, unsigned rank, unsigned bytes, const void* pc, EmulatorPlace place) {
+  const char* what = kind == Kind::read ? "cluster_load" : "cluster_store";
+  check_rank(rank, what, place);
   if ((uintptr_t)shared - launch.shared_base >= launch.shared_bytes)
     fail_at(place, "%s: expected a pointer to this block's shared memory, got %s", what,
             describe_address((uintptr_t)shared).c_str());
-  if (rank != block->rank) {
-    if (!std::max(current->phase, block->phase))
-      fail_at(place, "%s: the block of rank %u need not run yet: no cluster barrier stands before this access", what,
-              rank);
-    if (!blocks[rank].live)
-      fail_at(place, "%s: the block of rank %u has ended, and with it its shared memory", what, rank);
-    std::vector<Visit>& of_block = visits[rank];
-    if (of_block.empty()) of_block.resize(cluster.blocks * cluster.stride);
-    of_block[current->number] = {access_now(kind, pc), place};
-  }
+  if (rank != block->rank) visit_block(rank, what, access_now(kind, pc), place);
   return access_distributed(kind, shared, rank, bytes, pc);
 }
 
 }  // namespace
+
+void visit_block(unsigned rank, const char* what, const Access& access, EmulatorPlace place) {
+  check_rank(rank, what, place);
+  if (!std::max(current->phase, block->phase))
+    fail_at(place, "%s: the block of rank %u need not run yet: no cluster barrier stands before this access", what,
+            rank);
+  if (!blocks[rank].live)
+    fail_at(place, "%s: the block of rank %u has ended, and with it its shared memory", what, rank);
+  std::vector<Visit>& of_block = visits[rank];
+  if (of_block.empty()) of_block.resize(cluster.blocks * cluster.stride);
+  of_block[current->number] = {access, place};
+}
 
 void leave_cluster(const Thread& thread) {
   if (thread.arrived_at.file)

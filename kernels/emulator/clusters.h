@@ -11,6 +11,10 @@ void end_block();
 // "the cluster barrier (128 of 256 threads have arrived) sum.cu:12"
 std::string describe_cluster_barrier(const Thread& thread);
 
+// The running thread accesses shared memory of the block of this rank, or an mbarrier there: fails where that block
+// need not run yet, or runs no longer. It must not end before the access is ordered by a cluster barrier.
+void visit_block(unsigned rank, const char* what, const Access& access, EmulatorPlace place);
+
 void reset_cluster();
 
 }  // namespace emulator

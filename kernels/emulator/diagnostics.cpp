@@ -135,6 +135,7 @@ void fail_deadlock() {
     unsigned count, first;
   };
   std::vector<Group> groups;
+  current = nullptr;
   unsigned waiting = MAX_BLOCKS * MAX_THREADS;
   for (unsigned rank = 0; rank < cluster.blocks; rank++) {
     enter(blocks[rank]);

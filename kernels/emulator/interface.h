@@ -63,6 +63,7 @@ void emulator_fence_mbarrier_init();
 void emulator_mbarrier_init(unsigned barrier, unsigned count, EmulatorPlace place);
 void emulator_mbarrier_inval(unsigned barrier, EmulatorPlace place);
 void emulator_mbarrier_arrive(unsigned barrier, unsigned expected_bytes, EmulatorPlace place);
+void emulator_mbarrier_arrive_at(unsigned barrier, unsigned rank, EmulatorPlace place);
 bool emulator_mbarrier_try_wait(unsigned barrier, unsigned parity, EmulatorPlace place);
 
 struct EmulatorBox {
@@ -73,6 +74,8 @@ struct EmulatorBox {
 };
 void emulator_tma_prefetch(const void* map, EmulatorPlace place);
 void emulator_tma_load(unsigned tile, const void* map, unsigned barrier, const EmulatorBox* box, EmulatorPlace place);
+void emulator_tma_load_multicast(unsigned tile, const void* map, unsigned barrier, const EmulatorBox* box,
+                                 unsigned ranks, EmulatorPlace place);
 void emulator_tma_store(const void* map, unsigned tile, const EmulatorBox* box, EmulatorPlace place);
 void emulator_bulk_load(unsigned shared, const void* global, unsigned bytes, unsigned barrier, EmulatorPlace place);
 void emulator_bulk_store(void* global, unsigned shared, unsigned bytes, EmulatorPlace place);

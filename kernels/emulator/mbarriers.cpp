@@ -2,6 +2,7 @@
 
 #include <map>
 
+#include "clusters.h"
 #include "diagnostics.h"
 #include "memory.h"
 #include "schedule.h"
@@ -16,6 +17,13 @@ constexpr uint32_t LIMIT = 1 << 20;  // of arrivals, and of bytes expected at a 
 std::map<uint32_t, Mbarrier> of_block[MAX_BLOCKS];  // by address
 
 std::map<uint32_t, Mbarrier>& mbarriers() { return of_block[block->rank]; }
+
+Mbarrier& arrivals_expected(uint32_t address, EmulatorPlace place) {
+  Mbarrier& barrier = find_mbarrier(address, "mbarrier.arrive", place);
+  if (!barrier.pending)
+    fail_at(place, "mbarrier.arrive: one arrival too many at %s", describe_mbarrier(address).c_str());
+  return barrier;
+}
 
 void check_phase(Mbarrier& barrier) {
   if (barrier.pending || barrier.bytes) return;
@@ -82,7 +90,7 @@ void emulator_mbarrier_init(unsigned address, unsigned count, EmulatorPlace plac
   const Access now = access_now(Kind::write, __builtin_return_address(0));
   access_shared(Kind::write, address, BYTES, now, *current);
   settle_shared(address, BYTES, {epoch, UNDER_WAY, now.code, MBARRIER, 0, 1, 0});
-  const uint16_t agent = new_agent("a bulk copy on mbarrier " + describe_shared(address));
+  const uint16_t agent = new_agent("a bulk copy on mbarrier " + describe_shared(address) + describe_rank(block->rank));
   mbarriers()[address] = {address, count, count, 0, 0, 0, {}, {}, agent, now, false, {}};
 }
 
@@ -96,9 +104,7 @@ void emulator_mbarrier_inval(unsigned address, EmulatorPlace place) {
 }
 
 void emulator_mbarrier_arrive(unsigned address, unsigned expected_bytes, EmulatorPlace place) {
-  Mbarrier& barrier = find_mbarrier(address, "mbarrier.arrive", place);
-  if (!barrier.pending)
-    fail_at(place, "mbarrier.arrive: one arrival too many at %s", describe_mbarrier(address).c_str());
+  Mbarrier& barrier = arrivals_expected(address, place);
   barrier.bytes += expected_bytes;
   barrier.expected += expected_bytes;
   if (barrier.bytes >= LIMIT)
@@ -106,6 +112,19 @@ void emulator_mbarrier_arrive(unsigned address, unsigned expected_bytes, Emulato
   release(*current, barrier.arriving);
   barrier.pending--;
   check_phase(barrier);
+  maybe_let_others_run();
+}
+
+void emulator_mbarrier_arrive_at(unsigned address, unsigned rank, EmulatorPlace place) {
+  if (rank == block->rank) return emulator_mbarrier_arrive(address, 0, place);
+  visit_block(rank, "mbarrier.arrive", access_now(Kind::write, __builtin_return_address(0)), place);
+  Block& own = *block;
+  enter(blocks[rank]);
+  Mbarrier& barrier = arrivals_expected(address, place);
+  release_agents(*current, barrier.arriving);
+  barrier.pending--;
+  check_phase(barrier);
+  enter(own);
   maybe_let_others_run();
 }
 

@@ -24,7 +24,8 @@ struct Mbarrier {
   std::vector<Thread*> waiting;
 };
 
-// The initialised mbarrier at a shared address; fails if there is none, or not for the running thread.
+// The initialised mbarrier at a shared address of the running block; fails if there is none, or not for the running
+// thread.
 Mbarrier& find_mbarrier(uint32_t address, const char* instruction, EmulatorPlace place);
 // The same without checks.
 Mbarrier& mbarrier_at(uint32_t address);

@@ -29,11 +29,11 @@ struct Arena {
 
 const char* verb(Kind kind) { return kind == Kind::read ? "read" : kind == Kind::write ? "write" : "atomic update"; }
 
-// What is at an offset of shared memory; where it is another block's, with its rank.
+// What is at an offset of shared memory; where it is not that of the running thread's block, with its rank.
 std::string shared_place(uint64_t offset, unsigned rank = block->rank) {
   const Module& module = *launch.module;
   const unsigned owner = offset < module.owner.size() ? module.owner[offset] : 0;
-  const std::string of = rank != block->rank ? describe_rank(rank) : "";
+  const std::string of = current && rank != current->rank ? describe_rank(rank) : "";
   if (!owner) return "shared memory offset " + std::to_string(offset) + of;
   const SharedVariable& variable = module.variables[owner - 1];
   return "shared '" + variable.name + "' byte " + std::to_string(offset - variable.begin) + of;

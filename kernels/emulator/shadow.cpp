@@ -47,7 +47,7 @@ std::vector<Time> fence_times[MAX_BLOCKS * MAX_THREADS];
 
 unsigned agent_index(uint16_t agent) { return (agent - FIRST_AGENT) / WARP; }
 unsigned column(uint16_t thread) {
-  return thread < FIRST_AGENT ? in_block(thread) : launch.threads + agent_index(thread);
+  return thread < FIRST_AGENT ? thread % cluster.stride : launch.threads + agent_index(thread);
 }
 unsigned rank_of(uint16_t thread) {
   return thread < FIRST_AGENT ? thread / cluster.stride : agent_index(thread) / MAX_AGENTS;
@@ -66,16 +66,17 @@ inline bool known_from_afar(const Access& earlier, const Thread& thread) {
 
 // Whether it was before the last cluster barrier that `thread` knows of.
 bool known_in_phase(const Access& earlier, const Thread& thread) {
-  const uint32_t phase = std::max(thread.phase, block->phase);
+  const uint32_t phase = std::max(thread.phase, blocks[thread.rank].phase);
   if (!phase) return false;
   const Phase& known = completed[phase % 2];
   return earlier.epoch < known.epochs[earlier.thread / cluster.stride] || earlier.clock < known.threads[earlier.thread];
 }
 
 // Whether an access of this cluster, by another thread, is ordered by a block barrier among several blocks or by clocks.
+// `thread` runs in its own block even where another one has been entered, into which it copies.
 __attribute__((noinline)) bool ordered_by_clocks(const Access& earlier, const Thread& thread) {
   if (earlier.thread / cluster.stride == thread.rank) {
-    if (earlier.epoch < epoch) return true;
+    if (earlier.epoch < (thread.rank == block->rank ? epoch : blocks[thread.rank].epoch)) return true;
     if (earlier.thread / WARP != thread.warp ? known_from_afar(earlier, thread)
                                              : earlier.clock < known[thread.warp][thread.lane][earlier.thread % WARP])
       return true;
@@ -274,6 +275,13 @@ void release(Thread& thread, Clocks& to) {
     to[first + lane] = std::max(to[first + lane], known[thread.warp][thread.lane][lane]);
   to[in_block(thread.number)] = ++thread.clock;
   to[row_length] = std::max({to[row_length], thread.phase, block->phase});
+}
+
+void release_agents(const Thread& thread, Clocks& to) {
+  know_afar();
+  to.resize(row_length + 1);
+  for (unsigned i = launch.threads; i < row_length; i++) to[i] = std::max(to[i], row(thread)[i]);
+  to[row_length] = std::max({to[row_length], thread.phase, blocks[thread.rank].phase});
 }
 
 void acquire(Thread& thread, const Clocks& from) {

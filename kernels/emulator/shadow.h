@@ -9,9 +9,10 @@
 // threads from one to the other. Asynchronous work is done by agents, which have clocks as threads do; it is
 // ordered by these alone, since no block barrier waits for it.
 //
-// The blocks of a cluster run together, each in epochs of its own. Between them only the cluster barrier makes an
-// order: each of its phases keeps the epochs of the blocks and the clocks of the threads as they arrived, and a
-// thread knows what was before those of the last phase that it, or its block, has waited for.
+// The blocks of a cluster run together, each in epochs of its own. Between their threads only the cluster barrier
+// makes an order: each of its phases keeps the epochs of the blocks and the clocks of the threads as they arrived,
+// and a thread knows what was before those of the last phase that it, or its block, has waited for. An arrival at
+// another block's mbarrier hands over the clocks of agents alone.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -102,6 +103,8 @@ using Clocks = std::vector<uint32_t>;
 // All that `thread` has done and knows is ordered before what a thread does that acquires `to` later.
 void release(Thread& thread, Clocks& to);
 void acquire(Thread& thread, const Clocks& from);
+// To a thread of another block: what `thread` knows of agents alone.
+void release_agents(const Thread& thread, Clocks& to);
 
 // The cluster barrier: `thread` arrives; all have; `thread` has waited for all phases that are complete.
 void release_to_cluster(Thread& thread);

@@ -93,7 +93,7 @@ struct PackedTensorMap;
 
 struct Counters {
   uint64_t global_bytes_read, global_bytes_written, shared_accesses, block_barriers, warp_operations, switches;
-  uint64_t mma_instructions;  // a warp's counted once
+  uint64_t mma_instructions, wgmma_instructions;  // a warp's, a warpgroup's counted once
 };
 
 // The blocks of a cluster run together, and one cluster after the other; most consist of one block.

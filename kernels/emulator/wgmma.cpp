@@ -280,6 +280,7 @@ void issue(Warpgroup& group, EmulatorPlace place) {
   }
   op.d = take_accumulator(group, (unsigned)first.n);
   op.d->under_way++;
+  launch.counters.wgmma_instructions++;
   group.under_way.push_back(std::move(op));
 }
 

@@ -232,14 +232,21 @@ class Im2col(NamedTuple):
             (1, *self.stride[::-1], 1), self.swizzle,
         )  # fmt: skip
 
-    def plan(self, x: torch.Tensor, first: int, channel: int, tap: Sequence[int]) -> Launch:
-        """Loads the pixels from output number `first` on, from `channel` on, for one filter tap."""
+    def corner_of(self, first: int) -> list[int]:
+        """The window of output number `first`: where it begins, innermost first, and its image."""
         image, corner = first, []
         for n, s, p in zip(self.outputs[::-1], self.stride[::-1], self.padding[::-1], strict=True):
             corner.append(image % n * s - p)
             image //= n
-        offsets = [t * d for t, d in zip(tap, self.dilation, strict=True)][::-1]
-        return box_plan("load_box", [self.map_of(x)], (channel, *corner, image), offsets=offsets)
+        return [*corner, image]
+
+    def offsets_of(self, tap: Sequence[int]) -> list[int]:
+        return [t * d for t, d in zip(tap, self.dilation, strict=True)][::-1]
+
+    def plan(self, x: torch.Tensor, first: int, channel: int, tap: Sequence[int]) -> Launch:
+        """Loads the pixels from output number `first` on, from `channel` on, for one filter tap."""
+        at = (channel, *self.corner_of(first))
+        return box_plan("load_box", [self.map_of(x)], at, offsets=self.offsets_of(tap))
 
     def expected(
         self, x: torch.Tensor, first: int, channel: int, tap: Sequence[int]
