@@ -23,7 +23,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NoReturn
@@ -49,6 +49,7 @@ from bench.traffic import (  # noqa: E402
     problem_of,
 )
 from cnnops.cuda import conv_igemm  # noqa: E402
+from cnnops.cuda import conv_igemm_sm90 as sm90  # noqa: E402
 from cnnops.shapes import ConvShape  # noqa: E402
 
 NOTES = Path(__file__).resolve().parent / "notes.md"
@@ -298,18 +299,16 @@ def table(
 
 def renewed(text: str, found: Mapping[str, Predictions], measured: Mapping[str, float]) -> str:
     """`text` with all its tables renewed. Raises ValueError where one has no place."""
-    for kernel in (*kernels(), PRODUCTS):
+    products = {PRODUCTS: product_table, WGMMA: wgmma_table}
+    for kernel in (*kernels(), *products):
         begin = BEGIN.format(kernel)
         pattern = re.compile(f"({re.escape(begin)}\n)(.*?){END}", re.DOTALL)
         places = list(pattern.finditer(text))
         if len(places) != 1:
             raise ValueError(f"expected one {begin} and an {END} behind it, got {len(places)}")
         start, end = places[0].span(2)
-        new = (
-            product_table(measured)
-            if kernel == PRODUCTS
-            else table(places[0][2], kernel, found, measured)
-        )
+        make = products.get(kernel)
+        new = make(measured) if make else table(places[0][2], kernel, found, measured)
         text = text[:start] + new + text[end:]
     return text
 
@@ -357,6 +356,42 @@ def product_table(measured: Mapping[str, float]) -> str:
         if len(set(row[2:])) > 1:
             rows.append(row)
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+WGMMA = "conv_igemm_sm90.cu"
+WGMMA_SUITES, WGMMA_BATCHES = ("resnet50", "vgg16", "alexnet"), (64, 256)
+
+
+def wgmma_table(measured: Mapping[str, float]) -> str:
+    """What a stage of each tile costs in a half type, and the layers of 64 channels and more of networks with
+    stated targets, at both ends of their batches: tile and TFLOP/s, in bfloat16, channels-last.
+    """
+    head = ["tile", "KB a stage", "cycles of wgmma", "of L2", "stages", "cycles ahead"]
+    rows = [head, ["---", *["--:"] * (len(head) - 1)]]
+    for tile in sm90.TILES:
+        stage = sm90.stage_of(tile)
+        cycles = max(stage.products, stage.bytes / conv_igemm.L2_BYTES)
+        rows.append(
+            [str(tile), f"{stage.bytes / 1024:g}", f"{stage.products:g}",
+             f"{stage.bytes / conv_igemm.L2_BYTES:.0f}", f"{stage.stages}",
+             f"{(stage.stages - 1) * cycles:.0f}"]
+        )  # fmt: skip
+    text = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    head = ["layer", "problem"]
+    head += [f"{op} N={n}" for n in WGMMA_BATCHES for op in PASSES]
+    rows = [head, ["---", "---", *["--:"] * (len(head) - 2)]]
+    form = _form("bfloat16", "channels_last")
+    for case in (case for suite in WGMMA_SUITES for case in SUITES[suite]):
+        if case.kind != "conv" or case.x[1] < 64:
+            continue
+        row = [f"{case.suite}/{case.name}", case.problem.partition(" ")[2].partition("x")[2]]
+        for n in WGMMA_BATCHES:
+            batch = replace(case, x=(n, *case.x[1:]))
+            assert isinstance(batch.shape, ConvShape)
+            for found in _estimates(batch, form):
+                row.append(f"{found.variant} {batch.shape.flops / found.seconds / 1e12:.0f}")
+        rows.append(row)
+    return text + "\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 # ---- command line ----------------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ import argparse
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,11 @@ def _convolutions() -> Iterator[_Problem]:
     yield _Problem(*transposed, ((2, 3, 5, 4), (3, 4, 3, 3), (4,)))
     yield _Problem(*_named("conv1d", stride=2), ((2, 3, 17), (4, 3, 5), (4,)))
     yield _Problem(*_named("conv3d", padding=1), ((1, 3, 4, 5, 6), (4, 3, 3, 3, 3), (4,)))
+    wide = ((2, 64, 9, 8), (64, 64, 3, 3), (64,))
+    for dtype in _DTYPES[2:]:
+        yield _Problem(*plain, wide, dtype, True)
+    strided = _named("conv2d", stride=2)
+    yield _Problem(*strided, ((2, 64, 9, 8), (64, 64, 3, 3)), torch.bfloat16, True)
     yield from _finished()
     yield from _folded()
 
@@ -374,10 +379,26 @@ def _run_problem(problem: _Problem, report: Report) -> None:
         report.errors += [] if wrong is None else [wrong]
 
 
+_FORMS = {
+    "conv_igemm_planes": ("conv_igemm", "planes8x16x16"),
+    "conv_igemm_sm90": ("conv_igemm", "wgmma128x16"),
+}
+"""Files that a row's module chooses for some problems: the row's algorithm, and a variant that is theirs."""
+
+
 def _run_own(file: Path, report: Report) -> None:
     """Run the problems of the operations whose rows name the launcher of this file."""
-    rows = [r for r in registry.ROWS if r.engines == registry.GPU and r.algorithm == file.stem]
-    with cnnops.engine("emulate"), cnnops.algorithm(file.stem), cnnops.fallback("error"):
+    algorithm, variant = _FORMS.get(file.stem, (file.stem, None))
+    rows = [r for r in registry.ROWS if r.engines == registry.GPU and r.algorithm == algorithm]
+    with ExitStack() as stack:
+        for context in (
+            cnnops.engine("emulate"),
+            cnnops.algorithm(algorithm),
+            cnnops.fallback("error"),
+        ):
+            stack.enter_context(context)
+        if variant is not None:
+            stack.enter_context(rows[0].forced(variant))
         for family, problems in _PROBLEMS.items():
             if not any(row.op in family for row in rows):
                 continue
@@ -461,6 +482,8 @@ def _compile(report: Report, architectures: Sequence[str]) -> None:
     for rows in units.values():
         kernel = rows[0].kernel
         for arch in architectures:
+            if not _claimed(kernel.source, [row.kernel.entry for row in rows], arch):
+                continue
             try:
                 _, log = jit.compile_cubin(kernel.source, kernel.constants, arch)
             except emulate.CompileError as error:
@@ -470,6 +493,19 @@ def _compile(report: Report, architectures: Sequence[str]) -> None:
             report.idle |= set(by_entry) - launched
             for row in rows:
                 row.resources[arch] = by_entry[row.kernel.entry]
+
+
+def _claimed(source: str, entries: Sequence[str], arch: str) -> bool:
+    """Whether the launcher of a file of ``kernels/`` launches one of these entries on ``sm_<arch>``, which it
+    says where that is not everywhere.
+    """
+    name = f"cnnops.cuda.{Path(source).stem}"
+    if Path(source).is_absolute() or importlib.util.find_spec(name) is None:
+        return True
+    stated = getattr(importlib.import_module(name), "ARCHITECTURES", (arch,))
+    if isinstance(stated, Mapping):
+        return any(arch in stated.get(entry, (arch,)) for entry in entries)
+    return arch in stated
 
 
 def run(
@@ -538,9 +574,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _each(row: Row, of: Callable[[jit.Resources], int]) -> str:
-    """One number where the architectures agree, else one for each, in their order."""
-    values = [of(resources) for resources in row.resources.values()]
+def _each(row: Row, architectures: Sequence[str], of: Callable[[jit.Resources], int]) -> str:
+    """One number where the architectures agree, else one for each; "-" where the entry is not for one."""
+    found = row.resources
+    values = [of(found[arch]) if arch in found else "-" for arch in architectures]
     return "/".join(map(str, dict.fromkeys(values) if len(set(values)) == 1 else values))
 
 
@@ -557,7 +594,7 @@ def _print(report: Report) -> None:
     if shared:
         console.print("all with", *(f"{name}={value}" for name, value in shared))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    architectures = "/".join(next((row.resources for row in report.rows.values()), {}))
+    architectures = list(dict.fromkeys(a for row in report.rows.values() for a in row.resources))
     titles = ("", "entry", "registers", "spilled", "shared", "launches", "read", "written")
     for title in titles:
         table.add_column(title, justify="left" if title == "entry" else "right", no_wrap=True)
@@ -566,14 +603,14 @@ def _print(report: Report) -> None:
         if own:
             console.print(f"{i:3}", *own)
         table.add_row(
-            str(i), row.kernel.entry, _each(row, lambda r: r.registers),
-            _each(row, lambda r: r.spill_store_bytes + r.spill_load_bytes + r.stack_bytes),
-            _each(row, lambda r: r.shared_bytes), str(row.launches), str(row.bytes_read),
+            str(i), row.kernel.entry, _each(row, architectures, lambda r: r.registers),
+            _each(row, architectures, lambda r: r.spill_store_bytes + r.spill_load_bytes + r.stack_bytes),
+            _each(row, architectures, lambda r: r.shared_bytes), str(row.launches), str(row.bytes_read),
             str(row.bytes_written),
         )  # fmt: skip
     console.print(table, soft_wrap=False)
     if architectures:
-        console.print(f"registers, spilled and shared bytes: of sm_{architectures}")
+        console.print(f"registers, spilled and shared bytes: of sm_{'/'.join(architectures)}")
     console.print("read and written: global bytes of all launches")
     if report.nvrtc_missing:
         console.print(f"registers are unknown: {report.nvrtc_missing}")

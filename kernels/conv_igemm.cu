@@ -56,8 +56,8 @@
 //
 // Cost, of a stage of 128 x 128 x 32 in a half type: 64 mma and 16 ldmatrix a warp (of four), 512 cycles of an
 // A100's tensor cores, some 400 of an H100's by mma.sync; 16 KB from L2, 32 bytes a cycle, where an H100 gives a
-// multiprocessor some 24 to 32: 256 x 128 asks for 24. Alone-standing halves (NCHW): 128 loads of 2 bytes a warp's
-// width, 16 stores and some 700 further instructions a block, 200 issue cycles of its 400.
+// multiprocessor some 24 to 32: 256 x 128 asks for 24. A warp issues some 270 instructions, and 570 where halves stand
+// alone: such tiles are bound by that. tests/igemm_tiles.csv has them all.
 //
 // Why mma.sync, not wgmma: it is there from sm_80 on, and takes operands of any shape from registers; conv_direct.cu
 // serves fp32 with all its bits, fp64, and groups of up to three channels.
@@ -377,33 +377,13 @@ DEVICE void product(const T* __restrict__ gathered, const T* __restrict__ plain,
   struct Scratch { A counts[WARPS_M], means[WARPS_M][BN + 1], m2s[WARPS_M][BN + 1]; };
   static_assert(sizeof(Scratch) <= STAGES * STAGE_BYTES, "moments fit into the ring");
   Scratch& scratch = *reinterpret_cast<Scratch*>(ring);
-  A count = A(0);
-#pragma unroll
-  for (int i = 0; i < WM / 8; i++) count += A(targets[wm + i * 8 + lane / 4] >= 0);
+  const auto exists = [&](int r) { return targets[wm + r * 8 + lane / 4] >= 0; };
 #pragma unroll
   for (int j = 0; j < WN / 8; j++)
 #pragma unroll
     for (int c = 0; c < 2; c++) {
-      A mean = A(0), m2 = A(0);
-#pragma unroll
-      for (int pass = 0; pass < 2; pass++) {
-#pragma unroll
-        for (int i = 0; i < WM / 8; i++) {
-          const bool exists = targets[wm + i * 8 + lane / 4] >= 0;
-          const A v = convert<A>(convert<T>(acc[i / 2][j][i % 2 * 2 + c])), d = v - mean;
-          if (pass == 0) mean += exists ? v : A(0);
-          else m2 += exists ? d * d : A(0);
-        }
-        if (pass == 0) mean *= count > A(0) ? A(1) / count : A(0);
-      }
-      Moments<A> all{count, mean, m2};
-#pragma unroll
-      for (int apart = 4; apart < 32; apart *= 2) {
-        const A n = __shfl_xor_sync(0xffffffffu, all.count, apart);
-        const A other_mean = __shfl_xor_sync(0xffffffffu, all.mean, apart);
-        const A other_m2 = __shfl_xor_sync(0xffffffffu, all.m2, apart);
-        all.merge(n, other_mean, other_m2);
-      }
+      const Moments<A> all =
+          column_moments<T, WM / 8>([&](int r) { return acc[r / 2][j][r % 2 * 2 + c]; }, exists);
       if (lane < 4) {
         const int column = wn + j * 8 + lane * 2 + c;
         scratch.means[warp_m][column] = all.mean, scratch.m2s[warp_m][column] = all.m2;

@@ -1,7 +1,8 @@
-// What blocks that multiply by mma.sync share: the instruction for an element type, and a warp's way from its sums to
-// runs of memory.
+// What blocks that multiply on tensor cores share: mma.sync for an element type, a warp's way from its sums to runs of
+// memory, and their columns' moments.
 #pragma once
 #include "epilogue.cuh"
+#include "moments.cuh"
 
 DEVICE void multiply_add(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], half_t) {
   mma_m16n8k16_f16(d, a, b);
@@ -81,3 +82,32 @@ template <int WM, int WN, int SV, bool ALONG_ROWS> struct Slab {
     }
   }
 };
+
+// The moments of one column of a warp's sums, which lie as mma's do: lanes that are 4, 8 or 16 apart hold other rows of
+// it, ROWS each. value(r) is a sum, exists(r) whether it counts; of the values as they are stored, in T. All lanes take
+// part, and have the result.
+template <class T, int ROWS, class Value, class Exists>
+DEVICE Moments<float> column_moments(Value value, Exists exists) {
+  float count = 0, mean = 0, m2 = 0;
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) count += exists(r) ? 1.f : 0.f;
+#pragma unroll
+  for (int pass = 0; pass < 2; pass++) {
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const float v = convert<float>(convert<T>(value(r))), d = v - mean;
+      if (pass == 0) mean += exists(r) ? v : 0.f;
+      else m2 += exists(r) ? d * d : 0.f;
+    }
+    if (pass == 0) mean *= count > 0 ? 1 / count : 0.f;
+  }
+  Moments<float> all{count, mean, m2};
+#pragma unroll
+  for (int apart = 4; apart < 32; apart *= 2) {
+    const float n = __shfl_xor_sync(0xffffffffu, all.count, apart);
+    const float other_mean = __shfl_xor_sync(0xffffffffu, all.mean, apart);
+    const float other_m2 = __shfl_xor_sync(0xffffffffu, all.m2, apart);
+    all.merge(n, other_mean, other_m2);
+  }
+  return all;
+}

@@ -21,7 +21,7 @@ whole module, or a dict from an entry's name to such a tuple (entries that it do
 from __future__ import annotations
 
 import csv
-import importlib
+import importlib.util
 import mmap
 import os
 import sys
@@ -44,7 +44,7 @@ from cases import CASES, Case, NormCase, PoolCase, run
 
 import cnnops
 from cnnops import functional as C
-from cnnops.cuda import conv_fold, conv_igemm, conv_igemm_planes, jit
+from cnnops.cuda import conv_fold, conv_igemm, conv_igemm_planes, conv_igemm_sm90, jit
 from cnnops.cuda.cache import digest_of, sources
 from cnnops.cuda.kernel import Kernel, kernels_dir
 from cnnops.cuda.launch import trace
@@ -144,9 +144,18 @@ def _with_epilogues(dtype: torch.dtype, form: torch.memory_format) -> None:
 
 
 def _tiles(dtype: torch.dtype) -> None:
-    """Every tile of conv_igemm.py in all passes, in both layouts, and those of planes."""
+    """Every tile of conv_igemm.py in all passes, in both layouts, those of planes, and those of wgmma, in
+    phases, too.
+    """
     if dtype not in conv_igemm.DTYPES:
         return
+    for wide in conv_igemm_sm90.TILES:
+        for stride in (1, 2):
+            x = torch.empty((8, 256, 14, 14), dtype=dtype, memory_format=torch.channels_last)
+            w = torch.empty((256, 256, 3, 3), dtype=dtype, memory_format=torch.channels_last)
+            leaves = x.requires_grad_(), w.requires_grad_()
+            with conv_igemm.forced(str(wide)):
+                _backward(C.conv2d(x, w, None, stride, 1), leaves)
     for planes in conv_igemm_planes.TILES:
         for taps in (3, 5):
             x = torch.empty((2, 128, 28, 28), dtype=dtype, requires_grad=True)
@@ -272,15 +281,27 @@ def _tf32() -> Iterator[None]:
         conv.fp32_precision = former
 
 
+@contextmanager
+def _wgmma(at_hand: bool) -> Iterator[None]:
+    """Whether tensors that have no GPU stand for a Hopper's."""
+    former = conv_igemm_sm90.runs_on
+    if not at_hand:
+        conv_igemm_sm90.runs_on = lambda device: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        conv_igemm_sm90.runs_on = former
+
+
 @lru_cache(None)
 def units() -> dict[Unit, tuple[Kernel, frozenset[str]]]:
     """Every unit: one of its kernels, and all entries that are launched from it."""
     found: dict[Unit, Kernel] = {}
     entries: dict[Unit, set[str]] = defaultdict(set)
     with cnnops.engine("emulate"), cnnops.fallback("silent"), _tf32():
-        for algorithm in MODULES:
+        for algorithm, wgmma in [*((name, True) for name in MODULES), ("conv_igemm", False)]:
             ops = {row.op for row in ROWS if row.algorithm == algorithm}
-            with cnnops.algorithm(algorithm), trace(run=False) as launches:
+            with cnnops.algorithm(algorithm), _wgmma(wgmma), trace(run=False) as launches:
                 _rows(ops)
                 for family in FAMILIES:
                     if ops & set(family):
@@ -294,12 +315,9 @@ def units() -> dict[Unit, tuple[Kernel, frozenset[str]]]:
 
 def architectures(unit: Unit) -> tuple[str, ...]:
     """What the launcher of the unit's source claims for the entries that it launches from it, in `ALL`."""
-    stem = Path(unit.source).stem
-    stated = (
-        getattr(importlib.import_module(MODULES[stem]), "ARCHITECTURES", ALL)
-        if stem in MODULES
-        else ALL
-    )
+    module = f"cnnops.cuda.{Path(unit.source).stem}"
+    known = importlib.util.find_spec(module) is not None
+    stated = getattr(importlib.import_module(module), "ARCHITECTURES", ALL) if known else ALL
     if isinstance(stated, Mapping):
         claims = [stated.get(entry, ALL) for entry in units()[unit][1]]
         return tuple(arch for arch in ALL if any(arch in claim for claim in claims))

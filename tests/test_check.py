@@ -145,6 +145,20 @@ def test_a_file_of_kernels_brings_its_own_cases() -> None:
     assert {kernel.source for kernel in report.rows} == {"conv_im2col.cu"}
 
 
+@pytest.mark.parametrize(
+    "form, architectures", [("sm90", {"90a"}), ("planes", {"80", "90a"})], ids=lambda v: str(v)
+)
+def test_a_form_is_checked_by_its_familys_cases(form: str, architectures: set[str]) -> None:
+    """Of an algorithm that has several files, each is checked by itself, and for what its launcher claims."""
+    file = kernels_dir() / f"conv_igemm_{form}.cu"
+    report = check.run(file, architectures=("80", "90a"), schedules="random")
+    assert report.passed, report.errors
+    assert {kernel.source for kernel in report.rows} == {file.name}
+    entries = {kernel.entry for kernel in report.rows}
+    assert entries >= {f"conv_{of}_{form}" for of in ("fprop", "dgrad")}
+    assert all(set(row.resources) == architectures for row in report.rows.values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["conv_direct", "pool", "batch_norm", "group_norm"])
 def test_every_entry_of_the_package_has_a_case(name: str) -> None:

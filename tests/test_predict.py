@@ -99,9 +99,12 @@ def test_tables_are_renewed_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyP
         for name, ids in (("resnet50/maxpool", ("a", "b")), ("vgg16/pool1", ()))
     )
     monkeypatch.setattr(predict, "lines", lambda: [other, here])
-    monkeypatch.setattr(predict, "product_table", lambda measured: "products\n")
+    for name in ("product_table", "wgmma_table"):
+        monkeypatch.setattr(predict, name, lambda measured: "products\n")
     before = "Written by hand.\n\n<!-- predicted: pool.cu -->\n"
-    products = "<!-- predicted: conv_igemm.cu -->\nproducts\n<!-- end -->\n"
+    products = "".join(
+        f"<!-- predicted: conv_igemm{of}.cu -->\nproducts\n<!-- end -->\n" for of in ("", "_sm90")
+    )
     after = f"<!-- end -->\n\nSo is this.\n{products}"
     head = "| row | problem |  | floor fp32 | NCHW | measured | explanation |\n"
     rule = "| --- | --- | --- | --: | --: | --: | --- |\n"

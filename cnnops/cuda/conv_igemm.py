@@ -8,7 +8,7 @@ a form of their own, `conv_igemm_planes`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cnnops import tuned
 from cnnops.cuda import conv_igemm_planes as planes
+from cnnops.cuda import conv_igemm_sm90 as sm90
 from cnnops.cuda.batch_norm import batch_norm_stats
 from cnnops.cuda.implicit_gemm import (
     SMS,
@@ -172,7 +173,8 @@ def supports(op: str, shape: ConvShape | PoolShape | NormShape, dtype: torch.dty
     return None
 
 
-Choice = tuple[Tile | planes.Tile, int]
+AnyTile = Tile | planes.Tile | sm90.Tile
+Choice = tuple[AnyTile, int]
 """A tile, and into how many parts to split the sum."""
 
 
@@ -210,9 +212,11 @@ def _cycles(choice: Choice, p: Problem, o: Operands) -> float:
     warps keep tensor cores busy. A second pass costs a launch, and the traffic of partial results.
     """
     (tile, splits), itemsize = choice, p.key.dtype.itemsize
+    l2 = L2_BYTES, MOST_L2_BYTES
     if isinstance(tile, planes.Tile):
-        l2 = L2_BYTES, MOST_L2_BYTES
         return planes.cycles(tile, p, MACS[itemsize], l2, SMS, LATENCY, WAKE)
+    if isinstance(tile, sm90.Tile):
+        return sm90.cycles(tile, splits, p, l2, SMS, LATENCY, WAKE)
     batches, steps = p.groups // tile.groups * p.phases, STEP_BYTES // itemsize
     blocks = -(-o.m // tile.block_m) * -(-p.outputs // tile.columns) * batches * splits
     stages = -(-o.k // (steps * splits))
@@ -256,28 +260,36 @@ def _fits(tile: Tile, p: Problem, o: Operands) -> bool:
     return _together(tile, p, o) > 0
 
 
-def _choices(p: Problem, o: Operands) -> list[Choice]:
+def _tiles(p: Problem, o: Operands, hopper: bool) -> list[AnyTile]:
+    """Of all forms those that can compute `p`; `hopper`: whether wgmma is at hand."""
+    portable = [tile for tile in TILES if _fits(tile, p, o)]
+    return [*(sm90.tiles(p) if hopper else []), *planes.tiles(p, o), *portable]
+
+
+def _choices(p: Problem, o: Operands, hopper: bool) -> list[Choice]:
     """Tiles and numbers of parts: those first that free the busiest multiprocessor first. Splits are tried
     that just fill the multiprocessors one to four times.
     """
 
-    def parts(tile: Tile) -> list[int]:
-        blocks = -(-o.m // tile.block_m) * -(-p.outputs // tile.columns)
-        blocks *= p.groups // tile.groups * p.phases
-        filling = {SMS * tile.resident * rounds // blocks for rounds in range(1, 5)}
+    def parts(tile: AnyTile) -> list[int]:
+        if isinstance(tile, planes.Tile):
+            return [1]
+        if isinstance(tile, sm90.Tile):
+            blocks, resident = sm90.blocks(tile, p), 1
+        else:
+            blocks = -(-o.m // tile.block_m) * -(-p.outputs // tile.columns)
+            blocks, resident = blocks * (p.groups // tile.groups) * p.phases, tile.resident
+        filling = {SMS * resident * rounds // blocks for rounds in range(1, 5)}
         return [1, *sorted(s for s in filling if 1 < s <= o.most)]
 
-    choices: list[Choice] = [(tile, 1) for tile in planes.tiles(p, o)]
-    choices += [(tile, s) for tile in TILES if _fits(tile, p, o) for s in parts(tile)]
+    choices = [(tile, s) for tile in _tiles(p, o, hopper) for s in parts(tile)]
     return sorted(choices, key=lambda choice: _cycles(choice, p, o))
 
 
-def _chosen(p: Problem, o: Operands, variant: str) -> Choice:
+def _chosen(p: Problem, o: Operands, variant: str, hopper: bool) -> Choice:
     """The choice that `variant` names, or else the one that arithmetic prefers."""
-    tiles: list[Tile | planes.Tile] = [*planes.tiles(p, o)]
-    tiles += [tile for tile in TILES if _fits(tile, p, o)]
-    found: Choice | None = named(variant, tiles, o.most)
-    return found or _choices(p, o)[0]
+    found: Choice | None = named(variant, _tiles(p, o, hopper), o.most) if variant else None
+    return found or _choices(p, o, hopper)[0]
 
 
 class Estimate(NamedTuple):
@@ -292,7 +304,7 @@ def estimate(op: str, shape: ConvShape, *arguments: object) -> Estimate:
     """What the choice that would be made for this call should take. The tensors may be on the meta device."""
     key = key_of_call(op, shape, arguments)
     p, o = _problem(key)
-    choice = _chosen(p, o, tuned_variant(key, "conv_igemm"))
+    choice = _chosen(p, o, tuned_variant(key, "conv_igemm"), _hopper(arguments))
     itemsize = key.dtype.itemsize
     moved = shape.bytes_moved(key.op, itemsize) / BYTES_PER_S  # type: ignore[arg-type]
     seconds = LAUNCH + max(_cycles(choice, p, o) / CLOCK, moved)
@@ -311,34 +323,54 @@ def _widths(itemsize: int) -> Sequence[int]:
     return tuple(size // itemsize for size in (16, 8, 4))
 
 
+def _hopper(arguments: Sequence[object]) -> bool:
+    """Whether a call with these arguments has wgmma at hand."""
+    return sm90.runs_on(next(a.device for a in arguments if isinstance(a, Tensor)))
+
+
 def _problem(key: Key) -> tuple[Problem, Operands]:
     p = Problem(key)
     return p, operands(p, _widths(key.dtype.itemsize))
 
 
-@tuned.cached
-def _plan(
-    op: str,
-    shape: ConvShape,
-    dtype: torch.dtype,
-    x: Axes,
-    w: Axes,
-    y: Axes,
-    x_aligned: bool,
-    w_aligned: bool,
-    y_aligned: bool,
-    activation: str,
-    moments: bool,
-    forced: str | None,
-) -> Plan:
-    """The plan of a pass whose x, w and y have these strides. Flat, since hashed at every call."""
-    key = Key(op, shape, dtype, (x, w, y), (x_aligned, w_aligned, y_aligned), activation, moments)
-    p, o = _problem(key)
-    variant = tuned_variant(key, "conv_igemm") if forced is None else forced
-    tile, splits = _chosen(p, o, variant)
-    if isinstance(tile, planes.Tile):
-        return planes.plan(tile, p)
-    itemsize = dtype.itemsize
+def _planned(hopper: bool) -> Callable[..., Plan]:
+    """What finds the plan of a pass whose x, w and y have these strides, with or without wgmma."""
+
+    @tuned.cached
+    def plan(
+        op: str,
+        shape: ConvShape,
+        dtype: torch.dtype,
+        x: Axes,
+        w: Axes,
+        y: Axes,
+        x_aligned: bool,
+        w_aligned: bool,
+        y_aligned: bool,
+        activation: str,
+        moments: bool,
+        forced: str | None,
+    ) -> Plan:  # Flat, since hashed at every call.
+        aligned = (x_aligned, w_aligned, y_aligned)
+        key = Key(op, shape, dtype, (x, w, y), aligned, activation, moments)
+        p, o = _problem(key)
+        variant = tuned_variant(key, "conv_igemm") if forced is None else forced
+        tile, splits = _chosen(p, o, variant, hopper)
+        if isinstance(tile, planes.Tile):
+            return planes.plan(tile, p)
+        if isinstance(tile, sm90.Tile):
+            return sm90.plan(tile, splits, p, SMS)
+        return _portable(tile, splits, p, o)
+
+    return plan
+
+
+_plan, _hopper_plan = _planned(False), _planned(True)
+
+
+def _portable(tile: Tile, splits: int, p: Problem, o: Operands) -> Plan:
+    """The launches of conv_igemm.cu."""
+    op, itemsize = p.key.op, p.key.dtype.itemsize
     result = itemsize if splits == 1 else 4
     store = stored(p, o, [size // result for size in (16, 8, 4)], splits)
     constants: dict[str, str | int] = {
@@ -351,7 +383,7 @@ def _plan(
         "STORE_ALONG_ROWS": int(o.store_along_rows), "STORE_VECTOR": store,
     }  # fmt: skip
     if op == "fprop":
-        constants["MOMENTS"] = int(moments and splits == 1)
+        constants["MOMENTS"] = int(p.key.moments and splits == 1)
     column_tiles = -(-p.outputs // tile.columns)
     p.params.tiles, p.params.groups = FastDiv(column_tiles), FastDiv(p.groups // tile.groups)
     blocks = column_tiles * (p.groups // tile.groups) * p.phases * splits * -(-o.m // tile.block_m)
@@ -363,7 +395,21 @@ forced = Forced()
 
 def variants(op: str, shape: ConvShape, *arguments: object) -> tuple[str, ...]:
     """Names of the choices that are worth measuring for this call, without the one that is made anyway."""
-    return worth_measuring(_choices(*_problem(key_of_call(op, shape, arguments))))
+    p, o = _problem(key_of_call(op, shape, arguments))
+    return worth_measuring(_choices(p, o, _hopper(arguments)))
+
+
+def _run(
+    op: str,
+    shape: ConvShape,
+    tensors: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor],
+    output: Tensor,
+    bias: Tensor | None = None,
+    epilogue: Epilogue | None = None,
+) -> None:
+    plan = _hopper_plan if sm90.runs_on(output.device) else _plan
+    run(plan, forced, op, shape, tensors, inputs, output, bias, epilogue)
 
 
 # ---- what the registry calls -----------------------------------------------------------------------------
@@ -382,10 +428,10 @@ def conv_fprop(
     if mean is not None and var is not None and (residual is not None or activation != "none"):
         # The kernel gathers moments before these.
         sums = Epilogue(scale, residual, activation)
-        run(_plan, forced, "fprop", shape, (x, w, y), (x, w), y, bias, sums)
+        _run("fprop", shape, (x, w, y), (x, w), y, bias, sums)
         batch_norm_stats(NormShape.of(shape.y_size), y, mean, var)
     else:
-        run(_plan, forced, "fprop", shape, (x, w, y), (x, w), y, bias, epilogue)
+        _run("fprop", shape, (x, w, y), (x, w), y, bias, epilogue)
 
 
 def conv_dgrad(
@@ -401,9 +447,9 @@ def conv_dgrad(
     With a bias or an epilogue this is transposed convolution. Under another padding mode than zeros the
     caller takes ``shape.padded`` here, and `conv_fold` thereafter.
     """
-    run(_plan, forced, "dgrad", shape, (grad_x, w, grad_y), (grad_y, w), grad_x, bias, epilogue)
+    _run("dgrad", shape, (grad_x, w, grad_y), (grad_y, w), grad_x, bias, epilogue)
 
 
 def conv_wgrad(shape: ConvShape, grad_y: Tensor, x: Tensor, grad_w: Tensor) -> None:
     """Fill grad_w ``K C/groups *kernel``: the sum over all places that a weight was used at."""
-    run(_plan, forced, "wgrad", shape, (x, grad_w, grad_y), (grad_y, x), grad_w)
+    _run("wgrad", shape, (x, grad_w, grad_y), (grad_y, x), grad_w)

@@ -23,6 +23,7 @@ from cnnops import tuned
 from cnnops.cuda import batch_norm
 from cnnops.cuda.kernel import ACCUMULATOR, ELEMENT, INT32_MAX, FastDiv, Launch, launch_of
 from cnnops.cuda.launch import launch
+from cnnops.cuda.tensor_map import TensorMap
 from cnnops.epilogue import NO_EPILOGUE, Epilogue
 from cnnops.shapes import Axes, ConvShape, NormShape, PoolShape
 
@@ -156,7 +157,7 @@ class Key:
 @dataclass(frozen=True)
 class Plan:
     """One launch, or two with `partial` accumulators in between, of the results or of their moments; or
-    `pack`, which makes so many `words` of the filters, and one launch that takes these.
+    `pack`, which makes so many `words` of the filters, of type `packed`, for those that follow.
     """
 
     first: Launch
@@ -165,6 +166,7 @@ class Plan:
     moments: bool = False
     pack: Launch | None = None
     words: int = 0
+    packed: torch.dtype = torch.int32
 
 
 class Axis(NamedTuple):
@@ -364,9 +366,14 @@ def plan_of(
     threads: int,
     splits: int,
     shared_bytes: int = 0,
+    grid: int | None = None,
+    filters: str = "w",
+    tensor_maps: Sequence[TensorMap] = (),
+    cluster: int | None = None,
 ) -> Plan:
     """The launch of ``conv_<op>_<form>`` in `source`, and the second pass where the sum comes in `splits`
-    parts or moments are gathered.
+    parts or moments are gathered. `blocks` is the number of tiles, and of the launch's blocks unless `grid`
+    says another; `filters` is what w is called that the entry reads.
     """
     op, dtype, shape = p.key.op, p.key.dtype, p.key.shape
     numel = math.prod(result_of(p.key)[0])
@@ -381,7 +388,9 @@ def plan_of(
         outputs.append("parts")
     first = launch_of(
         source, f"conv_{op}_{form}", {**p.constants(op.upper(), result), **constants}, p.params,
-        grid=(blocks,), block=(threads,), inputs=inputs, outputs=outputs, shared_bytes=shared_bytes,
+        grid=(blocks if grid is None else grid,), block=(threads,),
+        inputs=[filters if name == "w" else name for name in inputs], outputs=outputs,
+        shared_bytes=shared_bytes, tensor_maps=tensor_maps, cluster=cluster,
     )  # fmt: skip
     if moments:
         rows = blocks // (p.params.tiles.divisor * p.groups)
@@ -617,7 +626,7 @@ def run(
         finish = (scale, None if bias is None else bias.contiguous(), residual)
     pointers = len(plan.first.outputs)  # the tiled form has one more for moments
     if plan.pack is not None:
-        packed = torch.empty(plan.words, dtype=torch.int32, device=y.device)
+        packed = torch.empty(plan.words, dtype=plan.packed, device=y.device)
         launch(plan.pack, (inputs[1],), (packed,))
         inputs = inputs[0], packed
     partial = None

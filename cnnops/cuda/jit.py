@@ -245,9 +245,25 @@ def _prepare(plan: Launch, device_index: int) -> tuple[Any, Any]:
     return function, _by_value(bytes(plan.params))
 
 
-def _tensor_maps(plan: Launch, tensors: Sequence[torch.Tensor | None]) -> list[Any]:
-    named = dict(zip(plan.names, tensors, strict=True))
-    return [_by_value(tensor_map.encoded(m, named[m.tensor])) for m in plan.tensor_maps]
+MOST_ADDRESSES = 256
+"""Sets of addresses of a launch whose tensor maps are kept: they recur, since torch keeps freed memory."""
+
+
+def _tensor_maps(
+    plan: Launch, tensors: Sequence[torch.Tensor | None], pointers: Sequence[int]
+) -> list[Any]:
+    """The launch's tensor maps for tensors at these addresses. No tensor is held: a plan has one problem's
+    sizes and strides, so that what lies at an address has its map, whichever tensor it is.
+    """
+    addresses = tuple(pointers)
+    maps = plan.encoded.get(addresses)
+    if maps is None:
+        named = dict(zip(plan.names, tensors, strict=True))
+        maps = [_by_value(tensor_map.encoded(m, named[m.tensor])) for m in plan.tensor_maps]
+        if len(plan.encoded) >= MOST_ADDRESSES:
+            plan.encoded.clear()
+        plan.encoded[addresses] = maps
+    return maps
 
 
 def execute(plan: Launch, tensors: Sequence[torch.Tensor | None], device_index: int) -> None:
@@ -261,6 +277,6 @@ def execute(plan: Launch, tensors: Sequence[torch.Tensor | None], device_index: 
         prepared = plan.prepared[device_index] = _prepare(plan, device_index)
     function, params = prepared
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
-    maps = _tensor_maps(plan, tensors) if plan.tensor_maps else ()
+    maps = _tensor_maps(plan, tensors, pointers) if plan.tensor_maps else ()
     stream = _stream(torch._C._cuda_getCurrentRawStream(device_index), device_index)
     function(plan.grid, plan.block, (*pointers, *maps, params), plan.shared_bytes, stream)

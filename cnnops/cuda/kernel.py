@@ -80,8 +80,9 @@ class Launch:
     `params` is the trailing struct, a ctypes.Structure whose fields mirror the `.cu` file's struct; its size
     is checked there against the constant ``PARAMS_BYTES``, which `launch_of` adds; it must not change once
     the launch has run. `cluster` blocks along x form a thread-block cluster (kernels/ptx_cluster.cuh), which
-    runs together; more than one needs a GPU of capability 9.0 or newer. `prepared` is for the executor:
-    what it found out about this launch the first time.
+    runs together; more than one needs a GPU of capability 9.0 or newer. `prepared` and `encoded` are for the
+    executor: what it found out about this launch the first time, and its tensor maps by the addresses of the
+    tensors.
     """
 
     kernel: Kernel
@@ -95,6 +96,7 @@ class Launch:
     tensor_maps: tuple[TensorMap, ...] = ()
     cluster: int = 1
     prepared: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
+    encoded: dict[tuple[int, ...], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cnnops.functional as C
-from cases.base import ALL, Case, Ints, Size, laid_out, moved, normal
+from cases.base import ALL, HALVES, Case, Ints, Size, laid_out, moved, normal
 from cnnops.ops import conv as conv_ops
 from cnnops.shapes import padding_pairs
 
@@ -208,6 +208,24 @@ CONV_CASES = (
         w=(3, 2, 2, 3, 4), padding="same"),
     ConvCase("cropped", (2, 3, 8, 7), "negative padding: the border is not read, its gradient is zero",
         w=(4, 3, 3, 3), padding=((-1, 1), (1, -2)), stride=(1, 2), schedules=True),
+    # Channels by eights, at least 16, innermost: what TMA and wgmma take (kernels/conv_igemm_sm90.cu).
+    ConvCase("wide_channels", (2, 64, 9, 9), "lines of 128 bytes, taps in the padding",
+        w=(64, 64, 3, 3), padding=1, layout="channels_last", w_layout="channels_last",
+        dtypes=HALVES, schedules=True),
+    ConvCase("wide_channels_strided", (2, 64, 11, 10), "dgrad in phases, uneven padding, filters K C R S",
+        w=(48, 64, 3, 3), stride=2, padding=((1, 0), (2, 1)), layout="channels_last", dtypes=HALVES,
+        schedules=True),
+    ConvCase("wide_channels_pointwise", (2, 64, 7, 9), "one tap: places lie evenly",
+        w=(72, 64, 1, 1), layout="channels_last", w_layout="channels_last", dtypes=HALVES, schedules=True),
+    ConvCase("wide_channels_groups", (2, 128, 8, 8), "lines end with their group",
+        w=(128, 64, 3, 3), groups=2, dilation=2, layout="channels_last", w_layout="channels_last",
+        dtypes=HALVES, schedules=True),
+    ConvCase("wide_channels_3d", (2, 48, 3, 4, 5), "three axes, lines of 32 bytes",
+        w=(64, 48, 2, 3, 3), padding=1, layout="channels_last", w_layout="channels_last",
+        dtypes=HALVES, schedules=True),
+    ConvCase("wide_channels_transposed", (2, 64, 5, 6), "the forward pass is dgrad, in phases",
+        transposed=True, w=(64, 64, 3, 3), stride=2, padding=1, layout="channels_last",
+        w_layout="channels_last", dtypes=HALVES, schedules=True),
     *_padding_modes(),
     ConvCase("transposed_twice", (2, 3, 5, 4), "the usual one: twice the size",
         transposed=True, w=(3, 4, 3, 3), stride=2, padding=1, output_padding=1,
