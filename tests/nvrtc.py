@@ -12,7 +12,8 @@ and of the block's static shared memory; zeros at its end are left off. Of `FULL
 
 The head of the table has a digest of every source with its headers. The same NVRTC makes the same of the same
 source, and another one much the same: where the digest is that of the table, the tests compile a sample of
-`FULL`'s units again (`Table.sample`, and every `ONE_IN`-th of the others), and otherwise all of them.
+`FULL`'s units again (`Table.sample`, and every `ONE_IN`-th of the others), and `SAMPLED`'s in turns, and
+otherwise all of them.
 
 A launcher that serves fewer architectures says so in a constant ``ARCHITECTURES``: a tuple like `ALL` for the
 whole module, or a dict from an entry's name to such a tuple (entries that it does not name: all).
@@ -60,7 +61,7 @@ SAMPLED = ("86", "89", "100a")
 ALL = ("80", "86", "89", "90a", "100a")
 REGISTERS_MAY_GROW = 8
 """Registers are allotted to a warp's threads by eights: this much may come and go with an edit."""
-ONE_IN = 60
+ONE_IN = 100
 
 FAMILIES = ((*CONV, "conv_fold"), POOL, UNPOOL, BATCH_NORM, GROUP_NORM)
 
@@ -110,9 +111,13 @@ def _address_space() -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, (FAR + 2**20) * 8, flags=flags), dtype=torch.uint8)
 
 
-def far_apart(size: Sequence[int], dtype: torch.dtype) -> Tensor:
+def far_apart(
+    size: Sequence[int],
+    dtype: torch.dtype,
+    form: torch.memory_format = torch.contiguous_format,
+) -> Tensor:
     """A tensor of two images, `FAR` apart."""
-    dense = torch.empty(size, device="meta").stride()
+    dense = torch.empty(size, device="meta", memory_format=form).stride()
     return _address_space().view(dtype).as_strided(size, (FAR, *dense[1:]))
 
 
@@ -204,6 +209,10 @@ def beyond(family: Sequence[str], algorithm: str) -> None:
             _with_epilogues(dtype, form)
             if algorithm == "conv_igemm":
                 _tiles(dtype)
+                x = far_apart((2, 64, 8, 8), dtype, torch.channels_last).requires_grad_()
+                w = torch.empty((64, 64, 3, 3), dtype=dtype, memory_format=torch.channels_last)
+                y = C.conv2d(x, w.requires_grad_(), None, 2, 1)
+                _backward(y, (x, w), far=True)
             for filters, groups in (((8, 8, 3, 3), 1), ((8, 1, 3, 3), 8)):
                 x = far_apart((2, 8, 8, 8), dtype).requires_grad_()
                 w = torch.empty(filters, dtype=dtype, requires_grad=True)
@@ -284,13 +293,13 @@ def _tf32() -> Iterator[None]:
 @contextmanager
 def _wgmma(at_hand: bool) -> Iterator[None]:
     """Whether tensors that have no GPU stand for a Hopper's."""
-    former = conv_igemm_sm90.runs_on
+    former = conv_igemm_sm90.multiprocessors
     if not at_hand:
-        conv_igemm_sm90.runs_on = lambda device: False  # type: ignore[assignment]
+        conv_igemm_sm90.multiprocessors = lambda device: 0  # type: ignore[assignment]
     try:
         yield
     finally:
-        conv_igemm_sm90.runs_on = former
+        conv_igemm_sm90.multiprocessors = former
 
 
 @lru_cache(None)

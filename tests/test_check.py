@@ -145,10 +145,8 @@ def test_a_file_of_kernels_brings_its_own_cases() -> None:
     assert {kernel.source for kernel in report.rows} == {"conv_im2col.cu"}
 
 
-@pytest.mark.parametrize(
-    "form, architectures", [("sm90", {"90a"}), ("planes", {"80", "90a"})], ids=lambda v: str(v)
-)
-def test_a_form_is_checked_by_its_familys_cases(form: str, architectures: set[str]) -> None:
+@pytest.mark.parametrize("form, architectures", [("sm90", ["90a"]), ("planes", ["80", "90a"])])
+def test_a_form_is_checked_by_its_familys_cases(form: str, architectures: list[str]) -> None:
     """Of an algorithm that has several files, each is checked by itself, and for what its launcher claims."""
     file = kernels_dir() / f"conv_igemm_{form}.cu"
     report = check.run(file, architectures=("80", "90a"), schedules="random")
@@ -156,7 +154,7 @@ def test_a_form_is_checked_by_its_familys_cases(form: str, architectures: set[st
     assert {kernel.source for kernel in report.rows} == {file.name}
     entries = {kernel.entry for kernel in report.rows}
     assert entries >= {f"conv_{of}_{form}" for of in ("fprop", "dgrad")}
-    assert all(set(row.resources) == architectures for row in report.rows.values())
+    assert all(list(row.resources) == architectures for row in report.rows.values())
 
 
 @pytest.mark.slow

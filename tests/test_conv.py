@@ -34,8 +34,14 @@ def test_rows(case: ConvCase, engine: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("engine", GPU_ENGINES)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float64, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("case", [c for c in CONV_CASES if len(c.dtypes) > 1], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case, dtype",
+    [
+        pytest.param(case, dtype, id=f"{case.id}-{dtype}")
+        for i, case in enumerate(c for c in CONV_CASES if len(c.dtypes) > 1)
+        for dtype in (torch.float32, (torch.float64, torch.bfloat16)[i % 2])
+    ],
+)
 def test_rows_by_im2col(case: ConvCase, dtype: torch.dtype, engine: str) -> None:
     with cnnops.algorithm("conv_im2col"):
         check(case, engine, dtype)

@@ -30,7 +30,7 @@ from cnnops.shapes import ConvShape
 @pytest.fixture(autouse=True)
 def _without_wgmma(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As on GPUs other than Hopper's; and torch gives leave to multiply float32 as TF32."""
-    monkeypatch.setattr(conv_igemm_sm90, "runs_on", lambda device: False)
+    monkeypatch.setattr(conv_igemm_sm90, "multiprocessors", lambda device: 0)
     with tf32():
         yield
 

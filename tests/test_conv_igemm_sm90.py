@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import sass
 import torch
 import torch.nn.functional as F
-from cases import TOLERANCE, assert_close, normal
+from cases import CONV_CASES, TOLERANCE, ConvCase, assert_close, check, normal
 from cases.base import needs_emulator
 from igemm import BFLOAT, FLOAT, HALF, PASSES, Problem, tf32
 
@@ -48,6 +49,20 @@ def constants(launches: Sequence[Launch]) -> dict[str, str | int]:
 
 def entries(launches: Sequence[Launch]) -> list[str]:
     return [launch.kernel.entry for launch in launches]
+
+
+# ---- rows of tests/cases ---------------------------------------------------------------------------------
+
+ROWS = [case for case in CONV_CASES if case.id.startswith("wide_channels")]
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", ROWS, ids=lambda case: case.id)
+def test_thread_order_does_not_matter(case: ConvCase) -> None:
+    dtype = (BFLOAT, HALF)[ROWS.index(case) % 2]
+    with emulate.schedule("all"), trace() as launches:
+        check(case, "emulate", dtype)
+    assert any(launch.kernel.source == sm90.SOURCE for launch in launches)
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------
@@ -258,17 +273,33 @@ def test_misaligned_tensors_stay_with_mma_sync() -> None:
 
 def test_other_gpus_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only capability 9.0 has wgmma: neither what came before nor what came after."""
+    properties = SimpleNamespace(multi_processor_count=114)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        sm90.runs_on.cache_clear()
-        assert sm90.runs_on(torch.device("cuda:0")) == (capability == (9, 0))
-    sm90.runs_on.cache_clear()
+        sm90.multiprocessors.cache_clear()
+        assert sm90.multiprocessors(torch.device("cuda:0")) == (114 if capability == (9, 0) else 0)
+    sm90.multiprocessors.cache_clear()
     problem = S((1, 64, 9, 9), (64, 64, 3, 3))
     x, w, y = problem.tensors()
-    monkeypatch.setattr(sm90, "runs_on", lambda _: False)
+    monkeypatch.setattr(sm90, "multiprocessors", lambda device: 0)
     with trace(run=False) as launches:
         conv_igemm.conv_fprop(problem.shape, x, w, None, y)
     assert entries(launches) == ["conv_fprop_igemm"]
+
+
+@needs_emulator
+def test_results_do_not_depend_on_the_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = S((2, 64, 17, 17), (72, 64, 3, 3), padding=1)
+    x, w, y = problem.tensors()
+    results = []
+    for sms in (132, 3, 2):
+        monkeypatch.setattr(sm90, "multiprocessors", lambda device, sms=sms: sms)
+        with conv_igemm.forced("wgmma128x64"), trace() as launches:
+            conv_igemm.conv_fprop(problem.shape, x, w, None, y.fill_(float("nan")))
+        assert product(launches).grid[0] == min(sms, 10)
+        results.append(y.clone())
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 # ---- counts ----------------------------------------------------------------------------------------------

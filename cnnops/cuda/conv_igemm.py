@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -325,7 +326,7 @@ def _widths(itemsize: int) -> Sequence[int]:
 
 def _hopper(arguments: Sequence[object]) -> bool:
     """Whether a call with these arguments has wgmma at hand."""
-    return sm90.runs_on(next(a.device for a in arguments if isinstance(a, Tensor)))
+    return sm90.multiprocessors(next(a.device for a in arguments if isinstance(a, Tensor))) > 0
 
 
 def _problem(key: Key) -> tuple[Problem, Operands]:
@@ -333,8 +334,11 @@ def _problem(key: Key) -> tuple[Problem, Operands]:
     return p, operands(p, _widths(key.dtype.itemsize))
 
 
-def _planned(hopper: bool) -> Callable[..., Plan]:
-    """What finds the plan of a pass whose x, w and y have these strides, with or without wgmma."""
+@lru_cache(None)
+def _planned(sms: int) -> Callable[..., Plan]:
+    """What finds the plan of a pass whose x, w and y have these strides, on a GPU with wgmma and so many
+    multiprocessors, or for 0 on others.
+    """
 
     @tuned.cached
     def plan(
@@ -355,17 +359,14 @@ def _planned(hopper: bool) -> Callable[..., Plan]:
         key = Key(op, shape, dtype, (x, w, y), aligned, activation, moments)
         p, o = _problem(key)
         variant = tuned_variant(key, "conv_igemm") if forced is None else forced
-        tile, splits = _chosen(p, o, variant, hopper)
+        tile, splits = _chosen(p, o, variant, sms > 0)
         if isinstance(tile, planes.Tile):
             return planes.plan(tile, p)
         if isinstance(tile, sm90.Tile):
-            return sm90.plan(tile, splits, p, SMS)
+            return sm90.plan(tile, splits, p, sms)
         return _portable(tile, splits, p, o)
 
     return plan
-
-
-_plan, _hopper_plan = _planned(False), _planned(True)
 
 
 def _portable(tile: Tile, splits: int, p: Problem, o: Operands) -> Plan:
@@ -408,7 +409,7 @@ def _run(
     bias: Tensor | None = None,
     epilogue: Epilogue | None = None,
 ) -> None:
-    plan = _hopper_plan if sm90.runs_on(output.device) else _plan
+    plan = _planned(sm90.multiprocessors(output.device))
     run(plan, forced, op, shape, tensors, inputs, output, bias, epilogue)
 
 

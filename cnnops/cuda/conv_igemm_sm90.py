@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from cnnops.cuda.implicit_gemm import (
+    SMS,
     Axis,
     Params,
     Plan,
@@ -86,11 +87,15 @@ the others are for results that are narrow, or too few.
 
 
 @lru_cache(64)
-def runs_on(device: torch.device) -> bool:
-    """Whether the kernel may be chosen for tensors of `device`: an H100 or H200, or what stands for one, the
-    emulator and tensors without data.
+def multiprocessors(device: torch.device) -> int:
+    """Those of an H100 or H200, or of what stands for one, the emulator and tensors without data; 0 of any
+    other GPU, where the kernel may not be chosen.
     """
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
+    if device.type != "cuda":
+        return SMS
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class Stage(NamedTuple):
@@ -383,7 +388,10 @@ def cycles(
 
 
 def plan(tile: Tile, parts: int, p: Problem, sms: int) -> Plan:
-    """The launches: filters are packed if they must be, all is multiplied, parts of the sum are added up."""
+    """The launches: filters are packed if they must be, all is multiplied, parts of the sum are added up.
+
+    So many blocks run at a time as the GPU has multiprocessors, `sms`; results do not depend on that.
+    """
     o = _operands(p)
     dtype = p.key.dtype
     stores_tiles = o.stores_tiles(parts)
