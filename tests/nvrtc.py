@@ -12,8 +12,8 @@ and of the block's static shared memory; zeros at its end are left off. Of `FULL
 
 The head of the table has a digest of every source with its headers. The same NVRTC makes the same of the same
 source, and another one much the same: where the digest is that of the table, the tests compile a sample of
-`FULL`'s units again (`Table.sample`, and every `ONE_IN`-th of the others), and `SAMPLED`'s in turns, and
-otherwise all of them.
+`FULL`'s units again (of `Table.sample` in turns, and every `ONE_IN`-th of the others), and `SAMPLED`'s in
+turns, and otherwise all of them.
 
 A launcher that serves fewer architectures says so in a constant ``ARCHITECTURES``: a tuple like `ALL` for the
 whole module, or a dict from an entry's name to such a tuple (entries that it does not name: all).
@@ -213,6 +213,15 @@ def beyond(family: Sequence[str], algorithm: str) -> None:
                 w = torch.empty((64, 64, 3, 3), dtype=dtype, memory_format=torch.channels_last)
                 y = C.conv2d(x, w.requires_grad_(), None, 2, 1)
                 _backward(y, (x, w), far=True)
+                x = far_apart((2, 16, 16, 16), dtype)
+                w = torch.empty((16, 16, 3, 3), dtype=dtype)
+                with conv_igemm.forced("planes8x16x16"):
+                    C.conv2d(x, w, None, 1, 1)
+            if algorithm == "conv_depthwise":
+                for make in (torch.empty, far_apart):
+                    x = make((2, 64, 16, 16), dtype=dtype).requires_grad_()
+                    w = torch.empty((64, 1, 31, 31), dtype=dtype, requires_grad=True)
+                    _backward(C.conv2d(x, w, None, 1, 15, 1, 64), (x, w), far=make is far_apart)
             for filters, groups in (((8, 8, 3, 3), 1), ((8, 1, 3, 3), 8)):
                 x = far_apart((2, 8, 8, 8), dtype).requires_grad_()
                 w = torch.empty(filters, dtype=dtype, requires_grad=True)
