@@ -1,4 +1,5 @@
-// A convolution as a matrix product whose operands are read in place: what conv_direct.cu and conv_igemm.cu share.
+// A convolution as a matrix product whose operands are read in place: what conv_direct.cu, conv_igemm.cu and
+// conv_igemm_sm90.cu share.
 // Per group, with the letters of conv_direct.cu's header:
 //
 //              rows                       columns   summed over (steps)            gathered  plain    result

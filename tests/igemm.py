@@ -24,7 +24,7 @@ Size = tuple[int, ...]
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Torch gives leave to multiply float32 as TF32."""
+    """Torch gives leave to multiply float32 as TF32 under the emulator."""
     conv = torch.backends.mkldnn.conv
     former, conv.fp32_precision = conv.fp32_precision, "tf32"
     try:

@@ -42,6 +42,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 
 from cases import CASES, Case, NormCase, PoolCase, run
+from igemm import tf32
 
 import cnnops
 from cnnops import functional as C
@@ -289,17 +290,6 @@ MODULES = {row.algorithm: row.module for row in ROWS if row.engines == GPU}
 
 
 @contextmanager
-def _tf32() -> Iterator[None]:
-    """Leave to multiply float32 as TF32: who asks for another algorithm by name gets it all the same."""
-    conv = torch.backends.mkldnn.conv
-    former, conv.fp32_precision = conv.fp32_precision, "tf32"
-    try:
-        yield
-    finally:
-        conv.fp32_precision = former
-
-
-@contextmanager
 def _wgmma(at_hand: bool) -> Iterator[None]:
     """Whether tensors that have no GPU stand for a Hopper's."""
     former = conv_igemm_sm90.multiprocessors
@@ -316,7 +306,7 @@ def units() -> dict[Unit, tuple[Kernel, frozenset[str]]]:
     """Every unit: one of its kernels, and all entries that are launched from it."""
     found: dict[Unit, Kernel] = {}
     entries: dict[Unit, set[str]] = defaultdict(set)
-    with cnnops.engine("emulate"), cnnops.fallback("silent"), _tf32():
+    with cnnops.engine("emulate"), cnnops.fallback("silent"), tf32():
         for algorithm, wgmma in [*((name, True) for name in MODULES), ("conv_igemm", False)]:
             ops = {row.op for row in ROWS if row.algorithm == algorithm}
             with cnnops.algorithm(algorithm), _wgmma(wgmma), trace(run=False) as launches:

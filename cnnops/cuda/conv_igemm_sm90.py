@@ -73,6 +73,16 @@ class Tile:
         sides = f"wgmma{self.block_m}x{self.block_n}"
         return sides if self.cluster == 1 else f"{sides}c{self.cluster}"
 
+    @property
+    def stage_bytes(self) -> int:
+        """What a stage holds: of every row and column `LINE_BYTES` of the sum, PLACES halves or as many."""
+        return (self.block_m + self.block_n) * LINE_BYTES
+
+    @property
+    def copied_bytes(self) -> float:
+        """What L2 is asked for it, by each block of a cluster."""
+        return (self.block_m + self.block_n / self.cluster) * LINE_BYTES
+
 
 TILES = tuple(
     Tile(*sides)
@@ -109,11 +119,14 @@ class Stage(NamedTuple):
 
 
 def stage_of(tile: Tile) -> Stage:
-    steps, itemsize = LINE_BYTES // 2, 2
-    products = tile.block_m * tile.block_n * steps / MACS[itemsize]
-    out = tile.block_m * tile.block_n * itemsize
-    stages = min(MOST_STAGES, (MOST_SHARED - out) // ((tile.block_m + tile.block_n) * LINE_BYTES))
-    return Stage(products, (tile.block_m + tile.block_n / tile.cluster) * LINE_BYTES, stages)
+    """Of `tile` in a half type whose results TMA stores."""
+    products = tile.block_m * tile.block_n * (LINE_BYTES // 2) / MACS[2]
+    return Stage(products, tile.copied_bytes, _ring(tile, 2 * tile.block_m * tile.block_n))
+
+
+def _ring(tile: Tile, results: int) -> int:
+    """Stages that shared memory has room for beside so many bytes of results."""
+    return min(MOST_STAGES, (MOST_SHARED - results) // tile.stage_bytes)
 
 
 # ---- operands --------------------------------------------------------------------------------------------
@@ -287,19 +300,16 @@ class _Operands:
     def stores_tiles(self, parts: int) -> bool:
         return self.even_result and parts == 1
 
+    def _results(self, tile: Tile, parts: int) -> int:
+        """Bytes of a block's results in shared memory."""
+        return tile.block_m * tile.block_n * self.itemsize if self.stores_tiles(parts) else 0
+
     def stages(self, tile: Tile, parts: int) -> int:
         """Of the ring."""
-        steps = PLACES if self.op == "wgrad" else LINE_BYTES // self.itemsize
-        stage = (tile.block_m + tile.block_n) * steps * self.itemsize
-        out = tile.block_m * tile.block_n * self.itemsize if self.stores_tiles(parts) else 0
-        return min(MOST_STAGES, (MOST_SHARED - out) // stage)
+        return _ring(tile, self._results(tile, parts))
 
     def shared_bytes(self, tile: Tile, parts: int) -> int:
-        steps = PLACES if self.op == "wgrad" else LINE_BYTES // self.itemsize
-        out = tile.block_m * tile.block_n * self.itemsize if self.stores_tiles(parts) else 0
-        return (
-            self.stages(tile, parts) * (tile.block_m + tile.block_n) * steps * self.itemsize + out
-        )
+        return self.stages(tile, parts) * tile.stage_bytes + self._results(tile, parts)
 
     def fits(self, tile: Tile) -> bool:
         """Whether at least half of its columns have something to do, and it leaves room for a ring."""
@@ -372,9 +382,9 @@ def cycles(
     itemsize = o.itemsize
     count = o.blocks(tile) * parts
     rounds = -(-count // (sms // tile.cluster * tile.cluster))
-    steps = PLACES if o.op == "wgrad" else LINE_BYTES // itemsize
+    steps = LINE_BYTES // itemsize
     rate = min(l2[1], l2[0] * sms / min(count, sms))
-    copied = (tile.block_m + tile.block_n / tile.cluster) * steps * itemsize / rate
+    copied = tile.copied_bytes / rate
     stage = max(tile.block_m * tile.block_n * steps / MACS[itemsize], copied, ISSUED[itemsize])
     results = tile.block_m * tile.block_n
     way_out = results * 4 / 128

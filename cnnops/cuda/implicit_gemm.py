@@ -1,5 +1,5 @@
-"""Convolution as a matrix product whose operands are read in place: what `conv_direct` and `conv_igemm`
-share.
+"""Convolution as a matrix product whose operands are read in place: what `conv_direct`, `conv_igemm` and its
+forms share.
 
 A problem's spatial axes as `kernels/implicit_gemm.cuh` sees them (`canonical`), its tensors in the kernels'
 roles (`Problem`), in which direction each of them is read and by how many bytes (`operands`), and the
