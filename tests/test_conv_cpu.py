@@ -23,7 +23,8 @@ from torch import Tensor
 
 import cnnops.aten
 import cnnops.cpu.conv
-from cnnops.cpu import simd
+from cnnops.cpu import conv_blocks, conv_rows, simd
+from cnnops.cpu.conv_axes import is_framed
 from cnnops.cpu.task import Task, unpack
 from cnnops.cpu.task import layout as layout_of
 from cnnops.epilogue import ACTIVATIONS as ORDER
@@ -296,22 +297,32 @@ def test_bias_gradient_for_any_shape_with_that_output(
 # ---- laws -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[False, True], ids=["inner", "outer"])
+@pytest.fixture(params=["rows", "inner", "outer"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The weight gradient by inner products, or by outer ones, whichever would be faster."""
-    conv = cnnops.cpu.conv
-    chosen = partial(conv._weigh_weights, forms=(request.param,))
-    monkeypatch.setattr(conv, "_weigh_weights", chosen)
-    conv._wgrad.cache_clear()
+    """By rows, or by blocks with inner or with outer products, whichever would be faster."""
+    if request.param == "rows":
+
+        def chosen(direction: Any, shape: ConvShape, *rest: Any) -> ModuleType:
+            return conv_blocks if is_framed(shape) else conv_rows
+
+    else:
+        weighed = partial(conv_blocks._weigh_weights, forms=(request.param == "outer",))
+        monkeypatch.setattr(conv_blocks, "_weigh_weights", weighed)
+
+        def chosen(direction: Any, shape: ConvShape, *rest: Any) -> ModuleType:
+            return conv_blocks
+
+    monkeypatch.setattr(cnnops.cpu.conv, "form", chosen)
+    conv_blocks._wgrad.cache_clear()
     yield
-    conv._wgrad.cache_clear()
+    conv_blocks._wgrad.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("name", EDGES)
 @pytest.mark.usefixtures("products")
-def test_both_forms_of_the_weight_gradient(name: str, dtype: torch.dtype) -> None:
-    """On every shape, also the one that another form is faster on; with one split and with several."""
+def test_every_form(name: str, dtype: torch.dtype) -> None:
+    """On every shape, also those that another form is faster on; with one split and with several."""
     x, w, arguments, modes = EDGES[name]
     for mode in ("zeros", *modes[:1]):
         shape = ConvShape.of(x, w, **arguments, padding_mode=mode)

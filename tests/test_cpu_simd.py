@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import cnnops
-from cnnops.cpu import conv, pool, simd, task
+from cnnops.cpu import conv, conv_blocks, conv_rows, pool, simd, task
 from cnnops.cpu.task import Task, ahead, layout, unpack
 from cnnops.functional import conv2d, max_pool2d
 from cnnops.shapes import ConvShape, PoolShape
@@ -282,7 +282,8 @@ def test_width_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def forced(bits: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The engine as it is on a CPU with vectors of so many bits."""
-    plans = (simd.tiles, conv._fprop, conv._dgrad, conv._wgrad)
+    forms = (conv_blocks, conv_rows)
+    plans = (simd.tiles, *(plan for f in forms for plan in (f._fprop, f._dgrad, f._wgrad)))
     monkeypatch.setattr(simd, "simd_bits", lambda: bits)
     for plan in plans:
         plan.cache_clear()

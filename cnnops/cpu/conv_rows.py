@@ -1,0 +1,1040 @@
+"""Convolution with channels last: places are rows, and vectors run along the channels of the result.
+
+Forward and input gradient are one computation, a correlation (see `conv`). A task takes a block of places:
+
+    block   [images] [Z] [H] [W] [C]     of x, padded, in the type that is computed in
+    filters [block of K] [taps, C] [vectors of K]
+
+and multiplies, six places at a time, by `rows.multiply`: each element of x is broadcast to vectors of filters,
+so that no place is wasted on rows' ends and padding costs nothing but its zeros. Where x has its channels
+last, one tap and no padding, it is read where it lies. Neighbouring taps of a row are neighbours in the
+block: they count as channels. Results go straight to memory that has its channels last in that type, otherwise through
+scratch, where they are turned or rounded.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import product
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+
+from cnnops.cpu import conv_axes, rows, simd, vectors
+from cnnops.cpu.conv_axes import axes_of, bytes_of, transposed, up
+from cnnops.cpu.task import (
+    NAME,
+    Task,
+    ahead,
+    given,
+    inside,
+    layout,
+    native,
+    pointer,
+    strides,
+    unpack,
+)
+from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
+from cnnops.shapes import ConvShape
+
+CACHE_BYTES = 512 * 1024
+STRETCH = 256
+"""Most terms of an output that are added up one after the other: a long sum of such sums rounds less."""
+
+KIND = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _copy_line(L, kind, x, to, pitch, C, count, xc, step, spare):
+    """``to[j * pitch + c] = x[j * step + c * xc]`` for j < count, c < C.
+
+    What follows in `to`, as far as a vector reaches, may become zero.
+    """
+    if xc == 1:
+        if step == C and pitch == C:
+            vectors.widen(L, kind, to, x, count * C)
+        else:
+            for j in range(count):
+                vectors.widen(L, kind, ahead(to, j * pitch), ahead(x, j * step), C)
+        return
+    for c in range(0, C, L):
+        some = min(L, C - c)
+        if step == 1:
+            rows.turn(L, kind, False, ahead(to, c), pitch, ahead(x, c * xc), xc, some, count)
+        else:
+            for n in range(some):
+                line = ahead(x, (c + n) * xc)
+                for j in range(count):
+                    spare[n * count + j] = line[j * step]
+            rows.turn(L, kind, False, ahead(to, c), pitch, spare, count, some, count)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _copy_block(
+    L, kind, x, block, spare, C, pitch, Z, H, W, images, d0, h0, w0, sd, sh, sw, sizes, along
+):  # fmt: skip
+    """Fill ``block [images] [Z] [H] [W] [pitch]`` from the C channels of x; zero where x has nothing."""
+    xn, xc, xd, xh, xw = along
+    start_z, stop_z = inside(d0, sd, sizes[0], Z)
+    start_r, stop_r = inside(h0, sh, sizes[1], H)
+    start, stop = inside(w0, sw, sizes[2], W)
+    if stop_z - start_z < Z or stop_r - start_r < H or stop - start < W:
+        for j in range(images * Z * H * W * pitch):
+            block[j] = 0
+    for i in range(images):
+        for z in range(start_z, stop_z):
+            for r in range(start_r, stop_r):
+                source = i * xn + (d0 + z * sd) * xd + (h0 + r * sh) * xh + (w0 + start * sw) * xw
+                to = (((i * Z + z) * H + r) * W + start) * pitch
+                _copy_line(
+                    L,
+                    kind,
+                    ahead(x, source),
+                    ahead(block, to),
+                    pitch,
+                    C,
+                    stop - start,
+                    xc,
+                    sw * xw,
+                    spare,
+                )
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _products(L, M, V, x, places, count, taps, slices, w, start, y, outs):
+    """All sums of V vectors of filters for so many places, a stretch of the terms at a time."""
+    for s in range(slices[0]):
+        slice = ahead(slices, 1 + 5 * s)
+        first, some, c, length, j = slice[0], slice[1], slice[2], slice[3], slice[4]
+        filters = ahead(w, j * V * L)
+        for m in range(0, count, M):
+            rows.multiply(
+                L, M, V, ahead(x, c), ahead(places, m), ahead(taps, first), some, length, filters,
+                start, y, ahead(outs, m), s,
+            )  # fmt: skip
+
+
+@lru_cache(None)
+def _correlate(kind: str, L: int, M: int, V: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout(f"int64 {T}**4 int64**2 int64*54")
+    real, itemsize = np.float64 if T == "float64" else np.float32, bytes_of(T)
+    full = V * L
+
+    def conv_rows(address: int, index: int, scratch: int) -> None:
+        """One block of outputs, for one share of one group's filters."""
+        (
+            x_, w, scale, shift, start, taps, slices,
+            residual_, y_, activation,
+            N, groups, C, K, J, share, parts, direct_x, direct_y,
+            Bi, Bd, Bh, Bw, blocks_d, blocks_h, blocks_w, Zb, Hb, Wb,
+            tables_at, spare_at, sums_at, line_at, beside_at, halves_at, unused_at,
+            Z, P, Q, step_d, step_h, step_w, sd, sh, sw, low_d, low_h, low_w, D, H, W,
+            xn, xc, xd, xh, xw, yn, yk, yd, yh, yw,
+        ) = unpack(address, args)  # fmt: skip
+        part = index % parts
+        rest = index // parts
+        q0 = rest % blocks_w * Bw
+        rest //= blocks_w
+        p0 = rest % blocks_h * Bh
+        rest //= blocks_h
+        z0 = rest % blocks_d * Bd
+        rest //= blocks_d
+        group = rest % groups
+        n0 = rest // groups * Bi
+        images = min(Bi, N - n0)
+        zs, ps, qs = min(Bd, Z - z0), min(Bh, P - p0), min(Bw, Q - q0)
+        count = images * zs * ps * qs
+
+        places = pointer(scratch + tables_at, "int64")
+        room = (Bi * Bd * Bh * Bw + M - 1) // M * M
+        to_y, to_sums = ahead(places, room), ahead(places, 2 * room)
+        sums = pointer(scratch + sums_at, T)
+        d0, h0, w0 = z0 * step_d * sd + low_d, p0 * step_h * sh + low_h, q0 * step_w * sw + low_w
+        x = vectors.elements(x_, kind)
+        source = ahead(x, n0 * xn + group * C * xc)
+        if direct_x:
+            block = pointer(
+                x_ + ((n0 * xn + group * C) + d0 * xd + h0 * xh + w0 * xw) * itemsize, T
+            )
+            an, ad, ah, aw = xn, step_d * sd * xd, step_h * sh * xh, step_w * sw * xw
+        else:
+            block = pointer(scratch, T)
+            _copy_block(
+                L, kind, source, block, vectors.elements(scratch + spare_at, kind), C, C, Zb, Hb, Wb,
+                images, d0, h0, w0, sd, sh, sw, (D, H, W), (xn, xc, xd, xh, xw),
+            )  # fmt: skip
+            an, ad, ah, aw = Zb * Hb * Wb * C, step_d * Hb * Wb * C, step_h * Wb * C, step_w * C
+        number = 0
+        for i in range(images):
+            for z in range(zs):
+                for p in range(ps):
+                    near, far = i * an + z * ad + p * ah, i * yn + z * yd + p * yh
+                    for q in range(qs):
+                        places[number] = near + q * aw
+                        to_y[number] = far + q * yw
+                        to_sums[number] = number * full
+                        number += 1
+        origin = n0 * yn + z0 * yd + p0 * yh + q0 * yw + group * K * yk
+        y = ahead(vectors.elements(y_, kind), origin)
+        result = pointer(y_ + origin * itemsize, T)
+        # A last tile that is not whole has its last place several times, the others' sums go nowhere.
+        beyond = (scratch + unused_at - y_ - origin * itemsize) // itemsize
+        while number % M:
+            places[number] = places[number - 1]
+            to_y[number] = beyond
+            to_sums[number] = number * full
+            number += 1
+
+        residual = ahead(vectors.elements(residual_, kind), origin)
+        null = vectors.elements(0, kind)
+        padded = (K + L - 1) // L * L
+        packed = ahead(w, group * padded * J)
+        line, beside = pointer(scratch + line_at, T), pointer(scratch + beside_at, T)
+        halves = vectors.elements(scratch + halves_at, kind)
+        last = min((part + 1) * share, K)
+        for k in range(part * share, last, full):
+            filters, begin = ahead(packed, k * J), ahead(start, group * padded + k)
+            some = min(full, K - k)
+            if direct_y:
+                to, outs = ahead(result, k), to_y
+            else:
+                to, outs = sums, to_sums
+            if V == 4:
+                if some > 3 * L:
+                    _products(L, M, 4, block, places, count, taps, slices, filters, begin, to, outs)
+                elif some > 2 * L:
+                    _products(L, M, 3, block, places, count, taps, slices, filters, begin, to, outs)
+            if some <= 2 * L:
+                if some > L:
+                    _products(L, M, 2, block, places, count, taps, slices, filters, begin, to, outs)
+                else:
+                    _products(L, M, 1, block, places, count, taps, slices, filters, begin, to, outs)
+            if direct_y and activation < 0:
+                continue
+            act = max(activation, 0)
+            channel = group * K + k
+            if yk == 1:
+                factor = ahead(scale, channel) if given(scale) else scale
+                for i in range(count):
+                    beside_it = ahead(residual, to_y[i] + k) if residual_ != 0 else null
+                    rows.finish(
+                        L, kind, ahead(y, to_y[i] + k), ahead(to, outs[i]), beside_it, some, factor,
+                        ahead(shift, channel), act,
+                    )  # fmt: skip
+                continue
+            # Sixteen channels' places in rows, and each row to its plane.
+            for k16 in range(0, some, L):
+                few = min(L, some - k16)
+                for i in range(0, count, L):
+                    rows.turn(
+                        L, T, True, ahead(line, i), room + L, ahead(sums, i * full + k16), full,
+                        min(L, count - i), few,
+                    )  # fmt: skip
+                for n in range(few):
+                    factor = scale[channel + k16 + n] if given(scale) else real(1)
+                    _put(
+                        L, T, kind, ahead(y, (k + k16 + n) * yk), ahead(residual, (k + k16 + n) * yk),
+                        residual_ != 0, ahead(line, n * (room + L)), beside, halves,
+                        factor, shift[channel + k16 + n], act, images, zs, ps, qs, yn, yd, yh, yw,
+                    )  # fmt: skip
+
+    return Task(conv_rows, args)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _put(
+    L, T, kind, y, residual, residual_given, line, beside, halves, scale, shift, act,
+    images, zs, ps, qs, yn, yd, yh, yw,
+):  # fmt: skip
+    """Finish one channel's places, which stand in `line`, and write them to their plane."""
+    none = pointer(0, T)
+    straight = yw == 1
+    # Rows and planes with nothing between them are one long row.
+    lines, length = ps, qs
+    if straight and yh == qs:
+        lines, length = 1, ps * qs
+        if yd == length:
+            zs, length = 1, zs * length
+    for i in range(images):
+        for z in range(zs):
+            for p in range(lines):
+                at = i * yn + z * yd + p * yh
+                row = ahead(line, ((i * zs + z) * lines + p) * length)
+                to, other = ahead(y, at), ahead(residual, at)
+                if residual_given:
+                    if straight:
+                        vectors.widen(L, kind, beside, other, length)
+                    else:
+                        for q in range(length):
+                            halves[q] = other[q * yw]
+                        vectors.widen(L, kind, beside, halves, length)
+                    simd.finish(L, row, row, beside, length, scale, shift, act, 0)
+                else:
+                    simd.finish(L, row, row, none, length, scale, shift, act, 0)
+                if straight:
+                    vectors.narrow(L, kind, to, row, length)
+                else:
+                    vectors.narrow(L, kind, halves, row, length)
+                    for q in range(length):
+                        to[q * yw] = halves[q]
+
+
+@lru_cache(None)
+def _pack(T: str, L: int, V: int) -> Task:
+    args = layout(f"{T}**2 int64* int64*9")
+    full = V * L
+
+    def conv_rows_pack(address: int, index: int, scratch: int) -> None:
+        """Filters to ``[group] [block of K] [tap, C] [vectors of K]``; one block an index."""
+        w, packed, taps, K, C, T_, S_, of_group, of_k, of_c, of_tap, J = unpack(address, args)
+        blocks = (K + full - 1) // full
+        group, k0 = index // blocks, index % blocks * full
+        padded = (K + L - 1) // L * L
+        width = min(full, padded - k0)
+        to = ahead(packed, (group * padded + k0) * J)
+        spare = pointer(scratch, T)
+        for v in range(0, width, L):
+            source = ahead(w, group * of_group + (k0 + v) * of_k)
+            some = min(L, K - k0 - v)
+            if of_k == 1:
+                for t in range(T_):
+                    for c in range(C):
+                        vectors.widen(
+                            L, T, ahead(to, (t * C + c) * width + v),
+                            ahead(source, c * of_c + taps[t] * of_tap), some,
+                        )  # fmt: skip
+            elif of_c == 1:
+                for t in range(T_):
+                    rows.turn(
+                        L, T, True, ahead(to, t * C * width + v), width,
+                        ahead(source, taps[t] * of_tap), of_k, some, C,
+                    )  # fmt: skip
+            else:
+                # A filter's taps, which are neighbours, of some channels at once, then those asked for.
+                together = max(1, 256 // S_) if of_c == S_ else 1
+                for c0 in range(0, C, together):
+                    channels = min(together, C - c0)
+                    rows.turn(
+                        L, T, True, spare, L, ahead(source, c0 * of_c), of_k, some, channels * S_
+                    )
+                    for t in range(T_):
+                        for c in range(channels):
+                            vectors.narrow(
+                                L, T, ahead(to, (t * C + c0 + c) * width + v),
+                                ahead(spare, (c * S_ + taps[t]) * L), L,
+                            )  # fmt: skip
+
+    return Task(conv_rows_pack, args)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _copy_panel(L, kind, g, panel, K, width, images, zs, ps, qs, along, spare):
+    """``panel [place] [width]`` from the K channels of g's places, zeros behind them."""
+    yn, yk, yd, yh, yw = along
+    lines, length = ps, qs
+    if yh == qs * yw:
+        lines, length = 1, ps * qs
+    if K < width:
+        for j in range(images * zs * ps * qs * width):
+            panel[j] = 0
+    for i in range(images):
+        for z in range(zs):
+            for p in range(lines):
+                line = ahead(g, i * yn + z * yd + p * yh)
+                to = ahead(panel, ((i * zs + z) * lines + p) * length * width)
+                _copy_line(L, kind, line, to, width, K, length, yk, yw, spare)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _deliver(L, T, sums, pitch, spare, grad_w, K, lines, side, stretch, C, along, picks):
+    """Write at most `L` filters' gradients from ``sums [line] [side, C] [pitch]``, a line being `stretch`."""
+    of_k, of_c, of_tap = along
+    for t in range(lines * side):
+        source = ahead(sums, (t // side * stretch + t % side * C) * pitch)
+        to = ahead(grad_w, picks[t] * of_tap)
+        for c in range(0, C, L):
+            some = min(L, C - c)
+            if of_c == 1:
+                rows.turn(L, T, False, ahead(to, c), of_k, ahead(source, c * pitch), pitch, some, K)
+            else:
+                rows.turn(L, T, True, spare, L, ahead(source, c * pitch), pitch, some, K)
+                for k in range(K):
+                    for n in range(some):
+                        to[k * of_k + (c + n) * of_c] = spare[k * L + n]
+
+
+@lru_cache(None)
+def _weights(kind: str, L: int, M: int, V: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout(f"int64*2 {T}**2 int64**2 int64*57")
+    full = V * L
+
+    def conv_rows_weights(address: int, index: int, scratch: int) -> None:
+        """A share of the places, for a share of one group's filters and channels: ``sums [tap, C] [K]``."""
+        (
+            x_, g_, partial, grad_w, taps, picks,
+            N, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, chunk, pad,
+            Bi, Bd, Bh, Bw, blocks_n, blocks_d, blocks_h, blocks_w, Zb, Hb, Wb,
+            places_at, panel_at, sums_at, spare_at,
+            Z, P, Q, step_d, step_h, step_w, sd, sh, sw, low_d, low_h, low_w, D, H, W,
+            xn, xc, xd, xh, xw, yn, yk, yd, yh, yw, of_group, of_k, of_c, of_tap,
+        ) = unpack(address, args)  # fmt: skip
+        c0 = index % parts_c * share_c
+        rest = index // parts_c
+        k0 = rest % parts_k * share_k
+        rest //= parts_k
+        group = rest % groups
+        split = rest // groups
+        channels, filters = min(share_c, C - c0), min(share_k, K - k0)
+        pitch = (share_k + L - 1) // L * L
+        stretch = (side * share_c + M - 1) // M * M
+        wide = channels + pad
+        if splits > 1:
+            sums = ahead(partial, index * lines * stretch * pitch)
+        else:
+            sums = pointer(scratch + sums_at, T)
+        places = pointer(scratch + places_at, "int64")
+        panel = pointer(scratch + panel_at, T)
+        x = ahead(vectors.elements(x_, kind), (group * C + c0) * xc)
+        g = ahead(vectors.elements(g_, kind), (group * K + k0) * yk)
+        spare = vectors.elements(scratch + spare_at, kind)
+        blocks = blocks_n * blocks_d * blocks_h * blocks_w
+        started = 0
+        for number in range(split * blocks // splits, (split + 1) * blocks // splits):
+            q0 = number % blocks_w * Bw
+            rest = number // blocks_w
+            p0 = rest % blocks_h * Bh
+            rest //= blocks_h
+            z0 = rest % blocks_d * Bd
+            n0 = rest // blocks_d * Bi
+            images = min(Bi, N - n0)
+            zs, ps, qs = min(Bd, Z - z0), min(Bh, P - p0), min(Bw, Q - q0)
+            count = images * zs * ps * qs
+            d0, h0 = z0 * step_d * sd + low_d, p0 * step_h * sh + low_h
+            w0 = q0 * step_w * sw + low_w
+            block = pointer(scratch, T)
+            _copy_block(
+                L, kind, ahead(x, n0 * xn), block, spare, channels, wide, Zb, Hb, Wb, images,
+                d0, h0, w0, sd, sh, sw, (D, H, W), (xn, xc, xd, xh, xw),
+            )  # fmt: skip
+            an, ad, ah, aw = Zb * Hb * Wb, step_d * Hb * Wb, step_h * Wb, step_w
+            an, ad, ah, aw = an * wide, ad * wide, ah * wide, aw * wide
+            at = 0
+            for i in range(images):
+                for z in range(zs):
+                    for p in range(ps):
+                        for q in range(qs):
+                            places[at] = i * an + z * ad + p * ah + q * aw
+                            at += 1
+            start = n0 * yn + z0 * yd + p0 * yh + q0 * yw
+            for k in range(0, filters, full):
+                some = min(full, filters - k)
+                width = (some + L - 1) // L * L
+                _copy_panel(
+                    L, kind, ahead(g, start + k * yk), panel, some, width, images, zs, ps, qs,
+                    (yn, yk, yd, yh, yw), spare,
+                )  # fmt: skip
+                for a in range(0, count, chunk):
+                    length = min(chunk, count - a)
+                    more = started + a
+                    for t in range(lines):
+                        row = ahead(block, taps[t] * wide)
+                        to = ahead(sums, t * stretch * pitch + k)
+                        for j in range(0, side * channels, M):
+                            near, line = ahead(row, j), ahead(to, j * pitch)
+                            if width == full:
+                                rows.outer(
+                                    L, M, V, near, ahead(places, a), length, ahead(panel, a * width), width,
+                                    line, pitch, more,
+                                )  # fmt: skip
+                            else:
+                                for v in range(0, width, L):
+                                    rows.outer(
+                                        L, M, 1, near, ahead(places, a), length,
+                                        ahead(panel, a * width + v), width, ahead(line, v), pitch, more,
+                                    )  # fmt: skip
+            started += 1
+        if started == 0:
+            for j in range(lines * stretch * pitch):
+                sums[j] = 0
+        if splits == 1:
+            to = ahead(grad_w, group * of_group + k0 * of_k + c0 * of_c)
+            for k in range(0, filters, L):
+                _deliver(
+                    L, T, ahead(sums, k), pitch, pointer(scratch + spare_at, T), ahead(to, k * of_k),
+                    min(L, filters - k), lines, side, stretch, channels, (of_k, of_c, of_tap), picks,
+                )  # fmt: skip
+
+    return Task(conv_rows_weights, args)
+
+
+@lru_cache(None)
+def _add_splits(T: str, L: int, M: int) -> Task:
+    args = layout(f"{T}**2 int64* int64*14")
+
+    def conv_rows_add(address: int, index: int, scratch: int) -> None:
+        """The splits' sums of at most `L` filters of one share, added in their order, to their places."""
+        (
+            partial, grad_w, picks, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c,
+            of_group, of_k, of_c, of_tap,
+        ) = unpack(address, args)  # fmt: skip
+        pitch = (share_k + L - 1) // L * L
+        stretch = (side * share_c + M - 1) // M * M
+        k = index % (pitch // L) * L
+        rest = index // (pitch // L)
+        c0 = rest % parts_c * share_c
+        k0 = rest // parts_c % parts_k * share_k
+        group = rest // parts_c // parts_k
+        filters = min(share_k, K - k0) - k
+        if filters <= 0:
+            return
+        total = pointer(scratch, T)
+        size = lines * stretch
+        tasks = groups * parts_k * parts_c
+        for split in range(splits):
+            source = ahead(partial, (split * tasks + rest) * size * pitch + k)
+            for j in range(size):
+                if split == 0:
+                    for n in range(L):
+                        total[j * L + n] = source[j * pitch + n]
+                else:
+                    for n in range(L):
+                        total[j * L + n] += source[j * pitch + n]
+        to = ahead(grad_w, group * of_group + (k0 + k) * of_k + c0 * of_c)
+        _deliver(
+            L, T, total, L, ahead(total, size * L), to, min(L, filters), lines, side, stretch,
+            min(share_c, C - c0), (of_k, of_c, of_tap), picks,
+        )  # fmt: skip
+
+    return Task(conv_rows_add, args)
+
+
+# ---- plans ------------------------------------------------------------------------------------------------
+
+
+class _Axis(NamedTuple):
+    """One axis of a correlation as blocks have it.
+
+    Output o reads the block at ``o * step + tap`` for each of `taps`, in ascending order, with the filter's
+    places `picks`, and lands at ``start + o * along``. The block's place i is the input's
+    ``i * stride + low``.
+    """
+
+    out: int
+    step: int
+    stride: int
+    low: int
+    taps: tuple[int, ...]
+    picks: tuple[int, ...]
+    size: int
+    start: int
+    along: int
+
+    @classmethod
+    def of(cls, axis: conv_axes.Axis) -> _Axis:
+        low = min(axis.taps, default=0)
+        pairs = sorted(zip(axis.taps, axis.picks, strict=True))
+        # Where taps and step have a common divisor, places between are not copied.
+        stride = math.gcd(axis.step, *(tap - low for tap in axis.taps))
+        return cls(
+            axis.out, axis.step // stride, stride, low,
+            tuple((tap - low) // stride for tap, _ in pairs), tuple(pick for _, pick in pairs),
+            axis.size, axis.start, axis.stride,
+        )  # fmt: skip
+
+    @property
+    def inside(self) -> bool:
+        """Whether no output reads padding, if there is one tap."""
+        return 0 <= self.low and self.low + (self.out - 1) * self.step * self.stride < self.size
+
+    def inputs(self, outputs: int) -> int:
+        return (outputs - 1) * self.step + (self.taps[-1] if self.taps else 0) + 1
+
+
+class _Block(NamedTuple):
+    images: int
+    outputs: tuple[int, int, int]
+
+    @property
+    def places(self) -> int:
+        return self.images * math.prod(self.outputs)
+
+    def inputs(self, axes: Sequence[_Axis]) -> list[int]:
+        return [axis.inputs(o) for axis, o in zip(axes, self.outputs, strict=True)]
+
+    def counts(self, N: int, axes: Sequence[_Axis]) -> list[int]:
+        return [
+            -(-N // self.images),
+            *(-(-a.out // o) for a, o in zip(axes, self.outputs, strict=True)),
+        ]
+
+
+def _blocks(N: int, axes: Sequence[_Axis], most: int) -> Iterator[_Block]:
+    """Blocks of at most so many places: some images, whole axes or even cuts of them, inner axes first."""
+    cuts = [sorted({-(-a.out // n) for n in range(1, min(a.out, 64) + 1)}) for a in axes]
+    images = sorted({-(-N // n) for n in range(1, N + 1)})
+    z, p, q = (axis.out for axis in axes)
+    for q_cut in cuts[2]:
+        if q_cut <= most and (q_cut == q or q_cut >= 16):
+            yield _Block(1, (1, 1, q_cut))
+    for p_cut in cuts[1]:
+        if p_cut * q <= most:
+            yield _Block(1, (1, p_cut, q))
+    for z_cut in cuts[0]:
+        if z_cut * p * q <= most:
+            yield _Block(1, (z_cut, p, q))
+    for side in images:
+        if side * z * p * q <= most:
+            yield _Block(side, (z, p, q))
+
+
+class _Memory(NamedTuple):
+    """What a plan depends on of a tensor's memory: the type, and whether channels are neighbours."""
+
+    kind: str
+    channels: bool
+
+    @classmethod
+    def of(cls, t: torch.Tensor) -> _Memory:
+        return cls(KIND[t.dtype], t.stride(1) == 1)
+
+
+class _Correlation:
+    """A correlation's plan: all that does not change from call to call.
+
+    The weight has `kernel` places a filter.
+    """
+
+    def __init__(
+        self, x: _Memory, y: _Memory, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis],
+        kernel: Sequence[int], threads: int,
+    ) -> None:  # fmt: skip
+        T = "float64" if x.kind == "float64" else "float32"
+        lanes, itemsize = simd.lanes(T), bytes_of(T)
+        M, V = rows.tile()
+        full, padded = V * lanes, up(K, lanes)
+        taps = math.prod(len(axis.taps) for axis in axes)
+        self._groups, self._K, self._padded = groups, K, padded
+        self._direct_x = (
+            x.kind == T and x.channels and taps == 1 and all(axis.inside for axis in axes)
+        )
+        self._direct_y = y.kind == T and y.channels and K % lanes == 0
+        # Neighbouring taps of a block's row are neighbours in memory.
+        w_taps = axes[2].taps
+        merged = not self._direct_x and w_taps == tuple(range(len(w_taps)))
+        side = len(w_taps) if merged else 1
+        length = C * side
+        self._axes, J = axes, taps * C
+        slices = self._slices(taps // side if side else 0, length)
+        cycles, block, parts = self._weigh(x, y, N, groups, C, K, J, len(slices), lanes, threads)
+        self._block = block
+        Z, H, W = block.inputs(axes)
+        tap_offsets = [
+            ((d * H + h) * W + w) * C
+            for d, h, w in product(
+                axes[0].taps, axes[1].taps, (0,) if merged and w_taps else w_taps
+            )
+        ]
+        if self._direct_x:
+            tap_offsets = [0]
+        blocks_n, *blocks_zpq = block.counts(N, axes)
+        share = up(up(K, full) // full, parts) // parts * full
+        parts = -(-K // share)
+        room = up(block.places, M)
+        sizes = [
+            0 if self._direct_x else (block.images * Z * H * W * C + lanes) * itemsize,
+            3 * room * 8,
+            lanes * (W + lanes) * itemsize,
+            0 if self._direct_y else room * full * itemsize,
+            lanes * (room + lanes) * itemsize,
+            (room + lanes) * itemsize,
+            (room + lanes) * itemsize,
+            (K + full) * itemsize,
+        ]
+        starts = [0]
+        for size in sizes:
+            starts.append(up(starts[-1] + size, 64))
+        _, tables_at, spare_at, sums_at, line_at, beside_at, halves_at, unused_at, end = starts
+        self._scratch_bytes = end
+        self._tables = (
+            np.array(tap_offsets or [0], np.int64),
+            np.array([len(slices), *(v for s in slices for v in s)], np.int64),
+        )
+        self._count = blocks_n * math.prod(blocks_zpq) * groups * parts
+        self._work = cycles * min(threads, self._count)
+        self._task = _correlate(x.kind, lanes, M, V)
+        self._values = (
+            N, groups, C, K, J, share, parts, self._direct_x, self._direct_y,
+            block.images, *block.outputs, *blocks_zpq, Z, H, W,
+            tables_at, spare_at, sums_at, line_at, beside_at, halves_at, unused_at,
+            *(axis.out for axis in axes), *(axis.step for axis in axes),
+            *(axis.stride for axis in axes), *(axis.low for axis in axes),
+            *(axis.size for axis in axes),
+        )  # fmt: skip
+        _, R, S = kernel
+        picks = product(*(axis.picks for axis in axes))
+        self._picks = np.array([(t * R + r) * S + s for t, r, s in picks] or [0], np.int64)
+        self._pack = _pack(T, lanes, V)
+        self._pack_count = groups * -(-K // full)
+        places = math.prod(kernel)
+        self._pack_scratch = max(lanes, 256 // places * places + places) * lanes * itemsize
+        self._pack_shape = (K, C, taps, places)
+        self._J = J
+        self._packed_size = groups * padded * J
+
+    @staticmethod
+    def _slices(taps: int, length: int) -> list[tuple[int, int, int, int, int]]:
+        """Stretches of the terms: first tap and how many, first channel and how many, terms before."""
+        if taps == 0 or length == 0:
+            return [(0, 0, 0, 0, 0)]
+        if length > STRETCH:
+            pieces = -(-length // STRETCH)
+            cuts = [length * i // pieces for i in range(pieces + 1)]
+            return [
+                (t, 1, a, b - a, t * length + a)
+                for t in range(taps)
+                for a, b in zip(cuts, cuts[1:], strict=False)
+            ]
+        each = STRETCH // length
+        return [(t, min(each, taps - t), 0, length, t * length) for t in range(0, taps, each)]
+
+    def _weigh(
+        self, x: _Memory, y: _Memory, N: int, groups: int, C: int, K: int, J: int, slices: int,
+        lanes: int, threads: int,
+    ) -> tuple[float, _Block, int]:  # fmt: skip
+        """The fastest block and number of parts by estimated cycles, and that estimate, a thread."""
+        M, V = rows.tile()
+        full, blocks_k = V * lanes, -(-K // (V * lanes))
+        best: tuple[float, _Block, int] | None = None
+        for block in _blocks(N, self._axes, 1024):
+            places = block.places
+            inputs = block.images * math.prod(block.inputs(self._axes))
+            tiles = -(-places // M)
+            blocks = math.prod(block.counts(N, self._axes)) * groups
+            copied = 0.0
+            if not self._direct_x:
+                vectors_in = inputs * C / lanes
+                copied = vectors_in * (3 if x.channels else 10) + 30 * inputs / self._axes[
+                    2
+                ].inputs(block.outputs[2]) * (1 if x.channels else -(-C // lanes))
+            room = ((places if self._direct_x else inputs) * C + places * full) * 4
+            for parts in {min(blocks_k, e) for e in (1, 2, 3, 4, 6, 8, 16, 32)}:
+                share = -(-blocks_k // parts)
+                width = min(share * full, up(K, lanes))
+                products = tiles * M * J * width / lanes + tiles * share * slices * 70
+                if room > CACHE_BYTES:
+                    products *= 1.0 + 0.1 * room / CACHE_BYTES
+                out = 0.0
+                if not self._direct_y:
+                    out = places * width / lanes * (8 if y.channels else 16)
+                cycles = products + copied + out + J * width * 4 / 10 + places * 6 + 1500
+                # Tasks come one after the other: the last ones leave threads without work.
+                total = cycles * max(-(-blocks * parts // threads), blocks * parts / threads)
+                if best is None or total < best[0]:
+                    best = (total, block, parts)
+        assert best is not None
+        return best
+
+    def run(
+        self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor,
+        along: tuple[int, int, int, int], epilogue: Epilogue | None = None,
+    ) -> None:  # fmt: skip
+        """x and y as the plan's forms say; w and bias in the type that is computed in; `along`: w's strides
+        from group to group, filter to filter, channel to channel, tap to tap."""
+        scale, residual, activation = 0, 0, -1
+        n, k, *places = strides(y)
+        start = sum(axis.start * step for axis, step in zip(self._axes, places, strict=True))
+        start *= y.element_size()
+        channels = self._groups * self._K
+        shift = torch.zeros(channels, dtype=w.dtype) if bias is None else bias
+        begin = shift
+        if epilogue is not None:
+            activation = ACTIVATIONS.index(epilogue.activation)
+            if epilogue.scale is not None:
+                scale = epilogue.scale.data_ptr()
+            if epilogue.residual is not None:
+                residual = epilogue.residual.data_ptr() + start
+        if epilogue is not None or not self._direct_y:
+            begin = torch.zeros(self._groups * self._padded, dtype=w.dtype)
+        packed = torch.empty(self._packed_size, dtype=w.dtype)
+        K, C, taps, size = self._pack_shape
+        self._pack.run(
+            self._pack_count, 1.0 * self._packed_size,
+            w.data_ptr(), packed.data_ptr(), self._picks.ctypes.data, K, C, taps, size, *along,
+            self._J,
+            scratch_bytes=self._pack_scratch,
+        )  # fmt: skip
+        self._task.run(
+            self._count, self._work,
+            x.data_ptr(), packed.data_ptr(), scale, shift.data_ptr(), begin.data_ptr(),
+            self._tables[0].ctypes.data, self._tables[1].ctypes.data,
+            residual, y.data_ptr() + start, activation, *self._values, *strides(x), n, k,
+            *(axis.along * step for axis, step in zip(self._axes, places, strict=True)),
+            scratch_bytes=self._scratch_bytes,
+        )  # fmt: skip
+
+
+class _Shares(NamedTuple):
+    """How a weight gradient is cut: filters and channels into parts, the places into splits."""
+
+    block: _Block
+    parts_k: int
+    parts_c: int
+    splits: int
+
+
+class _WeightGradient:
+    """The weight gradient's plan. It depends on the shape alone, never on the number of threads."""
+
+    CHUNK = 96
+    """Places that are added up at a time: their panel of grad_y stays in the first-level cache."""
+
+    def __init__(
+        self, x: _Memory, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis],
+        kernel: Sequence[int],
+    ) -> None:  # fmt: skip
+        T = "float64" if x.kind == "float64" else "float32"
+        lanes, itemsize = simd.lanes(T), bytes_of(T)
+        M, V = rows.outer_tile()
+        full = V * lanes
+        taps = math.prod(len(axis.taps) for axis in axes)
+        w_taps = axes[2].taps
+        side = len(w_taps) if w_taps == tuple(range(len(w_taps))) else 1
+        lines = taps // side
+        self._work, shares = self._weigh(x, N, groups, C, K, axes, taps, side, lanes, M, full)
+        block, parts_k, parts_c, splits = shares
+        share_k = up(-(-K // parts_k), lanes)
+        share_c = up(-(-C // parts_c), M)
+        parts_k, parts_c = -(-K // share_k), -(-C // share_c)
+        share_k, share_c = min(share_k, K), min(share_c, C)
+        # Places a multiple of a power of two apart would share few lines of the first-level cache.
+        pad = 64 // itemsize if side == 1 and share_c * itemsize % 512 == 0 else 0
+        Z, H, W = block.inputs(axes)
+        stretch, pitch = up(side * share_c, M), up(share_k, lanes)
+        sums = lines * stretch * pitch
+        sizes = [
+            (block.images * Z * H * W * (share_c + pad) + lanes + M) * itemsize,
+            block.places * 8,
+            (block.places + 1) * full * itemsize,
+            sums * itemsize if splits == 1 else 0,
+            lanes * (max(W, block.places) + lanes) * itemsize,
+        ]
+        starts = [0]
+        for size in sizes:
+            starts.append(up(starts[-1] + size, 64))
+        _, places_at, panel_at, sums_at, spare_at, self._scratch_bytes = starts
+        offsets = [
+            (d * H + h) * W + w
+            for d, h, w in product(axes[0].taps, axes[1].taps, (0,) if side > 1 else w_taps)
+        ]
+        _, R, S = kernel
+        picks = product(*(axis.picks for axis in axes))
+        self._tables = (
+            np.array(offsets, np.int64),
+            np.array([(t * R + r) * S + s for t, r, s in picks], np.int64),
+        )
+        counts = block.counts(N, axes)
+        self._count = splits * groups * parts_k * parts_c
+        self._splits, self._sums = splits, sums
+        self._task = _weights(x.kind, lanes, M, V)
+        self._values = (
+            N, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, self.CHUNK,
+            pad, block.images, *block.outputs, *counts, Z, H, W,
+            places_at, panel_at, sums_at, spare_at,
+            *(axis.out for axis in axes), *(axis.step for axis in axes),
+            *(axis.stride for axis in axes), *(axis.low for axis in axes),
+            *(axis.size for axis in axes),
+        )  # fmt: skip
+        self._add = _add_splits(T, lanes, M)
+        self._add_count = groups * parts_k * parts_c * (pitch // lanes)
+        self._add_values = (groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c)
+        self._add_scratch = (lines * stretch + lanes) * lanes * itemsize
+
+    def _weigh(
+        self, x: _Memory, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis], taps: int,
+        side: int, lanes: int, M: int, full: int,
+    ) -> tuple[float, _Shares]:  # fmt: skip
+        best: tuple[float, float, _Shares] | None = None
+        for block in _blocks(N, axes, 1024):
+            places = block.places
+            inputs = block.images * math.prod(block.inputs(axes))
+            blocks = math.prod(block.counts(N, axes))
+            chunks = -(-places // self.CHUNK)
+            for parts_k, parts_c in product((1, 2, 4, 8, 16, 32), repeat=2):
+                share_k, share_c = up(-(-K // parts_k), lanes), up(-(-C // parts_c), M)
+                if (parts_k - 1) * share_k >= K or (parts_c - 1) * share_c >= C:
+                    continue
+                parts = groups * parts_k * parts_c
+                if parts > max(groups, 64):
+                    continue
+                size = taps * share_c * share_k
+                products = taps * share_c * share_k / lanes * (places + chunks * 3.5)
+                copies = places * share_k / lanes * (3 if x.channels else 8)
+                room = places * min(share_k, full) * 4
+                copies += inputs * share_c / lanes * (3 if x.channels else 9)
+                room += inputs * share_c * 4
+                if room > CACHE_BYTES:
+                    products *= 1.0 + 0.1 * room / CACHE_BYTES
+                if size * 4 > CACHE_BYTES // 2:
+                    products += size / lanes * 6
+                for splits in {1, 2, 4, 8, 16, blocks}:
+                    if splits > min(blocks, 32) or splits * parts > max(groups, 64):
+                        continue
+                    if splits > 1 and size * parts * splits * 4 > 32 * 1024 * 1024:
+                        continue
+                    cycles = (products + copies + 300) * -(-blocks // splits)
+                    cycles += size / lanes * (8 if splits == 1 else 4 + 2)
+                    work = cycles * parts * splits
+                    if splits > 1:
+                        work += size * parts / lanes * (2.0 * splits + 8)
+                    threads = min(8, max(1, int(work / 50_000)))
+                    total = max(work / threads, cycles * -(-parts * splits // threads))
+                    if best is None or total < best[0]:
+                        best = (total, work, _Shares(block, parts_k, parts_c, splits))
+        assert best is not None
+        return best[1], best[2]
+
+    def run(
+        self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor,
+        along: tuple[int, int, int, int],
+    ) -> None:  # fmt: skip
+        partial = None
+        if self._splits > 1:
+            partial = torch.empty(self._count * self._sums, dtype=grad_w.dtype)
+        pointers = (partial.data_ptr() if partial is not None else 0, grad_w.data_ptr())
+        self._task.run(
+            self._count, self._work, x.data_ptr(), grad_y.data_ptr(), *pointers,
+            *(table.ctypes.data for table in self._tables), *self._values,
+            *strides(x), *strides(grad_y), *along,
+            scratch_bytes=self._scratch_bytes,
+        )  # fmt: skip
+        if partial is not None:
+            self._add.run(
+                self._add_count, 1.0 * partial.numel(), *pointers, self._tables[1].ctypes.data,
+                *self._add_values, *along,
+                scratch_bytes=self._add_scratch,
+            )  # fmt: skip
+
+
+# ---- operations -------------------------------------------------------------------------------------------
+
+
+@lru_cache(512)
+def _fprop(shape: ConvShape, x: _Memory, y: _Memory, threads: int) -> _Correlation:
+    C, K = shape.C // shape.groups, shape.K // shape.groups
+    axes = [_Axis.of(axis) for axis in axes_of(shape)]
+    return _Correlation(x, y, shape.N, shape.groups, C, K, axes, shape.TRS, threads)
+
+
+@lru_cache(512)
+def _dgrad(
+    shape: ConvShape, y: _Memory, x: _Memory, threads: int, empty_sums: bool
+) -> tuple[list[_Correlation], bool]:
+    """The correlations that make up the input gradient, those without taps if asked for, and whether they
+    write all of it."""
+    C, K = shape.C // shape.groups, shape.K // shape.groups
+    parts = list(product(*map(transposed, axes_of(shape))))
+    reached = [axes for axes in parts if empty_sums or all(axis.taps for axis in axes)]
+    plans = [
+        _Correlation(
+            y, x, shape.N, shape.groups, K, C, [_Axis.of(axis) for axis in axes], shape.TRS, threads
+        )
+        for axes in reached
+    ]
+    return plans, len(reached) == len(parts)
+
+
+@lru_cache(512)
+def _wgrad(shape: ConvShape, x: _Memory) -> _WeightGradient:
+    C, K = shape.C // shape.groups, shape.K // shape.groups
+    axes = [_Axis.of(axis) for axis in axes_of(shape)]
+    return _WeightGradient(x, shape.N, shape.groups, C, K, axes, shape.TRS)
+
+
+def _ordered(w: torch.Tensor) -> torch.Tensor:
+    """w, or a copy of it if its taps do not follow each other, or nothing in it is neighbours."""
+    expected = w.stride(-1)
+    for size, stride in zip(reversed(w.shape[2:]), reversed(w.stride()[2:]), strict=True):
+        if size > 1 and stride != expected:
+            return w.contiguous()
+        expected *= size
+    return w if 1 in (w.stride(0), w.stride(1), w.stride(-1)) else w.contiguous()
+
+
+def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else native(t).contiguous()
+
+
+def _native(epilogue: Epilogue | None, y: torch.Tensor) -> Epilogue | None:
+    """The same with the scale in the computing type and the residual in y's type and strides; None where no
+    more than a bias is left to add."""
+    scale, residual, activation, *_ = epilogue or NO_EPILOGUE
+    if scale is None and residual is None and activation == "none":
+        return None
+    if residual is not None and (residual.dtype != y.dtype or residual.stride() != y.stride()):
+        # Each place is read before it is written, so the residual may lie where the result will.
+        residual = y.copy_(residual)
+    return Epilogue(_vector(scale), residual, activation)
+
+
+def fprop(
+    shape: ConvShape,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    epilogue: Epilogue | None = None,
+) -> None:
+    """``y = x * w + bias`` for zeros as padding; see `conv.conv_fprop`."""
+    w = _ordered(native(w))
+    k, c, tap = w.stride(0), w.stride(1), w.stride(-1)
+    plan = _fprop(shape, _Memory.of(x), _Memory.of(y), torch.get_num_threads())
+    plan.run(x, w, _vector(bias), y, (shape.K // shape.groups * k, k, c, tap), _native(epilogue, y))
+
+
+def dgrad(
+    shape: ConvShape,
+    grad_y: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    grad_x: torch.Tensor,
+    epilogue: Epilogue | None = None,
+) -> None:
+    """The gradient with respect to x; see `conv.conv_dgrad`."""
+    w, bias, finish = _ordered(native(w)), _vector(bias), _native(epilogue, grad_x)
+    k, c, tap = w.stride(0), w.stride(1), w.stride(-1)
+    plans, everywhere = _dgrad(
+        shape, _Memory.of(grad_y), _Memory.of(grad_x), torch.get_num_threads(), finish is not None
+    )
+    if not everywhere:
+        if bias is None:
+            grad_x.zero_()
+        else:
+            grad_x.copy_(bias.view(-1, *(1,) * shape.dims))
+    for plan in plans:
+        plan.run(grad_y, w, bias, grad_x, (shape.K // shape.groups * k, c, k, tap), finish)
+
+
+def wgrad(shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
+    """The gradient with respect to w; see `conv.conv_wgrad`."""
+    result = grad_w
+    if result.dtype not in NAME or _ordered(result) is not result:
+        result = torch.empty(grad_w.shape, dtype=native(x[:0]).dtype)
+    k, c, tap = result.stride(0), result.stride(1), result.stride(-1)
+    _wgrad(shape, _Memory.of(x)).run(grad_y, x, result, (shape.K // shape.groups * k, k, c, tap))
+    if result is not grad_w:
+        grad_w.copy_(result)

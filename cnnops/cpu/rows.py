@@ -1,0 +1,242 @@
+"""Micro-kernels for channels-last memory, where a place is a row of channels: LLVM IR as in `simd`.
+
+`multiply` and `outer` keep a tile of `rows` times `vectors` accumulators in registers. One operand's elements
+are broadcast, from wherever offsets say; the other's are whole vectors, packed one behind the other. `turn`
+transposes on the way between the two orders of channels and places, `finish` is an epilogue along channels.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+from __future__ import annotations
+
+import platform
+from functools import partial
+from itertools import product
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from cnnops.cpu import simd
+from cnnops.cpu.vectors import _Vectors
+from cnnops.epilogue import ACTIVATIONS
+
+
+def tile() -> tuple[int, int]:
+    """Rows and vectors of a tile: for 32 vector registers, or for the 16 that x86 has below AVX-512."""
+    many = simd.simd_bits() == 512 or platform.machine() in ("aarch64", "arm64")
+    return (6, 4) if many else (6, 2)
+
+
+def outer_tile() -> tuple[int, int]:
+    """As `tile`, for `outer`: channels come in fours."""
+    return 4, tile()[1]
+
+
+def _far(builder: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
+    return builder.load(builder.gep(table, [index]))
+
+
+@intrinsic(prefer_literal=True)
+def multiply(
+    typing_context, lanes, rows, vectors, x, places, taps, tap_count, count, w, start, y, outs, more
+):  # fmt: skip
+    """``y[outs[m] + v] = start[v] + sum_{t,c} x[places[m] + taps[t] + c] * w[t, c, v]``.
+
+    For m < rows, v < vectors * lanes, t < tap_count, c < count; `w` packed in this order, the tables int64,
+    in elements. Where `more` is not 0, the sum is added to what y holds instead of `start`.
+    """
+    L, M, V = lanes.literal_value, rows.literal_value, vectors.literal_value
+
+    def generate(context, builder, signature, values):
+        x, places, taps, tap_count, count, w, start, y, outs, more = values[3:]
+        emit = simd.Emit(builder, x.type.pointee, L)
+        at = simd.int_constant
+        near = [builder.gep(x, [_far(builder, places, at(m))]) for m in range(M)]
+        outer = simd.Loop(builder, at(0), tap_count, 1, [emit.zero()] * (M * V))
+        shift = _far(builder, taps, outer.index)
+        left = [builder.gep(place, [shift]) for place in near]
+        block = builder.gep(w, [builder.mul(outer.index, builder.mul(count, at(V * L)))])
+        inner = simd.Loop(builder, at(0), count, 1, outer.carried)
+        c = inner.index
+        line = builder.gep(block, [builder.mul(c, at(V * L))])
+        right = [emit.load(builder.gep(line, [at(v * L)])) for v in range(V)]
+        sums = []
+        for m in range(M):
+            factor = simd.splat(builder, builder.load(builder.gep(left[m], [c])), L)
+            sums += [
+                emit.multiply_add(factor, right[v], inner.carried[m * V + v]) for v in range(V)
+            ]
+        sums = outer.close(inner.close(sums))
+        # A long sum in stretches rounds less: what there was is added to this stretch's sum.
+        again = builder.icmp_signed("!=", more, at(0))
+        for m in range(M):
+            to = builder.gep(y, [_far(builder, outs, at(m))])
+            former = builder.select(again, to, start)
+            for v in range(V):
+                value = builder.fadd(emit.load(builder.gep(former, [at(v * L)])), sums[m * V + v])
+                emit.store(value, builder.gep(to, [at(v * L)]))
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    table = types.CPointer(i64)
+    signature = types.void(
+        lanes, rows, vectors, x, table, table, i64, i64, x, x, x, table, i64
+    )  # fmt: skip
+    return signature, generate
+
+
+@intrinsic(prefer_literal=True)
+def outer(typing_context, lanes, rows, vectors, x, places, count, g, width, sums, pitch, more):
+    """``sums[m * pitch + v] (+)= sum_i x[places[i] + m] * g[i * width + v]``.
+
+    For m < rows, v < vectors * lanes, i < count; `places` int64. Sums are overwritten where `more` is 0.
+    """
+    L, M, V = lanes.literal_value, rows.literal_value, vectors.literal_value
+
+    def generate(context, builder, signature, values):
+        x, places, count, g, width, sums, pitch, more = values[3:]
+        emit = simd.Emit(builder, x.type.pointee, L)
+        at = simd.int_constant
+        loop = simd.Loop(builder, at(0), count, 1, [emit.zero()] * (M * V))
+        row = builder.gep(x, [_far(builder, places, loop.index)])
+        line = builder.gep(g, [builder.mul(loop.index, width)])
+        right = [emit.load(builder.gep(line, [at(v * L)])) for v in range(V)]
+        found = []
+        for m in range(M):
+            factor = simd.splat(builder, builder.load(builder.gep(row, [at(m)])), L)
+            found += [
+                emit.multiply_add(factor, right[v], loop.carried[m * V + v]) for v in range(V)
+            ]
+        found = loop.close(found)
+        to = [
+            builder.gep(sums, [builder.add(builder.mul(pitch, at(m)), at(v * L))])
+            for m in range(M)
+            for v in range(V)
+        ]
+        before = builder.block
+        with builder.if_then(builder.icmp_signed("!=", more, at(0))):
+            added = [builder.fadd(emit.load(p), f) for p, f in zip(to, found, strict=True)]
+            there = builder.block
+        results = [builder.phi(emit.vector) for _ in to]
+        for phi, value, both in zip(results, found, added, strict=True):
+            phi.add_incoming(value, before)
+            phi.add_incoming(both, there)
+        for phi, place in zip(results, to, strict=True):
+            emit.store(phi, place)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(
+        lanes, rows, vectors, x, types.CPointer(i64), i64, x, i64, x, i64, i64
+    ), generate  # fmt: skip
+
+
+@intrinsic(prefer_literal=True)
+def turn(typing_context, lanes, kind, whole, to, pitch, source, stride, rows, length):
+    """``to[i * pitch + n] = source[n * stride + i]`` for n < rows, i < length.
+
+    `rows` at most `lanes`; source of the type called `kind`. If `whole`, lanes behind `rows` are written,
+    too: with the last row once more.
+    """
+    L, of, W = lanes.literal_value, kind.literal_value, whole.literal_value
+
+    def generate(context, builder, signature, values):
+        to, pitch, source, stride, rows, length = values[3:]
+        emit = _Vectors(builder, of, L)
+        index = ir.VectorType(ir.IntType(32), L)
+        at = simd.int_constant
+        last = builder.sub(rows, at(1))
+        lines = []
+        for n in range(L):
+            below = builder.icmp_signed("<", at(n), rows)
+            row = builder.select(below, at(n), last)
+            lines.append(builder.gep(source, [builder.mul(row, stride)]))
+        mask = None if W else emit.first(rows)
+
+        def transposed(i, part):
+            turned = [emit.read(builder.gep(line, [i]), part) for line in lines]
+            # Halves change places across the diagonal, then each half's halves, down to elements.
+            half = L // 2
+            while half:
+                upper = ir.Constant(index, [n + L - half if n & half else n for n in range(L)])
+                lower = ir.Constant(index, [n + L if n & half else n + half for n in range(L)])
+                for n in range(L):
+                    if not n & half:
+                        pair = turned[n], turned[n + half]
+                        turned[n] = builder.shuffle_vector(*pair, upper)
+                        turned[n + half] = builder.shuffle_vector(*pair, lower)
+                half //= 2
+            return turned
+
+        def store(value, i):
+            place = builder.gep(to, [builder.mul(i, pitch)])
+            if mask is None:
+                emit.store(value, place)
+            else:
+                emit.store_some(value, place, mask)
+
+        rest = builder.and_(length, at(L - 1))
+        full = builder.sub(length, rest)
+        loop = simd.Loop(builder, at(0), full, L, [])
+        for n, value in enumerate(transposed(loop.index, None)):
+            store(value, builder.add(loop.index, at(n)))
+        loop.close([])
+        with builder.if_then(builder.icmp_signed("!=", rest, at(0))):
+            for n, value in enumerate(transposed(full, emit.first(rest))[:-1]):
+                with builder.if_then(builder.icmp_signed("<", at(n), rest)):
+                    store(value, builder.add(full, at(n)))
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, kind, whole, to, i64, source, i64, i64, i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def finish(
+    typing_context, lanes, kind, to, source, residual, count, scale, shift, activation
+):  # fmt: skip
+    """``to[i] = act(scale[i] * source[i] + shift[i] + residual[i])`` for i < count: along channels.
+
+    `to` and `residual` of the type called `kind`; a null residual is none, a null scale is 1. `activation`,
+    an index into `ACTIVATIONS`, is looked at once a call.
+    """
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        to, source, residual, count, scale, shift, activation = values[2:]
+        emit = _Vectors(builder, of, L)
+        plain = simd.Emit(builder, emit.element, L)
+        at = simd.int_constant
+
+        def given(pointer):
+            return builder.icmp_unsigned("!=", pointer, ir.Constant(pointer.type, None))
+
+        def update(function, beside, i, mask):
+            def load(pointer):
+                place = builder.gep(pointer, [i])
+                return plain.load(place) if mask is None else plain.load_some(place, mask)
+
+            factor = load(builder.select(scaled, scale, shift))
+            factor = builder.select(scaled, factor, emit.constant(1.0))
+            z = emit.multiply_add(load(source), factor, load(shift))
+            if beside:
+                z = builder.fadd(z, emit.read(builder.gep(residual, [i]), mask))
+            emit.write(function(emit, z), builder.gep(to, [i]), mask)
+
+        scaled = given(scale)
+        there = builder.zext(given(residual), ir.IntType(64))
+        end = builder.append_basic_block("finished")
+        switch = builder.switch(builder.add(builder.shl(activation, at(1)), there), end)
+        functions = [simd._ACTIVATIONS[name] for name in ACTIVATIONS]
+        for case, (function, beside) in enumerate(product(functions, (False, True))):
+            block = builder.append_basic_block("case")
+            switch.add_case(at(case), block)
+            builder.position_at_end(block)
+            emit.over(count, partial(update, function, beside))
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    signature = types.void(lanes, kind, to, source, residual, i64, scale, shift, i64)
+    return signature, generate
