@@ -3,6 +3,7 @@
 Each has several forms, one module each; what a call takes depends on shape, type and memory alone:
 
     conv_rows       channels last: what most convolutions are fastest as, whatever their memory
+    conv_planes     one tap, and channels in planes
     conv_blocks     channels in planes: results of few channels, padding modes other than zeros, dense layers
 """
 
@@ -14,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from cnnops.cpu import conv_blocks, conv_rows, simd
+from cnnops.cpu import conv_blocks, conv_planes, conv_rows, simd
 from cnnops.cpu.conv_axes import is_framed, up
 from cnnops.cpu.conv_fold import conv_fold as conv_fold
 from cnnops.cpu.norm import batch_norm_stats
@@ -52,7 +53,10 @@ def form(
 
 
 def _form(direction: Direction, shape: ConvShape, *tensors: torch.Tensor) -> ModuleType:
-    return form(direction, shape, tensors[0].dtype, all(t.stride(1) == 1 for t in tensors))
+    channels_last = all(t.stride(1) == 1 for t in tensors)
+    if direction != "wgrad" and not channels_last and conv_planes.takes(shape, *tensors):
+        return conv_planes
+    return form(direction, shape, tensors[0].dtype, channels_last)
 
 
 @lru_cache(None)

@@ -5,11 +5,11 @@ Forward and input gradient are one computation, a correlation (see `conv`). A ta
     block   [images] [Z] [H] [W] [C]     of x, padded, in the type that is computed in
     filters [block of K] [taps, C] [vectors of K]
 
-and multiplies, six places at a time, by `rows.multiply`: each element of x is broadcast to vectors of filters,
-so that no place is wasted on rows' ends and padding costs nothing but its zeros. Where x has its channels
-last, one tap and no padding, it is read where it lies. Neighbouring taps of a row are neighbours in the
-block: they count as channels. Results go straight to memory that has its channels last in that type, otherwise through
-scratch, where they are turned or rounded.
+and multiplies, six places at a time, by `rows.multiply`: each element of x is broadcast to vectors of
+filters, so that no place is wasted on rows' ends and padding costs nothing but its zeros. Where x has its
+channels last, one tap and no padding, it is read where it lies. Neighbouring taps of a row are neighbours in
+the block: they count as channels. Results go straight to memory that has its channels last in that type,
+otherwise through scratch, where they are turned or rounded.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -975,11 +975,12 @@ def _ordered(w: torch.Tensor) -> torch.Tensor:
     return w if 1 in (w.stride(0), w.stride(1), w.stride(-1)) else w.contiguous()
 
 
-def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
+def vector(t: torch.Tensor | None) -> torch.Tensor | None:
+    """One value a channel, in the type that is computed in, one behind the other."""
     return None if t is None else native(t).contiguous()
 
 
-def _native(epilogue: Epilogue | None, y: torch.Tensor) -> Epilogue | None:
+def native_epilogue(epilogue: Epilogue | None, y: torch.Tensor) -> Epilogue | None:
     """The same with the scale in the computing type and the residual in y's type and strides; None where no
     more than a bias is left to add."""
     scale, residual, activation, *_ = epilogue or NO_EPILOGUE
@@ -988,7 +989,7 @@ def _native(epilogue: Epilogue | None, y: torch.Tensor) -> Epilogue | None:
     if residual is not None and (residual.dtype != y.dtype or residual.stride() != y.stride()):
         # Each place is read before it is written, so the residual may lie where the result will.
         residual = y.copy_(residual)
-    return Epilogue(_vector(scale), residual, activation)
+    return Epilogue(vector(scale), residual, activation)
 
 
 def fprop(
@@ -1003,7 +1004,14 @@ def fprop(
     w = _ordered(native(w))
     k, c, tap = w.stride(0), w.stride(1), w.stride(-1)
     plan = _fprop(shape, _Memory.of(x), _Memory.of(y), torch.get_num_threads())
-    plan.run(x, w, _vector(bias), y, (shape.K // shape.groups * k, k, c, tap), _native(epilogue, y))
+    plan.run(
+        x,
+        w,
+        vector(bias),
+        y,
+        (shape.K // shape.groups * k, k, c, tap),
+        native_epilogue(epilogue, y),
+    )
 
 
 def dgrad(
@@ -1015,7 +1023,7 @@ def dgrad(
     epilogue: Epilogue | None = None,
 ) -> None:
     """The gradient with respect to x; see `conv.conv_dgrad`."""
-    w, bias, finish = _ordered(native(w)), _vector(bias), _native(epilogue, grad_x)
+    w, bias, finish = _ordered(native(w)), vector(bias), native_epilogue(epilogue, grad_x)
     k, c, tap = w.stride(0), w.stride(1), w.stride(-1)
     plans, everywhere = _dgrad(
         shape, _Memory.of(grad_y), _Memory.of(grad_x), torch.get_num_threads(), finish is not None
