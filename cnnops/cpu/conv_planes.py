@@ -2,7 +2,7 @@
 
 A task copies some places of all channels, one panel, and multiplies it by filters that are read where they
 lie: `rows.multiply` with filters broadcast and places as vectors. Sums go straight to y, an epilogue passes
-over them while they are in the cache. Nothing is turned: this order of memory costs no more than channels last.
+over them while they are in the cache. Nothing is turned: this order of memory costs no more than the other.
 
     panel   [C] [vectors of places]     of x, in the type that is computed in
 """

@@ -307,36 +307,38 @@ def _pack(T: str, L: int, V: int) -> Task:
         width = min(full, padded - k0)
         to = ahead(packed, (group * padded + k0) * J)
         spare = pointer(scratch, T)
-        for v in range(0, width, L):
-            source = ahead(w, group * of_group + (k0 + v) * of_k)
-            some = min(L, K - k0 - v)
-            if of_k == 1:
+        source = ahead(w, group * of_group + k0 * of_k)
+        if of_k == 1:
+            for c in range(C):
                 for t in range(T_):
-                    for c in range(C):
-                        vectors.widen(
-                            L, T, ahead(to, (t * C + c) * width + v),
-                            ahead(source, c * of_c + taps[t] * of_tap), some,
-                        )  # fmt: skip
-            elif of_c == 1:
+                    vectors.widen(
+                        L, T, ahead(to, (t * C + c) * width),
+                        ahead(source, c * of_c + taps[t] * of_tap), min(width, K - k0),
+                    )  # fmt: skip
+            return
+        if of_c == 1:
+            for v in range(0, width, L):
                 for t in range(T_):
                     rows.turn(
                         L, T, True, ahead(to, t * C * width + v), width,
-                        ahead(source, taps[t] * of_tap), of_k, some, C,
+                        ahead(source, v * of_k + taps[t] * of_tap), of_k, min(L, K - k0 - v), C,
                     )  # fmt: skip
-            else:
-                # A filter's taps, which are neighbours, of some channels at once, then those asked for.
-                together = max(1, 256 // S_) if of_c == S_ else 1
-                for c0 in range(0, C, together):
-                    channels = min(together, C - c0)
-                    rows.turn(
-                        L, T, True, spare, L, ahead(source, c0 * of_c), of_k, some, channels * S_
-                    )
-                    for t in range(T_):
-                        for c in range(channels):
-                            vectors.narrow(
-                                L, T, ahead(to, (t * C + c0 + c) * width + v),
-                                ahead(spare, (c * S_ + taps[t]) * L), L,
-                            )  # fmt: skip
+            return
+        # Taps are neighbours: those of some channels at once, of which then those asked for are taken.
+        together = max(1, 256 // S_) if of_c == S_ else 1
+        for c0 in range(0, C, together):
+            channels = min(together, C - c0)
+            for v in range(0, width, L):
+                rows.turn(
+                    L, T, True, spare, L, ahead(source, v * of_k + c0 * of_c), of_k,
+                    min(L, K - k0 - v), channels * S_,
+                )  # fmt: skip
+                for t in range(T_):
+                    for c in range(channels):
+                        vectors.narrow(
+                            L, T, ahead(to, (t * C + c0 + c) * width + v),
+                            ahead(spare, (c * S_ + taps[t]) * L), L,
+                        )  # fmt: skip
 
     return Task(conv_rows_pack, args)
 
@@ -737,7 +739,7 @@ class _Correlation:
                 width = min(share * full, up(K, lanes))
                 products = tiles * M * J * width / lanes + tiles * share * slices * 70
                 if room > CACHE_BYTES:
-                    products *= 1.0 + 0.1 * room / CACHE_BYTES
+                    products *= 1.0 + 0.03 * room / CACHE_BYTES
                 out = 0.0
                 if not self._direct_y:
                     out = places * width / lanes * (8 if y.channels else 16)

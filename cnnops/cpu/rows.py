@@ -52,11 +52,19 @@ def multiply(
         emit = simd.Emit(builder, x.type.pointee, L)
         at = simd.int_constant
         near = [builder.gep(x, [_far(builder, places, at(m))]) for m in range(M)]
+        following = [builder.gep(x, [_far(builder, places, at(M + m))]) for m in range(M)]
         outer = simd.Loop(builder, at(0), tap_count, 1, [emit.zero()] * (M * V))
         shift = _far(builder, taps, outer.index)
         left = [builder.gep(place, [shift]) for place in near]
         block = builder.gep(w, [builder.mul(outer.index, builder.mul(count, at(V * L)))])
-        inner = simd.Loop(builder, at(0), count, 1, outer.carried)
+        # Sixteen lines' worth of a row at a time, and as much of the tile that follows is asked for.
+        step = 64 // emit.align
+        pieces = simd.Loop(builder, at(0), count, step, outer.carried)
+        for row in following:
+            emit.prefetch(builder.gep(row, [builder.add(shift, pieces.index)]))
+        end = builder.add(pieces.index, at(step))
+        end = builder.select(builder.icmp_signed("<", end, count), end, count)
+        inner = simd.Loop(builder, pieces.index, end, 1, pieces.carried)
         c = inner.index
         line = builder.gep(block, [builder.mul(c, at(V * L))])
         right = [emit.load(builder.gep(line, [at(v * L)])) for v in range(V)]
@@ -66,7 +74,7 @@ def multiply(
             sums += [
                 emit.multiply_add(factor, right[v], inner.carried[m * V + v]) for v in range(V)
             ]
-        sums = outer.close(inner.close(sums))
+        sums = outer.close(pieces.close(inner.close(sums)))
         # A long sum in stretches rounds less: what there was is added to this stretch's sum.
         again = builder.icmp_signed("!=", more, at(0))
         for m in range(M):
