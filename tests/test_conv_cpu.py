@@ -312,7 +312,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         def chosen(direction: Any, shape: ConvShape, *rest: Any) -> ModuleType:
             return conv_blocks
 
-    monkeypatch.setattr(cnnops.cpu.conv, "form", chosen)
+    monkeypatch.setattr(cnnops.cpu.conv, "_chosen", chosen)
     conv_blocks._wgrad.cache_clear()
     yield
     conv_blocks._wgrad.cache_clear()

@@ -52,11 +52,15 @@ def form(
     return conv_rows if 2 * up(K, lanes) <= 3 * K else conv_blocks
 
 
-def _form(direction: Direction, shape: ConvShape, *tensors: torch.Tensor) -> ModuleType:
-    channels_last = all(t.stride(1) == 1 for t in tensors)
-    if direction != "wgrad" and not channels_last and conv_planes.takes(shape, *tensors):
+@lru_cache(1024)
+def _chosen(
+    direction: Direction, shape: ConvShape, dtype: torch.dtype, *activations: tuple[int, ...]
+) -> ModuleType:
+    """As `form`, for activations of these strides."""
+    channels_last = all(strides[1] == 1 for strides in activations)
+    if direction != "wgrad" and not channels_last and conv_planes.takes(shape, *activations):
         return conv_planes
-    return form(direction, shape, tensors[0].dtype, channels_last)
+    return form(direction, shape, dtype, channels_last)
 
 
 @lru_cache(None)
@@ -86,7 +90,7 @@ def conv_fprop(
     epilogue: Epilogue | None = None,
 ) -> None:
     """``y = x * w + bias``, x padded as `shape.padding_mode` says; any strides. See `Epilogue` for more."""
-    _form("fprop", shape, x, y).fprop(shape, x, w, bias, y, epilogue)
+    _chosen("fprop", shape, x.dtype, x.stride(), y.stride()).fprop(shape, x, w, bias, y, epilogue)
     if epilogue is not None and epilogue.mean is not None and epilogue.var is not None:
         # Of y as it is stored, and independent of how many threads there were, which tiles are not.
         batch_norm_stats(
@@ -104,14 +108,18 @@ def conv_dgrad(
 ) -> None:
     """The gradient with respect to x, for zeros as padding, plus `bias`, one value a channel of x; and what
     else the `Epilogue` says."""
-    _form("dgrad", shape, grad_y, grad_x).dgrad(shape, grad_y, w, bias, grad_x, epilogue)
+    _chosen("dgrad", shape, grad_y.dtype, grad_y.stride(), grad_x.stride()).dgrad(
+        shape, grad_y, w, bias, grad_x, epilogue
+    )
 
 
 def conv_wgrad(
     shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor
 ) -> None:
     """The gradient with respect to w: the same bits for any number of threads."""
-    _form("wgrad", shape, grad_y, x).wgrad(shape, grad_y, x, grad_w)
+    _chosen("wgrad", shape, grad_y.dtype, grad_y.stride(), x.stride()).wgrad(
+        shape, grad_y, x, grad_w
+    )
 
 
 def conv_bgrad(shape: ConvShape, grad_y: torch.Tensor, grad_bias: torch.Tensor) -> None:

@@ -212,25 +212,24 @@ _plan = lru_cache(512)(_Plan)
 # ---- operations -------------------------------------------------------------------------------------------
 
 
-def _is_flat(t: torch.Tensor) -> bool:
-    """Whether the places of a plane follow each other."""
-    expected = 1
-    for size, stride in zip(reversed(t.shape[2:]), reversed(t.stride()[2:]), strict=True):
-        if size > 1 and stride != expected:
-            return False
-        expected *= size
-    return True
+def takes(shape: ConvShape, *activations: tuple[int, ...]) -> bool:
+    """Whether the problem has one tap, and these strides planes, for this form to be worth it."""
 
+    def flat(strides: tuple[int, ...]) -> bool:
+        expected = 1
+        for size, stride in zip(reversed(shape.spatial), reversed(strides[2:]), strict=True):
+            if size > 1 and stride != expected:
+                return False
+            expected *= size
+        return True
 
-def takes(shape: ConvShape, *tensors: torch.Tensor) -> bool:
-    """Whether the problem has one tap, and these activations planes, for this form to be worth it."""
     return (
         math.prod(shape.kernel) == 1
         and max(shape.stride) == 1
         and not any(p for pair in shape.padding for p in pair)
         and math.prod(shape.spatial) >= LEAST
         and min(shape.C, shape.K) // shape.groups >= 4
-        and all(map(_is_flat, tensors))
+        and all(map(flat, activations))
     )
 
 

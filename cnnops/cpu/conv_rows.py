@@ -36,10 +36,9 @@ from cnnops.cpu.task import (
     layout,
     native,
     pointer,
-    strides,
     unpack,
 )
-from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
+from cnnops.epilogue import ACTIVATIONS, Epilogue
 from cnnops.shapes import ConvShape
 
 CACHE_BYTES = 512 * 1024
@@ -528,6 +527,9 @@ def _add_splits(T: str, L: int, M: int) -> Task:
 # ---- plans ------------------------------------------------------------------------------------------------
 
 
+Strides = tuple[int, ...]
+
+
 class _Axis(NamedTuple):
     """One axis of a correlation as blocks have it.
 
@@ -605,32 +607,47 @@ def _blocks(N: int, axes: Sequence[_Axis], most: int) -> Iterator[_Block]:
 
 
 class _Memory(NamedTuple):
-    """What a plan depends on of a tensor's memory: the type, and whether channels are neighbours."""
+    """How a tensor lies in memory: its type's name, and its strides as of ``N C D H W``."""
 
     kind: str
-    channels: bool
+    strides: Strides
 
-    @classmethod
-    def of(cls, t: torch.Tensor) -> _Memory:
-        return cls(KIND[t.dtype], t.stride(1) == 1)
+    @property
+    def channels(self) -> bool:
+        """Whether channels are neighbours."""
+        return self.strides[1] == 1
+
+
+def _memory(dtype: torch.dtype, strides: Strides) -> _Memory:
+    """A tensor's memory; strides of axes that are not there are 0."""
+    n, c, *places = strides
+    return _Memory(KIND[dtype], (n, c, *(0,) * (3 - len(places)), *places))
+
+
+@lru_cache(64)
+def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """So many zeros that are only read."""
+    return torch.zeros(count, dtype=dtype)
 
 
 class _Correlation:
     """A correlation's plan: all that does not change from call to call.
 
-    The weight has `kernel` places a filter.
+    The weight has `kernel` places a filter; `along`: its strides from group to group, and from one to the
+    next of what this correlation has as filters, channels and taps.
     """
 
     def __init__(
         self, x: _Memory, y: _Memory, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis],
-        kernel: Sequence[int], threads: int,
+        kernel: Sequence[int], along: Strides, threads: int,
     ) -> None:  # fmt: skip
         T = "float64" if x.kind == "float64" else "float32"
         lanes, itemsize = simd.lanes(T), bytes_of(T)
         M, V = rows.tile()
         full, padded = V * lanes, up(K, lanes)
         taps = math.prod(len(axis.taps) for axis in axes)
-        self._groups, self._K, self._padded = groups, K, padded
+        self._channels, self._padded = groups * K, groups * padded
+        self._real = torch.float64 if T == "float64" else torch.float32
         self._direct_x = (
             x.kind == T and x.channels and taps == 1 and all(axis.inside for axis in axes)
         )
@@ -643,7 +660,6 @@ class _Correlation:
         self._axes, J = axes, taps * C
         slices = self._slices(taps // side if side else 0, length)
         cycles, block, parts = self._weigh(x, y, N, groups, C, K, J, len(slices), lanes, threads)
-        self._block = block
         Z, H, W = block.inputs(axes)
         tap_offsets = [
             ((d * H + h) * W + w) * C
@@ -685,8 +701,12 @@ class _Correlation:
             tables_at, spare_at, sums_at, line_at, beside_at, halves_at, unused_at,
             *(axis.out for axis in axes), *(axis.step for axis in axes),
             *(axis.stride for axis in axes), *(axis.low for axis in axes),
-            *(axis.size for axis in axes),
+            *(axis.size for axis in axes), *x.strides, *y.strides[:2],
+            *(axis.along * step for axis, step in zip(axes, y.strides[2:], strict=True)),
         )  # fmt: skip
+        start = sum(axis.start * step for axis, step in zip(axes, y.strides[2:], strict=True))
+        self._start = start * (2 if y.kind in ("float16", "bfloat16") else itemsize)
+        self._table_pointers = tuple(table.ctypes.data for table in self._tables)
         _, R, S = kernel
         picks = product(*(axis.picks for axis in axes))
         self._picks = np.array([(t * R + r) * S + s for t, r, s in picks] or [0], np.int64)
@@ -694,8 +714,7 @@ class _Correlation:
         self._pack_count = groups * -(-K // full)
         places = math.prod(kernel)
         self._pack_scratch = max(lanes, 256 // places * places + places) * lanes * itemsize
-        self._pack_shape = (K, C, taps, places)
-        self._J = J
+        self._pack_values = (self._picks.ctypes.data, K, C, taps, places, *along, J)
         self._packed_size = groups * padded * J
 
     @staticmethod
@@ -753,39 +772,29 @@ class _Correlation:
 
     def run(
         self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor,
-        along: tuple[int, int, int, int], epilogue: Epilogue | None = None,
+        epilogue: Epilogue | None = None,
     ) -> None:  # fmt: skip
-        """x and y as the plan's forms say; w and bias in the type that is computed in; `along`: w's strides
-        from group to group, filter to filter, channel to channel, tap to tap."""
+        """w, bias and scale in the type that is computed in."""
         scale, residual, activation = 0, 0, -1
-        n, k, *places = strides(y)
-        start = sum(axis.start * step for axis, step in zip(self._axes, places, strict=True))
-        start *= y.element_size()
-        channels = self._groups * self._K
-        shift = torch.zeros(channels, dtype=w.dtype) if bias is None else bias
+        shift = zeros(self._channels, self._real) if bias is None else bias
         begin = shift
         if epilogue is not None:
             activation = ACTIVATIONS.index(epilogue.activation)
             if epilogue.scale is not None:
                 scale = epilogue.scale.data_ptr()
             if epilogue.residual is not None:
-                residual = epilogue.residual.data_ptr() + start
+                residual = epilogue.residual.data_ptr() + self._start
         if epilogue is not None or not self._direct_y:
-            begin = torch.zeros(self._groups * self._padded, dtype=w.dtype)
-        packed = torch.empty(self._packed_size, dtype=w.dtype)
-        K, C, taps, size = self._pack_shape
+            begin = zeros(self._padded, self._real)
+        packed = torch.empty(self._packed_size, dtype=self._real)
         self._pack.run(
-            self._pack_count, 1.0 * self._packed_size,
-            w.data_ptr(), packed.data_ptr(), self._picks.ctypes.data, K, C, taps, size, *along,
-            self._J,
+            self._pack_count, self._packed_size, w.data_ptr(), packed.data_ptr(), *self._pack_values,
             scratch_bytes=self._pack_scratch,
         )  # fmt: skip
         self._task.run(
             self._count, self._work,
             x.data_ptr(), packed.data_ptr(), scale, shift.data_ptr(), begin.data_ptr(),
-            self._tables[0].ctypes.data, self._tables[1].ctypes.data,
-            residual, y.data_ptr() + start, activation, *self._values, *strides(x), n, k,
-            *(axis.along * step for axis, step in zip(self._axes, places, strict=True)),
+            *self._table_pointers, residual, y.data_ptr() + self._start, activation, *self._values,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
 
@@ -806,8 +815,8 @@ class _WeightGradient:
     """Places that are added up at a time: their panel of grad_y stays in the first-level cache."""
 
     def __init__(
-        self, x: _Memory, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis],
-        kernel: Sequence[int],
+        self, x: _Memory, y: _Memory, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis],
+        kernel: Sequence[int], along: Strides,
     ) -> None:  # fmt: skip
         T = "float64" if x.kind == "float64" else "float32"
         lanes, itemsize = simd.lanes(T), bytes_of(T)
@@ -859,11 +868,14 @@ class _WeightGradient:
             places_at, panel_at, sums_at, spare_at,
             *(axis.out for axis in axes), *(axis.step for axis in axes),
             *(axis.stride for axis in axes), *(axis.low for axis in axes),
-            *(axis.size for axis in axes),
+            *(axis.size for axis in axes), *x.strides, *y.strides, *along,
         )  # fmt: skip
+        self._table_pointers = tuple(table.ctypes.data for table in self._tables)
         self._add = _add_splits(T, lanes, M)
         self._add_count = groups * parts_k * parts_c * (pitch // lanes)
-        self._add_values = (groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c)
+        self._add_values = (
+            groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, *along,
+        )  # fmt: skip
         self._add_scratch = (lines * stretch + lanes) * lanes * itemsize
 
     def _weigh(
@@ -910,24 +922,20 @@ class _WeightGradient:
         assert best is not None
         return best[1], best[2]
 
-    def run(
-        self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor,
-        along: tuple[int, int, int, int],
-    ) -> None:  # fmt: skip
+    def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
         partial = None
         if self._splits > 1:
             partial = torch.empty(self._count * self._sums, dtype=grad_w.dtype)
         pointers = (partial.data_ptr() if partial is not None else 0, grad_w.data_ptr())
         self._task.run(
             self._count, self._work, x.data_ptr(), grad_y.data_ptr(), *pointers,
-            *(table.ctypes.data for table in self._tables), *self._values,
-            *strides(x), *strides(grad_y), *along,
+            *self._table_pointers, *self._values,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
         if partial is not None:
             self._add.run(
-                self._add_count, 1.0 * partial.numel(), *pointers, self._tables[1].ctypes.data,
-                *self._add_values, *along,
+                self._add_count, partial.numel(), *pointers, self._table_pointers[1],
+                *self._add_values,
                 scratch_bytes=self._add_scratch,
             )  # fmt: skip
 
@@ -935,46 +943,74 @@ class _WeightGradient:
 # ---- operations -------------------------------------------------------------------------------------------
 
 
-@lru_cache(512)
-def _fprop(shape: ConvShape, x: _Memory, y: _Memory, threads: int) -> _Correlation:
-    C, K = shape.C // shape.groups, shape.K // shape.groups
-    axes = [_Axis.of(axis) for axis in axes_of(shape)]
-    return _Correlation(x, y, shape.N, shape.groups, C, K, axes, shape.TRS, threads)
+def _along(shape: ConvShape, w: Strides) -> tuple[int, int, int, int]:
+    """A weight's strides from group to group, filter to filter, channel to channel and tap to tap."""
+    return shape.K // shape.groups * w[0], w[0], w[1], w[-1]
 
 
-@lru_cache(512)
+@lru_cache(1024)
+def _fprop(
+    shape: ConvShape, dtype: torch.dtype, x: Strides, w: Strides, y: Strides, threads: int
+) -> _Correlation:
+    return _Correlation(
+        _memory(dtype, x), _memory(dtype, y), shape.N, shape.groups, shape.C // shape.groups,
+        shape.K // shape.groups, [_Axis.of(axis) for axis in axes_of(shape)], shape.TRS,
+        _along(shape, w), threads,
+    )  # fmt: skip
+
+
+@lru_cache(1024)
 def _dgrad(
-    shape: ConvShape, y: _Memory, x: _Memory, threads: int, empty_sums: bool
-) -> tuple[list[_Correlation], bool]:
+    shape: ConvShape, dtype: torch.dtype, y: Strides, w: Strides, x: Strides, threads: int,
+    empty_sums: bool,
+) -> tuple[list[_Correlation], bool]:  # fmt: skip
     """The correlations that make up the input gradient, those without taps if asked for, and whether they
     write all of it."""
-    C, K = shape.C // shape.groups, shape.K // shape.groups
+    group, k, c, tap = _along(shape, w)
     parts = list(product(*map(transposed, axes_of(shape))))
     reached = [axes for axes in parts if empty_sums or all(axis.taps for axis in axes)]
     plans = [
         _Correlation(
-            y, x, shape.N, shape.groups, K, C, [_Axis.of(axis) for axis in axes], shape.TRS, threads
-        )
+            _memory(dtype, y),
+            _memory(dtype, x),
+            shape.N,
+            shape.groups,
+            shape.K // shape.groups,
+            shape.C // shape.groups,
+            [_Axis.of(axis) for axis in axes],
+            shape.TRS,
+            (group, c, k, tap),
+            threads,
+        )  # fmt: skip
         for axes in reached
     ]
     return plans, len(reached) == len(parts)
 
 
-@lru_cache(512)
-def _wgrad(shape: ConvShape, x: _Memory) -> _WeightGradient:
-    C, K = shape.C // shape.groups, shape.K // shape.groups
-    axes = [_Axis.of(axis) for axis in axes_of(shape)]
-    return _WeightGradient(x, shape.N, shape.groups, C, K, axes, shape.TRS)
+@lru_cache(1024)
+def _wgrad(
+    shape: ConvShape, dtype: torch.dtype, y: Strides, x: Strides, w: Strides
+) -> _WeightGradient:
+    return _WeightGradient(
+        _memory(dtype, x), _memory(dtype, y), shape.N, shape.groups, shape.C // shape.groups,
+        shape.K // shape.groups, [_Axis.of(axis) for axis in axes_of(shape)], shape.TRS,
+        _along(shape, w),
+    )  # fmt: skip
+
+
+@lru_cache(1024)
+def _is_ordered(sizes: Strides, strides: Strides) -> bool:
+    """Whether a weight's taps follow each other, and something in it is neighbours."""
+    expected = strides[-1]
+    for size, stride in zip(reversed(sizes[2:]), reversed(strides[2:]), strict=True):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return 1 in (strides[0], strides[1], strides[-1])
 
 
 def _ordered(w: torch.Tensor) -> torch.Tensor:
-    """w, or a copy of it if its taps do not follow each other, or nothing in it is neighbours."""
-    expected = w.stride(-1)
-    for size, stride in zip(reversed(w.shape[2:]), reversed(w.stride()[2:]), strict=True):
-        if size > 1 and stride != expected:
-            return w.contiguous()
-        expected *= size
-    return w if 1 in (w.stride(0), w.stride(1), w.stride(-1)) else w.contiguous()
+    return w if _is_ordered(w.shape, w.stride()) else w.contiguous()
 
 
 def vector(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -985,7 +1021,9 @@ def vector(t: torch.Tensor | None) -> torch.Tensor | None:
 def native_epilogue(epilogue: Epilogue | None, y: torch.Tensor) -> Epilogue | None:
     """The same with the scale in the computing type and the residual in y's type and strides; None where no
     more than a bias is left to add."""
-    scale, residual, activation, *_ = epilogue or NO_EPILOGUE
+    if epilogue is None:
+        return None
+    scale, residual, activation, *_ = epilogue
     if scale is None and residual is None and activation == "none":
         return None
     if residual is not None and (residual.dtype != y.dtype or residual.stride() != y.stride()):
@@ -1004,16 +1042,9 @@ def fprop(
 ) -> None:
     """``y = x * w + bias`` for zeros as padding; see `conv.conv_fprop`."""
     w = _ordered(native(w))
-    k, c, tap = w.stride(0), w.stride(1), w.stride(-1)
-    plan = _fprop(shape, _Memory.of(x), _Memory.of(y), torch.get_num_threads())
-    plan.run(
-        x,
-        w,
-        vector(bias),
-        y,
-        (shape.K // shape.groups * k, k, c, tap),
-        native_epilogue(epilogue, y),
-    )
+    threads = torch.get_num_threads()
+    plan = _fprop(shape, x.dtype, x.stride(), w.stride(), y.stride(), threads)
+    plan.run(x, w, vector(bias), y, native_epilogue(epilogue, y))
 
 
 def dgrad(
@@ -1026,25 +1057,25 @@ def dgrad(
 ) -> None:
     """The gradient with respect to x; see `conv.conv_dgrad`."""
     w, bias, finish = _ordered(native(w)), vector(bias), native_epilogue(epilogue, grad_x)
-    k, c, tap = w.stride(0), w.stride(1), w.stride(-1)
     plans, everywhere = _dgrad(
-        shape, _Memory.of(grad_y), _Memory.of(grad_x), torch.get_num_threads(), finish is not None
-    )
+        shape, grad_y.dtype, grad_y.stride(), w.stride(), grad_x.stride(), torch.get_num_threads(),
+        finish is not None,
+    )  # fmt: skip
     if not everywhere:
         if bias is None:
             grad_x.zero_()
         else:
             grad_x.copy_(bias.view(-1, *(1,) * shape.dims))
     for plan in plans:
-        plan.run(grad_y, w, bias, grad_x, (shape.K // shape.groups * k, c, k, tap), finish)
+        plan.run(grad_y, w, bias, grad_x, finish)
 
 
 def wgrad(shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
     """The gradient with respect to w; see `conv.conv_wgrad`."""
     result = grad_w
-    if result.dtype not in NAME or _ordered(result) is not result:
+    if result.dtype not in NAME or not _is_ordered(result.shape, result.stride()):
         result = torch.empty(grad_w.shape, dtype=native(x[:0]).dtype)
-    k, c, tap = result.stride(0), result.stride(1), result.stride(-1)
-    _wgrad(shape, _Memory.of(x)).run(grad_y, x, result, (shape.K // shape.groups * k, k, c, tap))
+    plan = _wgrad(shape, x.dtype, grad_y.stride(), x.stride(), result.stride())
+    plan.run(grad_y, x, result)
     if result is not grad_w:
         grad_w.copy_(result)
