@@ -15,7 +15,7 @@ from types import ModuleType
 
 import torch
 
-from cnnops.cpu import conv_blocks, conv_planes, conv_rows, simd
+from cnnops.cpu import conv_blocks, conv_planes, conv_rows, rows, simd
 from cnnops.cpu.conv_axes import is_framed, up
 from cnnops.cpu.conv_fold import conv_fold as conv_fold
 from cnnops.cpu.norm import batch_norm_stats
@@ -47,9 +47,9 @@ def form(
         C, K = K, C
         if not channels_last and max(shape.stride) > 1:
             return conv_blocks
-    lanes = simd.lanes("float64" if dtype == torch.float64 else "float32")
+    grain = rows.grain(simd.lanes("float64" if dtype == torch.float64 else "float32"))
     # Vectors run along K, and there are not many lanes without a filter.
-    return conv_rows if 2 * up(K, lanes) <= 3 * K else conv_blocks
+    return conv_rows if 2 * up(K, grain) <= 3 * K else conv_blocks
 
 
 @lru_cache(1024)

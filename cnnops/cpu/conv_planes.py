@@ -32,8 +32,8 @@ LEAST = 150
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _products(L, M, V, w, filters, panel, C, start, y, outs, rest, rest_outs, K, whole, tail):
-    """The sums of K filters for a panel of V vectors: to y, or to `rest` where y has no whole tile of them.
+def _products(L, M, W, w, filters, panel, C, start, y, outs, rest, rest_outs, K, whole, tail):
+    """The sums of K filters for a panel of W places: to y, or to `rest` where y has no whole tile of them.
 
     `tail` are the places of the last M filters' rows, of which the last one may stand several times.
     """
@@ -46,7 +46,7 @@ def _products(L, M, V, w, filters, panel, C, start, y, outs, rest, rest_outs, K,
             if k + M > K:
                 lines = tail
             rows.multiply(
-                L, M, V, ahead(w, c), lines, taps, 1, min(STRETCH, C - c), ahead(panel, c * V * L),
+                L, M, W, ahead(w, c), lines, taps, 1, min(STRETCH, C - c), ahead(panel, c * W),
                 start, to, there, c,
             )  # fmt: skip
 
@@ -56,6 +56,7 @@ def _correlate(kind: str, L: int, M: int, V: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64 {T}**4 int64**3 int64*20")
     real, itemsize = np.float64 if T == "float64" else np.float32, bytes_of(T)
+    W, W1, W2, W3 = V * L, L, 2 * L, 3 * L
 
     def conv_planes(address: int, index: int, scratch: int) -> None:
         """One panel of one image, for one share of one group's filters."""
@@ -85,26 +86,26 @@ def _correlate(kind: str, L: int, M: int, V: int) -> Task:
         weights = ahead(w, group * of_group + k0 * of_k)
         whole = direct != 0 and width == count
         tail = pointer(scratch + tail_at, "int64")
-        for m in range(M):
+        for m in range(2 * M):
             tail[m] = min((filters_here - 1) // M * M + m, filters_here - 1) * of_k
         if used == V:
             _products(
-                L, M, V, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
+                L, M, W, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
                 filters_here, whole, tail,
             )  # fmt: skip
         elif V == 4 and used == 3:
             _products(
-                L, M, 3, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
+                L, M, W3, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
                 filters_here, whole, tail,
             )  # fmt: skip
         elif V == 4 and used == 2:
             _products(
-                L, M, 2, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
+                L, M, W2, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
                 filters_here, whole, tail,
             )  # fmt: skip
         else:
             _products(
-                L, M, 1, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
+                L, M, W1, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
                 filters_here, whole, tail,
             )  # fmt: skip
         y = ahead(vectors.elements(y_, kind), origin)
@@ -150,7 +151,7 @@ class _Plan:
     ) -> None:
         T = "float64" if kind == "float64" else "float32"
         lanes, itemsize = simd.lanes(T), bytes_of(T)
-        M, V = rows.tile()
+        M, V = rows.ROWS, rows.vectors_a_tile()
         places, full = math.prod(shape.spatial), V * lanes
         panels = -(-places // full)
         tasks = shape.N * shape.groups * panels
@@ -160,11 +161,11 @@ class _Plan:
         rest_at = up((C * full + lanes) * itemsize, 64)
         line_at = up(rest_at + (up(share, M) * full + lanes) * itemsize, 64)
         tail_at = up(line_at + (full + lanes) * itemsize, 64)
-        self._scratch_bytes = tail_at + M * 8
+        self._scratch_bytes = tail_at + 2 * M * 8
         self._count = tasks * parts
         self._work = tasks * (C * 4 * V + up(K, M) * (C + 10) * V)
         self._kind, self._M, self._V, self._share = kind, M, V, share
-        self._filters = np.arange(up(share, M), dtype=np.int64)
+        self._filters = np.arange(up(share, M) + M, dtype=np.int64)
         self._rest_outs = np.arange(up(share, M), dtype=np.int64) * full
         self._zeros = torch.zeros(full, dtype=torch.float64 if T == "float64" else torch.float32)
         self._channels = shape.groups * K

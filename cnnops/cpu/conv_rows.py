@@ -113,25 +113,27 @@ def _copy_block(
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _products(L, M, V, x, places, count, taps, slices, w, start, y, outs):
-    """All sums of V vectors of filters for so many places, a stretch of the terms at a time."""
+def _products(L, M, W, x, places, count, taps, slices, w, start, y, outs):
+    """All sums of W columns of filters for so many places, a stretch of the terms at a time."""
     for s in range(slices[0]):
         slice = ahead(slices, 1 + 5 * s)
         first, some, c, length, j = slice[0], slice[1], slice[2], slice[3], slice[4]
-        filters = ahead(w, j * V * L)
+        filters = ahead(w, j * W)
         for m in range(0, count, M):
             rows.multiply(
-                L, M, V, ahead(x, c), ahead(places, m), ahead(taps, first), some, length, filters,
+                L, M, W, ahead(x, c), ahead(places, m), ahead(taps, first), some, length, filters,
                 start, y, ahead(outs, m), s,
             )  # fmt: skip
 
 
 @lru_cache(None)
-def _correlate(kind: str, L: int, M: int, V: int) -> Task:
+def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64 {T}**4 int64**2 int64*54")
     real, itemsize = np.float64 if T == "float64" else np.float32, bytes_of(T)
-    full = V * L
+    full, half = V * L, U < L
+    # Widths of tiles, in halves of a vector.
+    W1, W2, W3, W4, W5, W6, W7, W8 = (L * halves // 2 for halves in range(1, 9))
 
     def conv_rows(address: int, index: int, scratch: int) -> None:
         """One block of outputs, for one share of one group's filters."""
@@ -160,7 +162,7 @@ def _correlate(kind: str, L: int, M: int, V: int) -> Task:
 
         places = pointer(scratch + tables_at, "int64")
         room = (Bi * Bd * Bh * Bw + M - 1) // M * M
-        to_y, to_sums = ahead(places, room), ahead(places, 2 * room)
+        to_y, to_sums = ahead(places, room + M), ahead(places, 2 * room + 2 * M)
         sums = pointer(scratch + sums_at, T)
         d0, h0, w0 = z0 * step_d * sd + low_d, p0 * step_h * sh + low_h, q0 * step_w * sw + low_w
         x = vectors.elements(x_, kind)
@@ -192,15 +194,15 @@ def _correlate(kind: str, L: int, M: int, V: int) -> Task:
         result = pointer(y_ + origin * itemsize, T)
         # A last tile that is not whole has its last place several times, the others' sums go nowhere.
         beyond = (scratch + unused_at - y_ - origin * itemsize) // itemsize
-        while number % M:
-            places[number] = places[number - 1]
+        for number in range(count, (count + M - 1) // M * M):
             to_y[number] = beyond
             to_sums[number] = number * full
-            number += 1
+        for number in range(count, (count + M - 1) // M * M + M):
+            places[number] = places[count - 1]
 
         residual = ahead(vectors.elements(residual_, kind), origin)
         null = vectors.elements(0, kind)
-        padded = (K + L - 1) // L * L
+        padded = (K + U - 1) // U * U
         packed = ahead(w, group * padded * J)
         line, beside = pointer(scratch + line_at, T), pointer(scratch + beside_at, T)
         halves = vectors.elements(scratch + halves_at, kind)
@@ -212,16 +214,32 @@ def _correlate(kind: str, L: int, M: int, V: int) -> Task:
                 to, outs = ahead(result, k), to_y
             else:
                 to, outs = sums, to_sums
-            if V == 4:
-                if some > 3 * L:
-                    _products(L, M, 4, block, places, count, taps, slices, filters, begin, to, outs)
-                elif some > 2 * L:
-                    _products(L, M, 3, block, places, count, taps, slices, filters, begin, to, outs)
-            if some <= 2 * L:
-                if some > L:
-                    _products(L, M, 2, block, places, count, taps, slices, filters, begin, to, outs)
-                else:
-                    _products(L, M, 1, block, places, count, taps, slices, filters, begin, to, outs)
+            units = (some + U - 1) // U
+            if half:
+                if units == 7:
+                    _products(
+                        L, M, W7, block, places, count, taps, slices, filters, begin, to, outs
+                    )
+                elif units == 5:
+                    _products(
+                        L, M, W5, block, places, count, taps, slices, filters, begin, to, outs
+                    )
+                elif units == 3:
+                    _products(
+                        L, M, W3, block, places, count, taps, slices, filters, begin, to, outs
+                    )
+                elif units == 1:
+                    _products(
+                        L, M, W1, block, places, count, taps, slices, filters, begin, to, outs
+                    )
+            if units == 4 * L // U:
+                _products(L, M, W8, block, places, count, taps, slices, filters, begin, to, outs)
+            elif units == 3 * L // U:
+                _products(L, M, W6, block, places, count, taps, slices, filters, begin, to, outs)
+            elif units == 2 * L // U:
+                _products(L, M, W4, block, places, count, taps, slices, filters, begin, to, outs)
+            elif units == L // U:
+                _products(L, M, W2, block, places, count, taps, slices, filters, begin, to, outs)
             if direct_y and activation < 0:
                 continue
             act = max(activation, 0)
@@ -293,7 +311,7 @@ def _put(
 
 
 @lru_cache(None)
-def _pack(T: str, L: int, V: int) -> Task:
+def _pack(T: str, L: int, V: int, U: int) -> Task:
     args = layout(f"{T}**2 int64* int64*9")
     full = V * L
 
@@ -302,24 +320,27 @@ def _pack(T: str, L: int, V: int) -> Task:
         w, packed, taps, K, C, T_, S_, of_group, of_k, of_c, of_tap, J = unpack(address, args)
         blocks = (K + full - 1) // full
         group, k0 = index // blocks, index % blocks * full
-        padded = (K + L - 1) // L * L
+        padded = (K + U - 1) // U * U
         width = min(full, padded - k0)
         to = ahead(packed, (group * padded + k0) * J)
         spare = pointer(scratch, T)
         source = ahead(w, group * of_group + k0 * of_k)
+        for j in range(J * width if k0 + width > K else 1):
+            to[j] = 0  # what is no filter must be a number all the same, and no denormal one
+        neutral = -to[0]  # -0: adding it changes nothing
         if of_k == 1:
             for c in range(C):
                 for t in range(T_):
-                    vectors.widen(
-                        L, T, ahead(to, (t * C + c) * width),
-                        ahead(source, c * of_c + taps[t] * of_tap), min(width, K - k0),
+                    simd.copy(
+                        L, ahead(to, (t * C + c) * width),
+                        ahead(source, c * of_c + taps[t] * of_tap), min(width, K - k0), neutral,
                     )  # fmt: skip
             return
         if of_c == 1:
-            for v in range(0, width, L):
+            for v in range(0, min(width, K - k0), L):
                 for t in range(T_):
                     rows.turn(
-                        L, T, True, ahead(to, t * C * width + v), width,
+                        L, T, False, ahead(to, t * C * width + v), width,
                         ahead(source, v * of_k + taps[t] * of_tap), of_k, min(L, K - k0 - v), C,
                     )  # fmt: skip
             return
@@ -327,7 +348,7 @@ def _pack(T: str, L: int, V: int) -> Task:
         together = max(1, 256 // S_) if of_c == S_ else 1
         for c0 in range(0, C, together):
             channels = min(together, C - c0)
-            for v in range(0, width, L):
+            for v in range(0, min(width, K - k0), L):
                 rows.turn(
                     L, T, True, spare, L, ahead(source, v * of_k + c0 * of_c), of_k,
                     min(L, K - k0 - v), channels * S_,
@@ -336,7 +357,7 @@ def _pack(T: str, L: int, V: int) -> Task:
                     for c in range(channels):
                         vectors.narrow(
                             L, T, ahead(to, (t * C + c0 + c) * width + v),
-                            ahead(spare, (c * S_ + taps[t]) * L), L,
+                            ahead(spare, (c * S_ + taps[t]) * L), min(L, width - v),
                         )  # fmt: skip
 
     return Task(conv_rows_pack, args)
@@ -378,11 +399,26 @@ def _deliver(L, T, sums, pitch, spare, grad_w, K, lines, side, stretch, C, along
                         to[k * of_k + (c + n) * of_c] = spare[k * L + n]
 
 
+@njit(error_model="numpy", boundscheck=False)
+def _outer_products(L, M, W, block, places, panel, sums, taps, common):
+    """``sums [line] [channel] [W]`` of a block's places, some places at a time."""
+    count, chunk, started, lines, channels, wide, stretch, pitch = common
+    for a in range(0, count, chunk):
+        for t in range(lines):
+            for j in range(0, channels, M):
+                rows.outer(
+                    L, M, W, ahead(block, taps[t] * wide + j), ahead(places, a), min(chunk, count - a),
+                    ahead(panel, a * W), W, ahead(sums, (t * stretch + j) * pitch), pitch, started + a,
+                )  # fmt: skip
+
+
 @lru_cache(None)
-def _weights(kind: str, L: int, M: int, V: int) -> Task:
+def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64*2 {T}**2 int64**2 int64*57")
-    full = V * L
+    full, half = V * L, U < L
+    # Widths of tiles, in halves of a vector.
+    W1, W2, W3, W4, W5, W6, W7, W8 = (L * halves // 2 for halves in range(1, 9))
 
     def conv_rows_weights(address: int, index: int, scratch: int) -> None:
         """A share of the places, for a share of one group's filters and channels: ``sums [tap, C] [K]``."""
@@ -444,30 +480,31 @@ def _weights(kind: str, L: int, M: int, V: int) -> Task:
             start = n0 * yn + z0 * yd + p0 * yh + q0 * yw
             for k in range(0, filters, full):
                 some = min(full, filters - k)
-                width = (some + L - 1) // L * L
+                width = (some + U - 1) // U * U
+                sums_here = ahead(sums, k)
+                common = (count, chunk, started, lines, side * channels, wide, stretch, pitch)
                 _copy_panel(
                     L, kind, ahead(g, start + k * yk), panel, some, width, images, zs, ps, qs,
                     (yn, yk, yd, yh, yw), spare,
                 )  # fmt: skip
-                for a in range(0, count, chunk):
-                    length = min(chunk, count - a)
-                    more = started + a
-                    for t in range(lines):
-                        row = ahead(block, taps[t] * wide)
-                        to = ahead(sums, t * stretch * pitch + k)
-                        for j in range(0, side * channels, M):
-                            near, line = ahead(row, j), ahead(to, j * pitch)
-                            if width == full:
-                                rows.outer(
-                                    L, M, V, near, ahead(places, a), length, ahead(panel, a * width), width,
-                                    line, pitch, more,
-                                )  # fmt: skip
-                            else:
-                                for v in range(0, width, L):
-                                    rows.outer(
-                                        L, M, 1, near, ahead(places, a), length,
-                                        ahead(panel, a * width + v), width, ahead(line, v), pitch, more,
-                                    )  # fmt: skip
+                units = width // U
+                if half:
+                    if units == 7:
+                        _outer_products(L, M, W7, block, places, panel, sums_here, taps, common)
+                    elif units == 5:
+                        _outer_products(L, M, W5, block, places, panel, sums_here, taps, common)
+                    elif units == 3:
+                        _outer_products(L, M, W3, block, places, panel, sums_here, taps, common)
+                    elif units == 1:
+                        _outer_products(L, M, W1, block, places, panel, sums_here, taps, common)
+                if units == 4 * L // U:
+                    _outer_products(L, M, W8, block, places, panel, sums_here, taps, common)
+                elif units == 3 * L // U:
+                    _outer_products(L, M, W6, block, places, panel, sums_here, taps, common)
+                elif units == 2 * L // U:
+                    _outer_products(L, M, W4, block, places, panel, sums_here, taps, common)
+                elif units == L // U:
+                    _outer_products(L, M, W2, block, places, panel, sums_here, taps, common)
             started += 1
         if started == 0:
             for j in range(lines * stretch * pitch):
@@ -643,15 +680,15 @@ class _Correlation:
     ) -> None:  # fmt: skip
         T = "float64" if x.kind == "float64" else "float32"
         lanes, itemsize = simd.lanes(T), bytes_of(T)
-        M, V = rows.tile()
-        full, padded = V * lanes, up(K, lanes)
+        M, V, grain = rows.ROWS, rows.vectors_a_tile(), rows.grain(lanes)
+        full, padded = V * lanes, up(K, grain)
         taps = math.prod(len(axis.taps) for axis in axes)
         self._channels, self._padded = groups * K, groups * padded
         self._real = torch.float64 if T == "float64" else torch.float32
         self._direct_x = (
             x.kind == T and x.channels and taps == 1 and all(axis.inside for axis in axes)
         )
-        self._direct_y = y.kind == T and y.channels and K % lanes == 0
+        self._direct_y = y.kind == T and y.channels and K % grain == 0
         # Neighbouring taps of a block's row are neighbours in memory.
         w_taps = axes[2].taps
         merged = not self._direct_x and w_taps == tuple(range(len(w_taps)))
@@ -675,7 +712,7 @@ class _Correlation:
         room = up(block.places, M)
         sizes = [
             0 if self._direct_x else (block.images * Z * H * W * C + lanes) * itemsize,
-            3 * room * 8,
+            3 * (room + M) * 8,
             lanes * (W + lanes) * itemsize,
             0 if self._direct_y else room * full * itemsize,
             lanes * (room + lanes) * itemsize,
@@ -694,7 +731,7 @@ class _Correlation:
         )
         self._count = blocks_n * math.prod(blocks_zpq) * groups * parts
         self._work = cycles * min(threads, self._count)
-        self._task = _correlate(x.kind, lanes, M, V)
+        self._task = _correlate(x.kind, lanes, M, V, grain)
         self._values = (
             N, groups, C, K, J, share, parts, self._direct_x, self._direct_y,
             block.images, *block.outputs, *blocks_zpq, Z, H, W,
@@ -710,7 +747,7 @@ class _Correlation:
         _, R, S = kernel
         picks = product(*(axis.picks for axis in axes))
         self._picks = np.array([(t * R + r) * S + s for t, r, s in picks] or [0], np.int64)
-        self._pack = _pack(T, lanes, V)
+        self._pack = _pack(T, lanes, V, grain)
         self._pack_count = groups * -(-K // full)
         places = math.prod(kernel)
         self._pack_scratch = max(lanes, 256 // places * places + places) * lanes * itemsize
@@ -738,7 +775,7 @@ class _Correlation:
         lanes: int, threads: int,
     ) -> tuple[float, _Block, int]:  # fmt: skip
         """The fastest block and number of parts by estimated cycles, and that estimate, a thread."""
-        M, V = rows.tile()
+        M, V, grain = rows.ROWS, rows.vectors_a_tile(), rows.grain(lanes)
         full, blocks_k = V * lanes, -(-K // (V * lanes))
         best: tuple[float, _Block, int] | None = None
         for block in _blocks(N, self._axes, 1024):
@@ -755,7 +792,7 @@ class _Correlation:
             room = ((places if self._direct_x else inputs) * C + places * full) * 4
             for parts in {min(blocks_k, e) for e in (1, 2, 3, 4, 6, 8, 16, 32)}:
                 share = -(-blocks_k // parts)
-                width = min(share * full, up(K, lanes))
+                width = min(share * full, up(K, grain))
                 products = tiles * M * J * width / lanes + tiles * share * slices * 70
                 if room > CACHE_BYTES:
                     products *= 1.0 + 0.03 * room / CACHE_BYTES
@@ -820,7 +857,7 @@ class _WeightGradient:
     ) -> None:  # fmt: skip
         T = "float64" if x.kind == "float64" else "float32"
         lanes, itemsize = simd.lanes(T), bytes_of(T)
-        M, V = rows.outer_tile()
+        M, V = rows.OUTER_ROWS, rows.vectors_a_tile()
         full = V * lanes
         taps = math.prod(len(axis.taps) for axis in axes)
         w_taps = axes[2].taps
@@ -861,7 +898,7 @@ class _WeightGradient:
         counts = block.counts(N, axes)
         self._count = splits * groups * parts_k * parts_c
         self._splits, self._sums = splits, sums
-        self._task = _weights(x.kind, lanes, M, V)
+        self._task = _weights(x.kind, lanes, M, V, rows.grain(lanes))
         self._values = (
             N, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, self.CHUNK,
             pad, block.images, *block.outputs, *counts, Z, H, W,

@@ -1,6 +1,6 @@
 """Micro-kernels for channels-last memory, where a place is a row of channels: LLVM IR as in `simd`.
 
-`multiply` and `outer` keep a tile of `rows` times `vectors` accumulators in registers. One operand's elements
+`multiply` and `outer` keep a tile of `rows` times `width` accumulators in registers. One operand's elements
 are broadcast, from wherever offsets say; the other's are whole vectors, packed one behind the other. `turn`
 transposes on the way between the two orders of channels and places, `finish` is an epilogue along channels.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from functools import partial
 from itertools import product
+from typing import NamedTuple
 
 from llvmlite import ir
 from numba import types
@@ -20,16 +21,62 @@ from cnnops.cpu import simd
 from cnnops.cpu.vectors import _Vectors
 from cnnops.epilogue import ACTIVATIONS
 
-
-def tile() -> tuple[int, int]:
-    """Rows and vectors of a tile: for 32 vector registers, or for the 16 that x86 has below AVX-512."""
-    many = simd.simd_bits() == 512 or platform.machine() in ("aarch64", "arm64")
-    return (6, 4) if many else (6, 2)
+ROWS, OUTER_ROWS = 6, 4
+"""Rows of a tile of `multiply`, and of `outer`, where channels come in fours."""
 
 
-def outer_tile() -> tuple[int, int]:
-    """As `tile`, for `outer`: channels come in fours."""
-    return 4, tile()[1]
+def vectors_a_tile() -> int:
+    """For 32 vector registers, or for the 16 that x86 has below AVX-512."""
+    return 4 if simd.simd_bits() == 512 or platform.machine() in ("aarch64", "arm64") else 2
+
+
+def grain(lanes: int) -> int:
+    """A tile is a multiple of so many columns wide: AVX-512 has vectors of half the size, too, at half the
+    price on CPUs that do long ones in two steps."""
+    return lanes // 2 if simd.simd_bits() == 512 else lanes
+
+
+def _segments(builder: ir.IRBuilder, element: ir.Type, lanes: int, width: int) -> list[_Segment]:
+    """`width` columns as vectors of so many lanes, and a last one of half as many."""
+    whole = [
+        _Segment(simd.Emit(builder, element, lanes), v) for v in range(0, width - lanes + 1, lanes)
+    ]
+    rest = width % lanes
+    return [*whole, _Segment(simd.Emit(builder, element, rest), width - rest)] if rest else whole
+
+
+class _Segment(NamedTuple):
+    """One vector of a tile's columns, and which column it begins with."""
+
+    emit: simd.Emit
+    column: int
+
+    def load(self, row: ir.Value) -> ir.Value:
+        return self.emit.load(self.emit.builder.gep(row, [simd.int_constant(self.column)]))
+
+    def store(self, value: ir.Value, row: ir.Value) -> None:
+        self.emit.store(value, self.emit.builder.gep(row, [simd.int_constant(self.column)]))
+
+    def first_of(self, vector: ir.Value) -> ir.Value:
+        """As many lanes of a vector as this one has."""
+        if self.emit.lanes == vector.type.count:
+            return vector
+        order = ir.Constant(
+            ir.VectorType(ir.IntType(32), self.emit.lanes), [*range(self.emit.lanes)]
+        )
+        return self.emit.builder.shuffle_vector(vector, vector, order)
+
+
+def _add_products(
+    segments: list[_Segment], factor: ir.Value, right: list[ir.Value], sums: list[ir.Value]
+) -> list[ir.Value]:
+    """One row's sums with ``factor * right`` added; factor is a scalar."""
+    builder = segments[0].emit.builder
+    broadcast = simd.splat(builder, factor, max(segment.emit.lanes for segment in segments))
+    return [
+        segment.emit.multiply_add(segment.first_of(broadcast), value, former)
+        for segment, value, former in zip(segments, right, sums, strict=True)
+    ]
 
 
 def _far(builder: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
@@ -38,105 +85,101 @@ def _far(builder: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
 
 @intrinsic(prefer_literal=True)
 def multiply(
-    typing_context, lanes, rows, vectors, x, places, taps, tap_count, count, w, start, y, outs, more
+    typing_context, lanes, rows, width, x, places, taps, tap_count, count, w, start, y, outs, more
 ):  # fmt: skip
     """``y[outs[m] + v] = start[v] + sum_{t,c} x[places[m] + taps[t] + c] * w[t, c, v]``.
 
-    For m < rows, v < vectors * lanes, t < tap_count, c < count; `w` packed in this order, the tables int64,
-    in elements. Where `more` is not 0, the sum is added to what y holds instead of `start`.
+    For m < rows, v < width, t < tap_count, c < count; `w` packed in this order, the tables int64, in
+    elements. Where `more` is not 0, the sum is added to what y holds instead of `start`. As many places again
+    must follow: the next tile's.
     """
-    L, M, V = lanes.literal_value, rows.literal_value, vectors.literal_value
+    L, M, W = lanes.literal_value, rows.literal_value, width.literal_value
 
     def generate(context, builder, signature, values):
         x, places, taps, tap_count, count, w, start, y, outs, more = values[3:]
-        emit = simd.Emit(builder, x.type.pointee, L)
-        at = simd.int_constant
+        element, at = x.type.pointee, simd.int_constant
+        segments = _segments(builder, element, L, W)
+        n = len(segments)
         near = [builder.gep(x, [_far(builder, places, at(m))]) for m in range(M)]
         following = [builder.gep(x, [_far(builder, places, at(M + m))]) for m in range(M)]
-        outer = simd.Loop(builder, at(0), tap_count, 1, [emit.zero()] * (M * V))
+        nothing = [segment.emit.zero() for segment in segments] * M
+        outer = simd.Loop(builder, at(0), tap_count, 1, nothing)
         shift = _far(builder, taps, outer.index)
         left = [builder.gep(place, [shift]) for place in near]
-        block = builder.gep(w, [builder.mul(outer.index, builder.mul(count, at(V * L)))])
-        # Sixteen lines' worth of a row at a time, and as much of the tile that follows is asked for.
-        step = 64 // emit.align
+        block = builder.gep(w, [builder.mul(outer.index, builder.mul(count, at(W)))])
+        # A line of each row at a time, and as much of the tile that follows is asked for.
+        step = 64 // segments[0].emit.align
         pieces = simd.Loop(builder, at(0), count, step, outer.carried)
         for row in following:
-            emit.prefetch(builder.gep(row, [builder.add(shift, pieces.index)]))
+            segments[0].emit.prefetch(builder.gep(row, [builder.add(shift, pieces.index)]))
         end = builder.add(pieces.index, at(step))
         end = builder.select(builder.icmp_signed("<", end, count), end, count)
         inner = simd.Loop(builder, pieces.index, end, 1, pieces.carried)
-        c = inner.index
-        line = builder.gep(block, [builder.mul(c, at(V * L))])
-        right = [emit.load(builder.gep(line, [at(v * L)])) for v in range(V)]
+        line = builder.gep(block, [builder.mul(inner.index, at(W))])
+        right = [segment.load(line) for segment in segments]
         sums = []
         for m in range(M):
-            factor = simd.splat(builder, builder.load(builder.gep(left[m], [c])), L)
-            sums += [
-                emit.multiply_add(factor, right[v], inner.carried[m * V + v]) for v in range(V)
-            ]
+            factor = builder.load(builder.gep(left[m], [inner.index]))
+            sums += _add_products(segments, factor, right, inner.carried[m * n : m * n + n])
         sums = outer.close(pieces.close(inner.close(sums)))
         # A long sum in stretches rounds less: what there was is added to this stretch's sum.
         again = builder.icmp_signed("!=", more, at(0))
         for m in range(M):
             to = builder.gep(y, [_far(builder, outs, at(m))])
             former = builder.select(again, to, start)
-            for v in range(V):
-                value = builder.fadd(emit.load(builder.gep(former, [at(v * L)])), sums[m * V + v])
-                emit.store(value, builder.gep(to, [at(v * L)]))
+            for segment, value in zip(segments, sums[m * n : m * n + n], strict=True):
+                segment.store(builder.fadd(segment.load(former), value), to)
         return context.get_dummy_value()
 
     i64 = types.int64
     table = types.CPointer(i64)
-    signature = types.void(
-        lanes, rows, vectors, x, table, table, i64, i64, x, x, x, table, i64
-    )  # fmt: skip
+    signature = types.void(lanes, rows, width, x, table, table, i64, i64, x, x, x, table, i64)
     return signature, generate
 
 
 @intrinsic(prefer_literal=True)
-def outer(typing_context, lanes, rows, vectors, x, places, count, g, width, sums, pitch, more):
-    """``sums[m * pitch + v] (+)= sum_i x[places[i] + m] * g[i * width + v]``.
+def outer(typing_context, lanes, rows, width, x, places, count, g, step, sums, pitch, more):
+    """``sums[m * pitch + v] (+)= sum_i x[places[i] + m] * g[i * step + v]``.
 
-    For m < rows, v < vectors * lanes, i < count; `places` int64. Sums are overwritten where `more` is 0.
+    For m < rows, v < width, i < count; `places` int64. Sums are overwritten where `more` is 0.
     """
-    L, M, V = lanes.literal_value, rows.literal_value, vectors.literal_value
+    L, M, W = lanes.literal_value, rows.literal_value, width.literal_value
 
     def generate(context, builder, signature, values):
-        x, places, count, g, width, sums, pitch, more = values[3:]
-        emit = simd.Emit(builder, x.type.pointee, L)
+        x, places, count, g, step, sums, pitch, more = values[3:]
         at = simd.int_constant
-        loop = simd.Loop(builder, at(0), count, 1, [emit.zero()] * (M * V))
+        segments = _segments(builder, x.type.pointee, L, W)
+        n = len(segments)
+        nothing = [segment.emit.zero() for segment in segments] * M
+        loop = simd.Loop(builder, at(0), count, 1, nothing)
         row = builder.gep(x, [_far(builder, places, loop.index)])
-        line = builder.gep(g, [builder.mul(loop.index, width)])
-        right = [emit.load(builder.gep(line, [at(v * L)])) for v in range(V)]
+        line = builder.gep(g, [builder.mul(loop.index, step)])
+        right = [segment.load(line) for segment in segments]
         found = []
         for m in range(M):
-            factor = simd.splat(builder, builder.load(builder.gep(row, [at(m)])), L)
-            found += [
-                emit.multiply_add(factor, right[v], loop.carried[m * V + v]) for v in range(V)
-            ]
+            factor = builder.load(builder.gep(row, [at(m)]))
+            found += _add_products(segments, factor, right, loop.carried[m * n : m * n + n])
         found = loop.close(found)
-        to = [
-            builder.gep(sums, [builder.add(builder.mul(pitch, at(m)), at(v * L))])
-            for m in range(M)
-            for v in range(V)
-        ]
+        lines = [builder.gep(sums, [builder.mul(pitch, at(m))]) for m in range(M)]
+        places_of = [(segment, line) for line in lines for segment in segments]
         before = builder.block
         with builder.if_then(builder.icmp_signed("!=", more, at(0))):
-            added = [builder.fadd(emit.load(p), f) for p, f in zip(to, found, strict=True)]
+            added = [
+                builder.fadd(segment.load(line), value)
+                for (segment, line), value in zip(places_of, found, strict=True)
+            ]
             there = builder.block
-        results = [builder.phi(emit.vector) for _ in to]
+        results = [builder.phi(value.type) for value in found]
         for phi, value, both in zip(results, found, added, strict=True):
             phi.add_incoming(value, before)
             phi.add_incoming(both, there)
-        for phi, place in zip(results, to, strict=True):
-            emit.store(phi, place)
+        for (segment, line), value in zip(places_of, results, strict=True):
+            segment.store(value, line)
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(
-        lanes, rows, vectors, x, types.CPointer(i64), i64, x, i64, x, i64, i64
-    ), generate  # fmt: skip
+    table = types.CPointer(i64)
+    return types.void(lanes, rows, width, x, table, i64, x, i64, x, i64, i64), generate
 
 
 @intrinsic(prefer_literal=True)
