@@ -51,6 +51,9 @@ def _parser(command: str | None = None) -> _Parser:
     tune = commands.add_parser(
         "tune", help="measure which kernel is the fastest for a model's layers"
     )
+    compile = commands.add_parser(
+        "compile", help="compile the kernels that networks need before anybody waits for them"
+    )
     check = commands.add_parser(
         "check", help="compile and check a CUDA kernel of yours, without a GPU"
     )
@@ -64,6 +67,10 @@ def _parser(command: str | None = None) -> _Parser:
         from cnnops import tuning
 
         tuning.add_arguments(tune)
+    if command == "compile":
+        from cnnops import precompile
+
+        precompile.add_arguments(compile)
     if command == "check":
         from cnnops import check as checking
 
@@ -125,6 +132,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from cnnops import tuning
 
             return tuning.main(options)
+        elif options.command == "compile":
+            from cnnops import precompile
+
+            return precompile.main(options)
         elif options.command == "check":
             from cnnops import check
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from cnnops import system
+from cnnops.cache import cache_dir
 from cnnops.config import ENGINES
-from cnnops.cuda.cache import cache_dir
 
 _USES = {
     "cuda": "the CUDA kernels on the GPU: the default for CUDA tensors",
@@ -59,7 +59,7 @@ def kernel_counts() -> KernelCounts:
     """All engines' counts since this process started. An engine not imported yet has compiled nothing."""
     counts = [
         sys.modules[name].stats()
-        for name in ("cnnops.cuda.jit", "cnnops.cuda.emulate", "cnnops.cpu.task")
+        for name in ("cnnops.cuda.jit", "cnnops.cuda.emulate", "cnnops.cpu.code")
         if name in sys.modules
     ]
     return KernelCounts(
@@ -70,13 +70,13 @@ def kernel_counts() -> KernelCounts:
 
 def cached_kernels() -> dict[str, tuple[Path, int]]:
     """For every engine that compiles: where its compiled kernels lie, and how many there are."""
-    from cnnops.cpu import task
+    from cnnops.cpu import code
 
     compiled = cache_dir()
     places = {
         "cuda": (compiled / "cubin", "*.cubin"),
         "emulate": (compiled / "emulator", "*.so"),
-        "cpu": (task.cache_path(), "*.nbc"),
+        "cpu": (code.cache_path(), "*.o"),
     }
     return {
         engine: (folder, sum(1 for _ in folder.glob(pattern)))

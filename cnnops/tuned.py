@@ -354,7 +354,7 @@ def _slug(device: str) -> str:
 @lru_cache(None)
 def digest(engine: str) -> str:
     """SHA-256 of an engine's kernels and of what launches them: measurements of others say nothing."""
-    from cnnops.cuda.cache import digest_of
+    from cnnops.cache import digest_of
     from cnnops.cuda.kernel import kernels_dir
 
     package = Path(__file__).parent
@@ -433,7 +433,7 @@ def only(*files: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _folder() -> Path:
-    from cnnops.cuda.cache import cache_dir
+    from cnnops.cache import cache_dir
 
     return cache_dir() / "tuned"
 

@@ -46,8 +46,9 @@ from igemm import tf32
 
 import cnnops
 from cnnops import functional as C
+from cnnops.cache import digest_of
 from cnnops.cuda import conv_fold, conv_igemm, conv_igemm_planes, conv_igemm_sm90, jit
-from cnnops.cuda.cache import digest_of, sources
+from cnnops.cuda.cache import sources
 from cnnops.cuda.kernel import Kernel, kernels_dir
 from cnnops.cuda.launch import trace
 from cnnops.epilogue import ACTIVATIONS

@@ -1,23 +1,19 @@
-"""The CPU engine's micro-kernels against plain numpy, at every vector width, and how its tasks are run."""
+"""The CPU engine's micro-kernels against plain numpy, at every vector width."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import os
-import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import cnnops
-from cnnops.cpu import conv, conv_blocks, conv_rows, pool, simd, task
+from cnnops.cpu import conv, conv_blocks, conv_rows, pool, simd
 from cnnops.cpu.task import Task, ahead, layout, unpack
 from cnnops.functional import conv2d, max_pool2d
 from cnnops.shapes import ConvShape, PoolShape
@@ -378,99 +374,3 @@ def test_a_window_that_dilation_takes_past_the_input() -> None:
     pool.max_pool_bwd(shape, torch.ones_like(y), offsets, grad_x)
     pool.max_pool_gather(shape, x, offsets, again)
     assert grad_x.item() == 0 and again.item() == 0
-
-
-# ---- running ---------------------------------------------------------------------------------------------
-
-
-def problem() -> tuple[ConvShape, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One that is worth several threads."""
-    x, w = torch.randn(4, 16, 28, 28), torch.randn(16, 16, 3, 3)
-    shape = ConvShape.of(x.shape, w.shape, padding=1)
-    return shape, x, w, torch.empty(shape.y_size)
-
-
-def test_two_callers_at_once() -> None:
-    shape, x, w, y = problem()
-    conv.conv_fprop(shape, x, w, None, y)
-    results = [torch.empty_like(y) for _ in range(4)]
-
-    def call(result: torch.Tensor) -> None:
-        for _ in range(20):
-            conv.conv_fprop(shape, x, w, None, result)
-
-    callers = [threading.Thread(target=call, args=(result,)) for result in results]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    assert all(torch.equal(result, y) for result in results)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_forked_child_computes() -> None:
-    """numba's threads end a child that uses them, so it must not."""
-    shape, x, w, y = problem()
-    conv.conv_fprop(shape, x, w, None, y)
-    again = torch.empty_like(y)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            conv.conv_fprop(shape, x, w, None, again)
-            status = 0 if bytes(again.numpy()) == bytes(y.numpy()) else 2
-        finally:
-            os._exit(status)
-    _, status = os.waitpid(child, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-
-
-def test_second_run_compiles_nothing(tmp_path: Path) -> None:
-    code = """
-import sys
-import cnnops.cpu
-assert "numba" not in sys.modules and cnnops.cpu.stats() == {"compiled": 0, "loaded_from_cache": 0}
-import torch
-from cnnops.cpu import pool
-from cnnops.shapes import PoolShape
-x = torch.randn(2, 64, 64, 64)
-shape = PoolShape.of(x.shape, 2)
-y, offsets = torch.empty(shape.y_size), torch.empty(shape.y_size, dtype=torch.uint8)
-pool.max_pool_fwd(shape, x, y, offsets)
-print(*cnnops.cpu.stats().values())
-"""
-    counts = [
-        subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            check=True,
-            env={**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)},
-        ).stdout.split()
-        for _ in range(2)
-    ]
-    (compiled, found), (again, loaded) = [[int(n) for n in pair] for pair in counts]
-    assert compiled > 0 and found == 0
-    assert again == 0 and loaded == compiled
-
-
-def test_layout_names_each_argument() -> None:
-    words = layout("float32**2 int64*3 float64").split()
-    assert words[:-1] == ["float32*"] * 2 + ["int64"] * 3 + ["float64"]
-    assert words[-1] == f"#{task._digest()}"
-
-
-@pytest.mark.parametrize(
-    "sizes, strides, expected",
-    [
-        ((2, 3, 4), (12, 4, 1), ([1, 1, 24], [0, 0, 1])),
-        ((2, 3, 4), (24, 4, 1), ([1, 2, 12], [0, 24, 1])),
-        ((2, 3, 4), (0, 0, 0), ([1, 1, 24], [0, 0, 0])),
-        ((2, 1, 4), (4, 99, 1), ([1, 1, 8], [0, 0, 1])),
-        ((3, 2, 4), (1, 13, 3), ([3, 2, 4], [1, 13, 3])),
-    ],
-)
-def test_collapse(
-    sizes: tuple[int, ...], strides: tuple[int, ...], expected: tuple[list[int], list[int]]
-) -> None:
-    assert task.collapse(sizes, strides) == expected

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from cnnops.cuda import cache, emulate, emulator_build
+from cnnops import cache
+from cnnops.cuda import emulate, emulator_build
 from cnnops.cuda.emulate import KernelError
 from cnnops.cuda.kernel import Launch, kernels_dir, launch_of
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import cnnops
+from cnnops.cache import DiskCache
 from cnnops.cuda import jit
-from cnnops.cuda.cache import DiskCache
 from cnnops.cuda.kernel import FastDiv, Kernel, kernels_dir, launch_of
 from cnnops.cuda.launch import trace
 

@@ -10,5 +10,5 @@ def stats() -> dict[str, int]:
 
     Once a program's shapes have all been seen, another run of it compiles nothing.
     """
-    task = sys.modules.get("cnnops.cpu.task")
-    return task.stats() if task else {"compiled": 0, "loaded_from_cache": 0}
+    code = sys.modules.get("cnnops.cpu.code")
+    return code.stats() if code else {"compiled": 0, "loaded_from_cache": 0}

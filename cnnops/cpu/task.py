@@ -2,33 +2,35 @@
 
 A `Task` is one serial numba function ``void(address, index, scratch)``: `address` leads to its arguments
 (read with `unpack`), `index` says which part of the work to do, `scratch` is memory of its own. One driver,
-compiled once, runs the indices of any task on all threads. So each kernel is compiled once, without numba's
-parallel passes (they cost seconds), small problems run serially at no price, and the part a thread happens
-to take never decides a result.
+`_drive`, does the indices of any task, on all threads where that pays. So each kernel is compiled once,
+without numba's parallel passes (they cost seconds), small problems run serially at no price, and the part a
+thread happens to take never decides a result.
 
-Compiled code is kept on disk by numba. Its key there is the function's own text and free variables; the
-digest of this package's sources rides along in `layout`, so that an edit anywhere here reaches every kernel.
+Threads are those of torch's own OpenMP: `_drive` enters a parallel region of the very library that torch has
+loaded, so there is one pool of threads, not two that take the cores from each other, and every thread that
+calls has a team of its own, as it has for torch's operations. Compiled code is kept by `cnnops.cpu.code`.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
-import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, prange, types
+from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
+
+from cnnops.cpu import code
 
 SERIAL_WORK = 30_000
 """Below so many estimated cycles a second thread costs more than it brings."""
@@ -86,19 +88,13 @@ def strides(t: torch.Tensor) -> tuple[int, ...]:
     return (n, c, *(0,) * (3 - len(places)), *places)
 
 
-@lru_cache(None)
-def _digest() -> str:
-    sources = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-
-
 def layout(fields: str) -> str:
     """`fields`, such as "float32* int64*3 float64" with ``*n`` for n in a row, as `unpack` takes them."""
     words = []
     for field in fields.split():
         name, star, count = field.rpartition("*")
         words += [name] * int(count) if star and count else [field]
-    return " ".join([*words, f"#{_digest()}"])
+    return " ".join(words)
 
 
 def collapse(sizes: Sequence[int], strides: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -115,17 +111,13 @@ def collapse(sizes: Sequence[int], strides: Sequence[int]) -> tuple[list[int], l
     return [size for size, _ in filled], [stride for _, stride in filled]
 
 
-def _fields(text: str) -> list[str]:
-    return text.split()[:-1]
-
-
 # ---- inside kernels ---------------------------------------------------------------------------------------
 
 
 @intrinsic(prefer_literal=True)
 def unpack(typing_context, address, layout):
     """The arguments behind `address`, one a field of `layout`, as a tuple."""
-    members = types.Tuple([_NUMBA[name] for name in _fields(layout.literal_value)])
+    members = types.Tuple([_NUMBA[name] for name in layout.literal_value.split()])
 
     def generate(context, builder, signature, values):
         fields = []
@@ -177,6 +169,15 @@ def inside(first, step, size, count):
 
 
 # ---- running ----------------------------------------------------------------------------------------------
+# A driver is given one block of memory: the fields of _HEAD, then the kernel's arguments. The first field is
+# the address of those of _TASK, which do not change between calls.
+
+_HEAD = layout("int64*6")
+_HEAD_BYTES = 48
+_TASK = layout("int64*4")
+
+_JOB_WORDS = 3
+"""A job, shared by the threads of a team: the next index, the next thread's number, the block's address."""
 
 
 @intrinsic
@@ -203,40 +204,175 @@ def _take(typing_context, counter):
     return types.int64(types.int64), generate
 
 
-@njit(nogil=True, cache=True)
-def _serial(function, block, count, scratch_bytes):
-    scratch = np.empty(scratch_bytes + 64, np.uint8)
-    start = (scratch.ctypes.data + 63) // 64 * 64
-    for index in range(count):
-        _call(function, block + 8, index, start)
-    return scratch[0]  # numba frees an array behind its last use: this is it
+@intrinsic
+def _new_job(typing_context, block):
+    """The address of a job on the stack."""
+
+    def generate(context, builder, signature, values):
+        i64 = ir.IntType(64)
+        job = cgutils.alloca_once(builder, ir.ArrayType(i64, _JOB_WORDS))
+        zero = ir.Constant(i64, 0)
+        for word, value in enumerate((zero, zero, values[0])):
+            builder.store(value, cgutils.gep_inbounds(builder, job, 0, word))
+        return builder.ptrtoint(job, i64)
+
+    return types.int64(types.int64), generate
 
 
-@njit(nogil=True, cache=True, parallel=True)
-def _parallel(function, block, count, scratch_bytes, workers):
-    # Workers take indices from a counter: a core that is busy elsewhere takes fewer.
-    room = (scratch_bytes + 127) // 64 * 64
-    scratch = np.empty(room * workers + 64, np.uint8)
-    start = (scratch.ctypes.data + 63) // 64 * 64
-    for worker in prange(workers):
-        index = _take(block)
+@intrinsic
+def _parallel_region(typing_context, enter, team, job, threads):
+    """``GOMP_parallel(team, job, threads, 0)``: every thread of the team calls ``team(job)``."""
+    i64, i32 = ir.IntType(64), ir.IntType(32)
+
+    def generate(context, builder, signature, values):
+        enter, team, job, threads = values
+        kind = ir.FunctionType(ir.VoidType(), [i64, i64, i32, i32])
+        count = builder.trunc(threads, i32)
+        builder.call(builder.inttoptr(enter, kind.as_pointer()), [team, job, count, i32(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def _number_from(typing_context, function):
+    """What ``int function(void)`` at this address says."""
+    i64 = ir.IntType(64)
+
+    def generate(context, builder, signature, values):
+        kind = ir.FunctionType(ir.IntType(32), [])
+        number = builder.call(builder.inttoptr(values[0], kind.as_pointer()), [])
+        return builder.sext(number, i64)
+
+    return types.int64(types.int64), generate
+
+
+def _team(job: int) -> None:
+    """What every thread of a team does: take indices from a counter until there are no more, so that a core
+    that is busy elsewhere takes fewer. A team may be larger than the number of workers asked for, or smaller.
+    """
+    block = pointer(job, "int64")[2]
+    task, count, workers, _, scratch, room = unpack(block, _HEAD)
+    kernel, _, _, thread_number = unpack(task, _TASK)
+    number = _number_from(thread_number) if thread_number else _take(job + 8)
+    if number < workers:
+        index = _take(job)
         while index < count:
-            _call(function, block + 8, index, start + worker * room)
-            index = _take(block)
-    return scratch[0]
+            _call(kernel, block + _HEAD_BYTES, index, scratch + number * room)
+            index = _take(job)
 
 
-_forked = False
-"""True in a forked child: OpenMP threads do not survive a fork, so a child computes serially."""
+def _drive(block: int) -> None:
+    task, count, workers, threads, scratch, _ = unpack(block, _HEAD)
+    kernel, enter, team, _ = unpack(task, _TASK)
+    if workers < 2:
+        for index in range(count):
+            _call(kernel, block + _HEAD_BYTES, index, scratch)
+    else:
+        _parallel_region(enter, team, _new_job(block), threads)
+
+
+class _Drivers:
+    """The compiled drivers, and the address of what they need of OpenMP: 0 where torch has none."""
+
+    def __init__(self) -> None:
+        # ctypes lets go of the GIL; one argument, of no declared type, is the fastest call that it has.
+        team = code.compiled(_team, 1).address
+        self.drive = ctypes.CFUNCTYPE(None)(code.compiled(_drive, 1).address)
+        self.help = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(team)
+        openmp = _openmp()
+        self.openmp = bool(openmp)
+        enter, thread_number = openmp or (0, 0)
+        self.addresses = enter, team, thread_number
+
+
+def _openmp() -> tuple[int, int] | None:
+    """Where ``GOMP_parallel`` and ``omp_get_thread_num`` are in the OpenMP library that torch runs on.
+
+    GCC's library has them, and LLVM's and Intel's have them for programs that GCC has compiled. None where
+    torch has been built without OpenMP, or for a system whose compilers call it otherwise.
+    """
+    try:
+        library = ctypes.CDLL(torch._C.__file__)  # what this links to is searched, too
+        names = (library.GOMP_parallel, library.omp_get_thread_num)
+    except (OSError, AttributeError, TypeError):
+        return None
+    enter, number = (ctypes.cast(name, ctypes.c_void_p).value or 0 for name in names)
+    return (enter, number) if enter and number else None
+
+
+_drivers = lru_cache(None)(_Drivers)
+
+
+# ---- threads where torch has no OpenMP --------------------------------------------------------------------
+
+
+@lru_cache(None)
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, "cnnops")
+
+
+def _drive_by_pool(block: bytes, workers: int) -> None:
+    """As `_drive`, by Python's threads. The caller does whatever none of them has begun by then: it never
+    waits for a thread that others keep busy."""
+    address = ctypes.cast(ctypes.c_char_p(block), ctypes.c_void_p).value or 0
+    job = (ctypes.c_int64 * _JOB_WORDS)(0, 0, address)
+    helpers: list[Future[None]] = []
+    try:
+        for _ in range(workers - 1):
+            helpers.append(_pool().submit(_drivers().help, ctypes.addressof(job)))
+    except RuntimeError:  # the interpreter is shutting down: no new threads
+        pass
+    _drivers().help(ctypes.addressof(job))
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
+
+
+# ---- forked processes -------------------------------------------------------------------------------------
+
+_forked = 0
+"""In a forked process, the thread that the fork has left: the threads of its team are gone, and OpenMP would
+wait for them. It computes serially; threads that are started later have teams of their own."""
 
 
 def _after_fork() -> None:
     global _forked
-    _forked = True
+    _forked = threading.get_ident()
+    _pool.cache_clear()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
+
+
+# ---- scratch ----------------------------------------------------------------------------------------------
+
+PAGE = 4096
+KEPT_BYTES = 8 * 1024 * 1024
+"""Scratch of up to so many bytes a worker is kept between calls."""
+
+
+class _Scratch(threading.local):
+    """Memory for the workers of the calling thread's tasks, kept until the thread ends.
+
+    Its pages are there when the next call comes: new ones cost more than many a kernel.
+    """
+
+    def __init__(self) -> None:
+        self.pages: tuple[int, int, object] = 0, 0, None
+
+
+def _pages(size: int) -> tuple[int, int, object]:
+    """New memory: its size, the address of the first page in it, and its owner."""
+    memory = np.empty(size + PAGE, np.uint8)
+    return size, -(-memory.ctypes.data // PAGE) * PAGE, memory
+
+
+_scratch = _Scratch()
+
+
+# ---- tasks ------------------------------------------------------------------------------------------------
 
 
 class Task:
@@ -245,81 +381,50 @@ class Task:
     Make one inside a factory under ``lru_cache`` whose parameters are the kernel's free variables.
     """
 
-    made: list[Task] = []
-
     def __init__(self, function: Callable[[int, int, int], None], layout: str) -> None:
-        words = _fields(layout)
         self.name = function.__name__
-        compile = numba.cfunc(
-            types.void(types.int64, types.int64, types.int64),
-            nopython=True,
-            cache=True,
-            error_model="numpy",
-            boundscheck=False,
-            fastmath={"contract"},
-        )
-        self._kernel = compile(function)
-        self._address: int = self._kernel.address
-        # The driver's counter comes first, then one 8-byte slot an argument.
-        self._struct = struct.Struct(
-            "q" + "".join("d" if word == "float64" else "q" for word in words)
-        )
-        self._block = ctypes.c_char * self._struct.size
-        Task.made.append(self)
-
-    @property
-    def from_cache(self) -> bool:
-        return bool(self._kernel.cache_hits)
+        kernel = code.compiled(function, 3)
+        self.from_cache = kernel.from_cache
+        fields = "".join("d" if word == "float64" else "q" for word in layout.split())
+        self._pack = struct.Struct(f"{_HEAD_BYTES // 8}q{fields}").pack
+        drivers = _drivers()
+        self._drive, self._openmp = drivers.drive, drivers.openmp
+        self._constants = (ctypes.c_int64 * 4)(kernel.address, *drivers.addresses)
+        self._task = ctypes.addressof(self._constants)
 
     def run(self, count: int, work: float, *values: float, scratch_bytes: int = 0) -> None:
         """Do the indices 0 to `count`; `work` estimates the cycles of all of them together.
 
         Pointers are passed as ints (`Tensor.data_ptr`, 0 for none); whoever calls keeps their owners alive.
         """
-        block = self._block()
-        self._struct.pack_into(block, 0, 0, *values)
-        address = ctypes.addressof(block)
-        workers = min(count, torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS)
-        if workers < 2 or work < SERIAL_WORK or _forked:
-            _serial(self._address, address, count, scratch_bytes)
-            return
-        former = numba.get_num_threads()
-        if former > workers:
-            numba.set_num_threads(workers)
-        try:
-            with _entry():
-                _parallel(self._address, address, count, scratch_bytes, workers)
-        finally:
-            if former > workers:
-                numba.set_num_threads(former)
+        workers = threads = 1
+        if count > 1 and work >= SERIAL_WORK and not (_forked and _forked == threading.get_ident()):
+            # All of torch's threads, also for fewer indices: libgomp ends threads that a smaller team has no
+            # place for, and the next operation has to make them again.
+            threads = torch.get_num_threads()
+            workers = min(count, threads)
+        scratch = room = 0
+        if scratch_bytes:
+            room = (scratch_bytes + PAGE - 1) & -PAGE
+            pages = _scratch.pages
+            if pages[0] < room * workers:
+                pages = _pages(room * workers)
+                if room <= KEPT_BYTES:
+                    _scratch.pages = pages
+            scratch = pages[1]
+        block = self._pack(self._task, count, workers, threads, scratch, room, *values)
+        if workers < 2 or self._openmp:
+            self._drive(block)
+        else:
+            _drive_by_pool(block, workers)
 
 
-_one_at_a_time = threading.Lock()
-
-
-@lru_cache(None)
-def _layer() -> str:
-    """numba's threading layer, settled by a first parallel run."""
-    with _one_at_a_time:
-        _parallel(0, 0, 0, 0, 0)
-        return str(numba.threading_layer())
-
-
-def _entry() -> AbstractContextManager[object]:
-    """What to hold while threads run: numba's own layer aborts the process when two callers enter it."""
-    return _one_at_a_time if _layer() == "workqueue" else nullcontext()
-
-
-def stats() -> dict[str, int]:
-    """How many functions of this engine were compiled in this process, and how many came from the disk."""
-    loaded = sum(task.from_cache for task in Task.made)
-    compiled = len(Task.made) - loaded
-    for driver in (_serial, _parallel):
-        loaded += sum(driver.stats.cache_hits.values())
-        compiled += sum(driver.stats.cache_misses.values())
-    return {"compiled": compiled, "loaded_from_cache": loaded}
-
-
-def cache_path() -> Path:
-    """The folder of compiled functions: beside this file, or numba's own if that cannot be written."""
-    return Path(_serial.stats.cache_path)
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Within the block kernels are compiled, but none runs: results hold what memory held."""
+    run = Task.run
+    setattr(Task, "run", lambda *_, **__: None)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(Task, "run", run)  # noqa: B010

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from cnnops.cuda.cache import CompileError, DiskCache, digest_of, sources
+from cnnops.cache import DiskCache, digest_of
+from cnnops.cuda.cache import CompileError, sources
 from cnnops.cuda.kernel import Kernel, kernels_dir
 
 OLDEST = {"GCC": 11, "clang": 14}

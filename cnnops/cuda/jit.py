@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
+from cnnops.cache import DiskCache, digest_of
 from cnnops.cuda import tensor_map
-from cnnops.cuda.cache import CompileError, DiskCache, digest_of, sources
+from cnnops.cuda.cache import CompileError, sources
 from cnnops.cuda.kernel import Kernel, Launch, kernels_dir
 
 # fp32 results are IEEE's but for contraction to FMA: subnormals kept, division and square root rounded right.
