@@ -15,7 +15,7 @@ Importing compiles nothing and loads no engine: the first call does.
 """
 
 from cnnops import functional, nn, tuned
-from cnnops.config import engine, fallback, policy
+from cnnops.config import engine, fallback, policy, winograd
 from cnnops.conversion import Conversion, convert, revert
 from cnnops.fusion import Fusion, fuse
 from cnnops.patching import patched
@@ -44,4 +44,5 @@ __all__ = [
     "summary",
     "tune",
     "tuned",
+    "winograd",
 ]

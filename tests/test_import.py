@@ -64,6 +64,14 @@ def test_engine_from_the_environment() -> None:
         _run(code, CNNOPS_ENGINE="gpu")
 
 
+def test_winograd_from_the_environment() -> None:
+    code = "from cnnops.config import settings; print(settings.winograd)"
+    assert _run(code, CNNOPS_WINOGRAD="0") == "False"
+    assert _run(code, CNNOPS_WINOGRAD="") == _run(code, CNNOPS_WINOGRAD="1") == "True"
+    with pytest.raises(AssertionError, match="CNNOPS_WINOGRAD: expected 0 or 1, got 'off'"):
+        _run(code, CNNOPS_WINOGRAD="off")
+
+
 def test_public_names() -> None:
     assert cnnops.__version__ == "0.1.0"
     for name in cnnops.__all__:

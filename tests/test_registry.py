@@ -179,6 +179,15 @@ def test_settings_are_setters_and_contexts() -> None:
     assert settings.fallback == "error"
 
 
+def test_winograd_is_on_unless_switched_off() -> None:
+    assert settings.winograd
+    with cnnops.winograd(False):
+        assert settings.winograd is False
+        cnnops.winograd(True)
+        assert settings.winograd is True
+    assert settings.winograd
+
+
 @pytest.mark.parametrize("setting", [cnnops.engine, cnnops.fallback, cnnops.algorithm])
 def test_unknown_settings(setting: Any) -> None:
     with pytest.raises(ValueError, match="expected one of .*, got 'best'"):

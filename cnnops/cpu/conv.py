@@ -2,6 +2,7 @@
 
 Each has several forms, one module each; what a call takes depends on shape, type and memory alone:
 
+    conv_winograd   3x3 taps a step apart: a quarter of the multiplications
     conv_rows       channels last: what most convolutions are fastest as, whatever their memory
     conv_planes     one tap, and channels in planes
     conv_blocks     channels in planes: results of few channels, padding modes other than zeros, dense layers
@@ -15,7 +16,8 @@ from types import ModuleType
 
 import torch
 
-from cnnops.cpu import conv_blocks, conv_planes, conv_rows, rows, simd
+from cnnops.config import settings
+from cnnops.cpu import conv_blocks, conv_planes, conv_rows, conv_winograd, rows, simd
 from cnnops.cpu.conv_axes import is_framed, up
 from cnnops.cpu.conv_fold import conv_fold as conv_fold
 from cnnops.cpu.norm import batch_norm_stats
@@ -54,13 +56,20 @@ def form(
 
 @lru_cache(1024)
 def _chosen(
-    direction: Direction, shape: ConvShape, dtype: torch.dtype, *activations: tuple[int, ...]
-) -> ModuleType:
-    """As `form`, for activations of these strides."""
+    direction: Direction, shape: ConvShape, dtype: torch.dtype, winograd: bool,
+    *activations: tuple[int, ...],
+) -> ModuleType:  # fmt: skip
+    """The module whose kernels answer, for activations of these strides."""
+    if winograd and conv_winograd.takes(shape, dtype, direction):
+        return conv_winograd
     channels_last = all(strides[1] == 1 for strides in activations)
     if direction != "wgrad" and not channels_last and conv_planes.takes(shape, *activations):
         return conv_planes
     return form(direction, shape, dtype, channels_last)
+
+
+def _form(direction: Direction, shape: ConvShape, a: torch.Tensor, b: torch.Tensor) -> ModuleType:
+    return _chosen(direction, shape, a.dtype, settings.winograd, a.stride(), b.stride())
 
 
 @lru_cache(None)
@@ -90,7 +99,7 @@ def conv_fprop(
     epilogue: Epilogue | None = None,
 ) -> None:
     """``y = x * w + bias``, x padded as `shape.padding_mode` says; any strides. See `Epilogue` for more."""
-    _chosen("fprop", shape, x.dtype, x.stride(), y.stride()).fprop(shape, x, w, bias, y, epilogue)
+    _form("fprop", shape, x, y).fprop(shape, x, w, bias, y, epilogue)
     if epilogue is not None and epilogue.mean is not None and epilogue.var is not None:
         # Of y as it is stored, and independent of how many threads there were, which tiles are not.
         batch_norm_stats(
@@ -108,18 +117,14 @@ def conv_dgrad(
 ) -> None:
     """The gradient with respect to x, for zeros as padding, plus `bias`, one value a channel of x; and what
     else the `Epilogue` says."""
-    _chosen("dgrad", shape, grad_y.dtype, grad_y.stride(), grad_x.stride()).dgrad(
-        shape, grad_y, w, bias, grad_x, epilogue
-    )
+    _form("dgrad", shape, grad_y, grad_x).dgrad(shape, grad_y, w, bias, grad_x, epilogue)
 
 
 def conv_wgrad(
     shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor
 ) -> None:
     """The gradient with respect to w: the same bits for any number of threads."""
-    _chosen("wgrad", shape, grad_y.dtype, grad_y.stride(), x.stride()).wgrad(
-        shape, grad_y, x, grad_w
-    )
+    _form("wgrad", shape, grad_y, x).wgrad(shape, grad_y, x, grad_w)
 
 
 def conv_bgrad(shape: ConvShape, grad_y: torch.Tensor, grad_bias: torch.Tensor) -> None:

@@ -1,0 +1,1043 @@
+"""Winograd's convolution F(4x4, 3x3): 36 products where a direct convolution of 16 outputs has 144.
+
+A tile of 4 by 4 outputs comes from 6 by 6 inputs d and, for each pair of channels, a filter g, as
+``Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A``. The sum over channels is taken before Aᵀ and A, so that ⊙ becomes 36
+matrix products ``M[xi] = V[xi] · U[xi]``, of [tiles, C] and [C, K]:
+
+    V = Bᵀ d B    [xi] [stretch of C] [tile] [C]        a stretch is `STRETCH` channels
+    U = G g Gᵀ    [panel] [xi] [C] [K]                  a panel is as many filters as a tile of registers
+    M             [xi] [tile] [K]                       of one panel
+
+All transforms go along channels with vectors, whatever the layout: planes of x and y, and half types, pass
+through small channels-last float32 buffers. Tiles are numbered through all images, so small planes fill
+blocks, too; what lies outside of x is read from a vector of zeros. The input gradient is the same
+computation, of grad_y with the filters turned around and their channels exchanged.
+
+Either U or V is made before, for all tasks. Where U is small a task makes V of a block of tiles, and takes it
+through all panels. Where U is large, as at the end of a network, all V is made first: a task takes one panel
+for a block of tiles, and makes U a stretch of channels at a time where it is used, in the second-level cache.
+
+Accuracy. The interpolation points are 0, ±1/√2, ±√2 and ∞, and channels are added up in stretches, the sums
+of which are added. Errors of float32 results from normally distributed numbers, relative to the norm, and the
+largest, relative to the results' standard deviation:
+
+    C                              64                256               512
+    these points             6.3e-7  5.3e-6    6.7e-7  4.3e-6    7.2e-7  4.9e-6
+    0, ±1, ±2, ∞             1.3e-6  1.6e-5    1.4e-6  1.3e-5    1.5e-6  1.4e-5
+    direct convolution       2.7e-7  2.4e-6    2.8e-7  1.6e-6    2.9e-7  1.7e-6
+
+Half types are computed in float32 and rounded once, at the end.
+
+NaN and infinity. A number that is not finite may reach all 16 outputs of each tile that reads it, where a
+direct convolution has it in the 9 that see it. Those always get it, an infinity perhaps as NaN, for it meets
+itself with both signs. The transforms reach some ten times as far as their inputs: near the largest float32
+they overflow.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from cnnops.config import settings
+from cnnops.cpu import simd, vectors
+from cnnops.cpu.task import Task, ahead, given, layout, pointer, unpack
+from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
+from cnnops.shapes import Axes, ConvShape, Direction
+
+STRETCH = 64
+"""Channels that are multiplied before the next ones: so many of a panel stay in the first-level cache. A
+multiple of every number of lanes."""
+
+TERMS = 32
+"""Products that are added up one after the other: a long sum of such sums rounds less."""
+
+KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+"""Types in memory. float64 is left to direct convolution, for those who ask for its digits."""
+
+# ---- the transforms of one axis, on vectors ---------------------------------------------------------------
+
+_NEAR, _FAR = math.sqrt(0.5), math.sqrt(2.0)
+"""The points: a² b² = 1 and a² + b² = 5/2 leave few constants that are not exact."""
+
+
+def _input_axis(emit: simd.Emit, d: list[ir.Value]) -> list[ir.Value]:
+    """``Bᵀ d``: 6 to 6."""
+
+    def plus(factor, a, c):
+        return emit.multiply_add(emit.constant(factor), a, c)
+
+    even_near, odd_near = plus(-2.0, d[2], d[4]), plus(-2.0, d[1], d[3])
+    even_far, odd_far = plus(-0.5, d[2], d[4]), plus(-0.5, d[1], d[3])
+    return [
+        emit.builder.fadd(plus(-2.5, d[2], d[0]), d[4]),
+        plus(_NEAR, odd_near, even_near),
+        plus(-_NEAR, odd_near, even_near),
+        plus(_FAR, odd_far, even_far),
+        plus(-_FAR, odd_far, even_far),
+        emit.builder.fadd(plus(-2.5, d[3], d[1]), d[5]),
+    ]
+
+
+def _filter_axis(emit: simd.Emit, g: list[ir.Value]) -> list[ir.Value]:
+    """``G g``: 3 to 6, but for factors that `_sums_axis` has instead."""
+
+    def plus(factor, a, c):
+        return emit.multiply_add(emit.constant(factor), a, c)
+
+    near, far = plus(0.5, g[2], g[0]), plus(2.0, g[2], g[0])
+    return [
+        g[0],
+        plus(_NEAR, g[1], near),
+        plus(-_NEAR, g[1], near),
+        plus(_FAR, g[1], far),
+        plus(-_FAR, g[1], far),
+        g[2],
+    ]
+
+
+def _sums_axis(emit: simd.Emit, m: list[ir.Value]) -> list[ir.Value]:
+    """``Aᵀ m``: 6 to 4."""
+    builder = emit.builder
+
+    def plus(factor, a, c):
+        return emit.multiply_add(emit.constant(factor), a, c)
+
+    near, far = builder.fadd(m[1], m[2]), builder.fadd(m[3], m[4])
+    odd_near, odd_far = builder.fsub(m[1], m[2]), builder.fsub(m[3], m[4])
+    # G's rows for ±1/√2 have a factor of -2/3, those for ±√2 one of 1/6.
+    a, b = -2 / 3, 1 / 6
+    once = builder.fmul(emit.constant(a * _NEAR), odd_near)
+    return [
+        plus(b, far, plus(a, near, m[0])),
+        plus(b * _FAR, odd_far, once),
+        builder.fmul(emit.constant(1 / 3), builder.fsub(far, near)),
+        plus(b * _FAR**3, odd_far, plus(a * _NEAR**3, odd_near, m[5])),
+    ]
+
+
+def _both_axes(
+    emit: simd.Emit,
+    axis: Callable[[simd.Emit, list[ir.Value]], list[ir.Value]],
+    read: Callable[[int, int], ir.Value],
+    sizes: int,
+    write: Callable[[int, int, ir.Value], None],
+) -> None:
+    """`axis` down every column of what ``read(i, j)`` gives, then along every row: each result to
+    ``write(i, j, value)``."""
+    down = [axis(emit, [read(i, j) for i in range(sizes)]) for j in range(sizes)]
+    for i in range(len(down[0])):
+        for j, value in enumerate(axis(emit, [column[i] for column in down])):
+            write(i, j, value)
+
+
+def _times(builder, value, factor):
+    return builder.mul(value, simd.int_constant(factor))
+
+
+@intrinsic(prefer_literal=True)
+def _transform_input(typing_context, lanes, to, plane, source, places, count):
+    """``to[xi * plane + c] = (Bᵀ d B)[xi]`` with ``d[k] = source[places[k] + c]``, for c < count, which is a
+    multiple of the lanes."""
+    L = lanes.literal_value
+
+    def generate(context, builder, signature, values):
+        to, plane, source, places, count = values[1:]
+        emit = simd.Emit(builder, ir.FloatType(), L)
+        loop = simd.Loop(builder, simd.int_constant(0), count, L, [])
+        c = loop.index
+        start = builder.gep(source, [c])
+
+        def read(i, j):
+            place = builder.load(builder.gep(places, [simd.int_constant(6 * i + j)]))
+            return emit.load(builder.gep(start, [place]))
+
+        def write(i, j, value):
+            at = builder.add(_times(builder, plane, 6 * i + j), c)
+            emit.store(value, builder.gep(to, [at]))
+
+        _both_axes(emit, _input_axis, read, 6, write)
+        loop.close([])
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, to, i64, source, types.CPointer(i64), i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _transform_filter(typing_context, lanes, to, plane, source, step):
+    """``to[xi * plane + l] = (G g Gᵀ)[xi]`` with ``g[t] = source[t * step + l]``, for every lane l."""
+    L = lanes.literal_value
+
+    def generate(context, builder, signature, values):
+        to, plane, source, step = values[1:]
+        emit = simd.Emit(builder, ir.FloatType(), L)
+
+        def read(i, j):
+            return emit.load(builder.gep(source, [_times(builder, step, 3 * i + j)]))
+
+        def write(i, j, value):
+            emit.store(value, builder.gep(to, [_times(builder, plane, 6 * i + j)]))
+
+        _both_axes(emit, _filter_axis, read, 3, write)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, to, i64, source, i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _transform_sums(typing_context, lanes, to, row, place, source, plane):
+    """``to[p * row + q * place + l] = (Aᵀ m A)[p, q]`` with ``m[xi] = source[xi * plane + l]``, for every
+    lane l."""
+    L = lanes.literal_value
+
+    def generate(context, builder, signature, values):
+        to, row, place, source, plane = values[1:]
+        emit = simd.Emit(builder, ir.FloatType(), L)
+
+        def read(i, j):
+            return emit.load(builder.gep(source, [_times(builder, plane, 6 * i + j)]))
+
+        def write(p, q, value):
+            at = builder.add(_times(builder, row, p), _times(builder, place, q))
+            emit.store(value, builder.gep(to, [at]))
+
+        _both_axes(emit, _sums_axis, read, 6, write)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, to, i64, i64, source, i64), generate
+
+
+# ---- other work on vectors --------------------------------------------------------------------------------
+
+
+@intrinsic(prefer_literal=True)
+def _multiply(typing_context, lanes, rows, width, a, a_pitch, b, count, c, c_pitch, accumulate):
+    """``C[m, v] (+)= sum_k A[m, k] * B[k, v]`` for m < rows, v < width * lanes, k < count.
+
+    B's rows lie one behind another; C is overwritten where `accumulate` is 0, added to elsewhere.
+    """
+    L, M, V = lanes.literal_value, rows.literal_value, width.literal_value
+
+    def generate(context, builder, signature, values):
+        a, a_pitch, b, count, c, c_pitch, accumulate = values[3:]
+        emit = simd.Emit(builder, ir.FloatType(), L)
+        lines = [builder.gep(a, [_times(builder, a_pitch, m)]) for m in range(M)]
+        places = [
+            builder.gep(c, [builder.add(_times(builder, c_pitch, m), simd.int_constant(v * L))])
+            for m in range(M)
+            for v in range(V)
+        ]
+        loop = simd.Loop(builder, simd.int_constant(0), count, 1, [emit.zero()] * (M * V))
+        k = loop.index
+        row = builder.gep(b, [_times(builder, k, V * L)])
+        column = [emit.load(builder.gep(row, [simd.int_constant(v * L)])) for v in range(V)]
+        sums = []
+        for m in range(M):
+            factor = simd.splat(builder, builder.load(builder.gep(lines[m], [k])), L)
+            sums += [
+                emit.multiply_add(factor, column[v], loop.carried[m * V + v]) for v in range(V)
+            ]
+        sums = loop.close(sums)
+        former = builder.icmp_signed("!=", accumulate, simd.int_constant(0))
+        with builder.if_else(former) as (more, fresh):
+            with more:
+                for value, place in zip(sums, places, strict=True):
+                    emit.store(builder.fadd(emit.load(place), value), place)
+            with fresh:
+                for value, place in zip(sums, places, strict=True):
+                    emit.store(value, place)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, rows, width, a, i64, b, i64, c, i64, i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _turn(typing_context, lanes, kind, to, pitch, source, line, rows, count):
+    """``to[i * pitch + n] = source[n * line + i]`` for n < rows <= lanes, i < count.
+
+    Writes whole vectors, and as many of them as are a multiple of the lanes.
+    """
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        to, pitch, source, line, rows, count = values[2:]
+        emit = vectors._Vectors(builder, of, L)
+        # Rows that are not there stand for the last one.
+        last = builder.sub(rows, simd.int_constant(1))
+        lines = []
+        for n in map(simd.int_constant, range(L)):
+            nearest = builder.select(builder.icmp_signed("<", n, last), n, last)
+            lines.append(builder.gep(source, [builder.mul(nearest, line)]))
+
+        def body(i, mask):
+            block = [emit.read(builder.gep(place, [i]), mask) for place in lines]
+            # Quarters change places across the diagonal, then each quarter's quarters, down to elements.
+            half = L // 2
+            while half:
+                upper = ir.Constant(emit.words, [n + L - half if n & half else n for n in range(L)])
+                lower = ir.Constant(emit.words, [n + L if n & half else n + half for n in range(L)])
+                for n in range(L):
+                    if not n & half:
+                        pair = block[n], block[n + half]
+                        block[n] = builder.shuffle_vector(*pair, upper)
+                        block[n + half] = builder.shuffle_vector(*pair, lower)
+                half //= 2
+            for n, value in enumerate(block):
+                at = builder.mul(builder.add(i, simd.int_constant(n)), pitch)
+                emit.store(value, builder.gep(to, [at]))
+
+        emit.over(count, body)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, kind, to, i64, source, i64, i64, i64), generate
+
+
+def _over_rows(
+    emit: vectors._Vectors,
+    sums: ir.Value,
+    strides: tuple[ir.Value, ...],
+    sizes: list[ir.Value],
+    update: Callable[[ir.Value, ir.Value, ir.Value | None], None],
+) -> None:
+    """``update(place, offset, mask)`` for every vector of `sums` and the offset of its place in y."""
+    builder = emit.builder
+    sums_line, sums_row, line, row = strides
+    lines, rows, count = sizes
+    zero = simd.int_constant(0)
+    outer = simd.Loop(builder, zero, lines, 1, [])
+    inner = simd.Loop(builder, zero, rows, 1, [])
+    a, b = outer.index, inner.index
+    here = builder.gep(sums, [builder.add(builder.mul(a, sums_line), builder.mul(b, sums_row))])
+    there = builder.add(builder.mul(a, line), builder.mul(b, row))
+    emit.over(count, lambda i, mask: update(builder.gep(here, [i]), builder.add(there, i), mask))
+    inner.close([])
+    outer.close([])
+
+
+@intrinsic(prefer_literal=True)
+def _add_rows(
+    typing_context, lanes, kind, sums, sums_line, sums_row, y, line, row, lines, rows, count
+):  # fmt: skip
+    """``sums[a * sums_line + b * sums_row + i] += y[a * line + b * row + i]`` for a < lines, b < rows,
+    i < count. Sums are read and written in whole vectors."""
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        sums, sums_line, sums_row, y, line, row, *sizes = values[2:]
+        emit = vectors._Vectors(builder, of, L)
+
+        def update(place, offset, mask):
+            added = emit.read(builder.gep(y, [offset]), mask)
+            emit.store(builder.fadd(emit.load(place), added), place)
+
+        _over_rows(emit, sums, (sums_line, sums_row, line, row), sizes, update)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, kind, sums, i64, i64, y, i64, i64, i64, i64, i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _store_rows(
+    typing_context, lanes, kind, y, line, row, sums, sums_line, sums_row, lines, rows, count
+):  # fmt: skip
+    """``y[a * line + b * row + i] = sums[a * sums_line + b * sums_row + i]`` for a < lines, b < rows,
+    i < count. Sums are read in whole vectors."""
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        y, line, row, sums, sums_line, sums_row, *sizes = values[2:]
+        emit = vectors._Vectors(builder, of, L)
+
+        def update(place, offset, mask):
+            emit.write(emit.load(place), builder.gep(y, [offset]), mask)
+
+        _over_rows(emit, sums, (sums_line, sums_row, line, row), sizes, update)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, kind, y, i64, i64, sums, i64, i64, i64, i64, i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _scale(typing_context, lanes, sums, line, lines, count, scale, shift, scale_line, scale_step):
+    """``sums[a * line + i] = scale * sums[a * line + i] + shift`` for a < lines, i < count, in whole vectors.
+
+    Scale and shift are read at ``a * scale_line + i * scale_step``; with a step of 0 each is there `lanes`
+    times.
+    """
+    L = lanes.literal_value
+
+    def generate(context, builder, signature, values):
+        sums, line, lines, count, scale, shift, scale_line, scale_step = values[1:]
+        emit = simd.Emit(builder, ir.FloatType(), L)
+        outer = simd.Loop(builder, simd.int_constant(0), lines, 1, [])
+        start = builder.gep(sums, [builder.mul(outer.index, line)])
+        inner = simd.Loop(builder, simd.int_constant(0), count, L, [])
+        place = builder.gep(start, [inner.index])
+        which = builder.add(
+            builder.mul(outer.index, scale_line), builder.mul(inner.index, scale_step)
+        )
+        factor, addend = (emit.load(builder.gep(t, [which])) for t in (scale, shift))
+        emit.store(emit.multiply_add(emit.load(place), factor, addend), place)
+        inner.close([])
+        outer.close([])
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, sums, i64, i64, i64, scale, shift, i64, i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def _activate(typing_context, lanes, sums, line, lines, count, activation):
+    """``sums[a * line + i] = act(sums[a * line + i])`` for a < lines, i < count, in whole vectors;
+    `activation` is an index into `ACTIVATIONS`."""
+    L = lanes.literal_value
+
+    def generate(context, builder, signature, values):
+        sums, line, lines, count, activation = values[1:]
+        emit = simd.Emit(builder, ir.FloatType(), L)
+        end = builder.append_basic_block("activated")
+        switch = builder.switch(activation, end)
+        for case, name in enumerate(ACTIVATIONS):
+            if name == "none":
+                continue
+            block = builder.append_basic_block(name)
+            switch.add_case(simd.int_constant(case), block)
+            builder.position_at_end(block)
+            outer = simd.Loop(builder, simd.int_constant(0), lines, 1, [])
+            start = builder.gep(sums, [builder.mul(outer.index, line)])
+            inner = simd.Loop(builder, simd.int_constant(0), count, L, [])
+            place = builder.gep(start, [inner.index])
+            emit.store(simd._ACTIVATIONS[name](emit, emit.load(place)), place)
+            inner.close([])
+            outer.close([])
+            builder.branch(end)
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, sums, i64, i64, i64, i64), generate
+
+
+# ---- steps of a task --------------------------------------------------------------------------------------
+
+# The long steps are inlined by numba: as functions of their own each would be compiled twice.
+
+
+@njit(error_model="numpy", boundscheck=False, inline="always")
+def _filters(L, kind, to, plane, width, w, wk, wc, wt, turned, rows, first, count, taps):
+    """U of `rows` filters, at most a vector, for `count` channels from `first`: ``to [xi] [C] [width]``.
+
+    The taps of a filter are `wt` apart in memory, read from the last one on where `turned`. One of wk, wc and
+    wt is 1. `taps` is scratch, ``[C] [tap] [lanes]``.
+    """
+    one = 9 * L
+    tap = -L if turned else L
+    start = ahead(taps, 8 * L if turned else 0)
+    for c0 in range(first, first + count, L):
+        some = min(L, first + count - c0)
+        here = ahead(w, c0 * wc)
+        if wk == 1:
+            for c in range(some):
+                for t in range(9):
+                    source = ahead(here, c * wc + t * wt)
+                    vectors.widen(L, kind, ahead(taps, c * one + t * L), source, rows)
+        else:
+            # Neighbours in memory are channels; or taps, with those of the next channel behind them or not.
+            turns, to_step, pitch, step, length = 9, L, one, wt, some
+            if wc == 9 and wt == 1:
+                turns, to_step, pitch, step, length = 1, 0, L, 0, 9 * some
+            elif wc != 1:
+                turns, to_step, pitch, step, length = some, one, L, wc, 9
+            for i in range(turns):
+                source = ahead(here, i * step)
+                _turn(L, kind, ahead(taps, i * to_step), pitch, source, wk, rows, length)
+        for c in range(some):
+            at = ahead(to, (c0 - first + c) * width)
+            _transform_filter(L, at, plane, ahead(start, c * one), tap)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _part(t, end, TH, TW):
+    """The tiles from the t-th on that form a rectangle, all before `end`: image, rows, columns."""
+    image = t // (TH * TW)
+    row = t // TW % TH
+    column = t % TW
+    whole = min((end - t) // TW, TH - row)
+    if column > 0 or whole == 0:
+        return image, row, row + 1, column, min(TW, column + end - t)
+    return image, row, row + whole, 0, TW
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _set_places(places, top, left, h0, w0, H, W, sh, sw, nothing):
+    """Where the 36 inputs of a tile lie: 6 by 6 from (top, left); (h0, w0) is at place 0."""
+    for i in range(6):
+        h = top + i
+        for j in range(6):
+            w = left + j
+            inside = 0 <= h < H and 0 <= w < W
+            places[6 * i + j] = (h - h0) * sh + (w - w0) * sw if inside else nothing
+
+
+@njit(error_model="numpy", boundscheck=False, inline="always")
+def _inputs(
+    L, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk, room
+):  # fmt: skip
+    """V of `count` tiles from the `first` on, and zeros behind them up to so many rows:
+    ``to [xi] [stretch of C] [tile] [pitch]``.
+
+    `room` has the addresses of scratch: 36 places a tile, zeros in place of a pixel, and the pixels that a
+    rectangle of tiles reads, ``[h, w] [chunk]``. Channels-last float32 is read where it is, though, if whole
+    vectors make up C. `chunk` channels are transformed at a time, a divisor of STRETCH.
+    """
+    N, H, W, TH, TW, pad_h, pad_w, itemsize = sizes
+    xn, xc, xh, xw = strides
+    places_at, zeros_at, pixels_at = room
+    places = pointer(places_at, "int64")
+    zeros, pixels = pointer(zeros_at, "float32"), pointer(pixels_at, "float32")
+    for c in range(max(C, chunk)):
+        zeros[c] = 0
+    straight = xc == 1 and itemsize == 4 and C % L == 0
+    t = first
+    while t < first + count:
+        n, row, row_end, column, column_end = _part(t, first + count, TH, TW)
+        h0, h1 = max(4 * row - pad_h, 0), min(4 * row_end + 2 - pad_h, H)
+        w0, w1 = max(4 * column - pad_w, 0), min(4 * column_end + 2 - pad_w, W)
+        start = x + (n * xn + h0 * xh + w0 * xw) * itemsize
+        line, step, source_at = (w1 - w0) * chunk, chunk, pixels_at
+        if straight:
+            line, step, source_at = xh, xw, start
+        source = pointer(source_at, "float32")
+        tiles = 0
+        for i in range(row, row_end):
+            for j in range(column, column_end):
+                _set_places(
+                    ahead(places, 36 * tiles), 4 * i - pad_h, 4 * j - pad_w, h0, w0, H, W, line, step,
+                    (zeros_at - source_at) // 4,
+                )  # fmt: skip
+                tiles += 1
+        # Lines without gaps between them are one.
+        lines, length = h1 - h0, w1 - w0
+        if length * xw == xh:
+            lines, length = 1, lines * length
+        for c0 in range(0, C, chunk):
+            some = min(chunk, C - c0)
+            if not straight:
+                for r in range(lines):
+                    pixel = vectors.elements(start + (c0 * xc + r * xh) * itemsize, kind)
+                    there = ahead(pixels, r * line)
+                    if xc == 1:
+                        for i in range(length):
+                            vectors.widen(
+                                L, kind, ahead(there, i * chunk), ahead(pixel, i * xw), some
+                            )
+                    else:
+                        for c in range(0, some, L):
+                            _turn(
+                                L, kind, ahead(there, c), chunk, ahead(pixel, c * xc), xc,
+                                min(L, some - c), length,
+                            )  # fmt: skip
+                some = (some + L - 1) // L * L
+            for k in range(tiles):
+                at = ahead(to, c0 // STRETCH * stretch + (t - first + k) * pitch + c0 % STRETCH)
+                here = ahead(source, c0 if straight else 0)
+                _transform_input(L, at, plane, here, ahead(places, 36 * k), some)
+        t += tiles
+    for t in range(count, rows):
+        for k in range(36):
+            for c in range(C):
+                to[k * plane + c // STRETCH * stretch + t * pitch + c % STRETCH] = 0
+
+
+@njit(error_model="numpy", boundscheck=False, inline="always")
+def _outputs(
+    L, kind, y, residual, sums, plane, pitch, first, count, k0, k1, scale, shift, activation,
+    sizes, strides, room,
+):  # fmt: skip
+    """Channels k0 to k1 of `count` tiles from the `first` on, from sums ``[xi] [tile] [pitch]``.
+
+    `room` has the addresses of scratch: scales and shifts, results, results in y's order.
+    """
+    P, Q, TH, TW, itemsize = sizes
+    yn, yk, yh, yw = strides
+    factors_at, results_at, planes_at, order_at = room
+    # A place's channels are neighbours, or a channel's places.
+    side = 1 if yk == 1 else L
+    width = (k1 - k0 + L - 1) // L * L
+    factors = pointer(factors_at, "float32")
+    addends = ahead(factors, width * side)
+    for k in range(k1 - k0):
+        factor = scale[k0 + k] if given(scale) else np.float32(1)
+        for i in range(side):
+            factors[k * side + i] = factor
+            addends[k * side + i] = shift[k0 + k]
+    results, planes = pointer(results_at, "float32"), pointer(planes_at, "float32")
+    order = pointer(order_at, "int32")
+    for i in range(L):
+        order[i] = i * L
+    t = first
+    while t < first + count:
+        n, row, row_end, column, column_end = _part(t, first + count, TH, TW)
+        # All channels of a tile, or all tiles of a vector of channels.
+        group = L
+        if yk == 1:
+            row_end, column_end, group = row + 1, column + 1, width
+        p0, q0 = 4 * row, 4 * column
+        height, length = min(4 * row_end, P) - p0, min(4 * column_end, Q) - q0
+        pixels = height * length
+        for k in range(0, k1 - k0, group):
+            # A row's last tile may reach into the row below: the first one comes after it.
+            for i in range(row, row_end):
+                for j in range(column_end - 1, column - 1, -1):
+                    tile = t - first + (i - row) * (column_end - column) + j - column
+                    to = ahead(results, ((4 * i - p0) * length + 4 * j - q0) * group)
+                    for v in range(0, group, L):
+                        source = ahead(sums, tile * pitch + k + v)
+                        _transform_sums(L, ahead(to, v), length * group, group, source, plane)
+            some = min(group, k1 - k0 - k)
+            if yk == 1:
+                values, outer, inner, gap, factor_outer, factor_inner = (
+                    results,
+                    pixels,
+                    some,
+                    group,
+                    0,
+                    1,
+                )
+                lines, rows, along = height, length, some
+                line, line_y, line_row, row_y = length * group, yh, group, yw
+            else:
+                values, outer, inner, factor_outer, factor_inner = planes, some, pixels, L, 0
+                gap = (pixels + L - 1) // L * L + L
+                for i in range(0, pixels, L):
+                    simd.transpose(L, ahead(planes, i), gap, ahead(results, i * L), order, L)
+                lines, rows, along = some, height, length
+                line, line_y, line_row, row_y = gap, yk, length, yh
+                # Rows without gaps between them are one.
+                if length == yh:
+                    rows, along = 1, pixels
+            _scale(
+                L, values, gap, outer, inner, ahead(factors, k * side), ahead(addends, k * side),
+                factor_outer, factor_inner,
+            )  # fmt: skip
+            place = (n * yn + (k0 + k) * yk + p0 * yh + q0 * yw) * itemsize
+            if residual != 0:
+                beside = vectors.elements(residual + place, kind)
+                _add_rows(
+                    L, kind, values, line, line_row, beside, line_y, row_y, lines, rows, along
+                )
+            _activate(L, values, gap, outer, inner, activation)
+            there = vectors.elements(y + place, kind)
+            _store_rows(L, kind, there, line_y, row_y, values, line, line_row, lines, rows, along)
+        t += (row_end - row) * (column_end - column)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _multiply_panel(L, M, V, half, v, pitch_v, u, width, count, sums, pitch, tiles, more):
+    """``sums (+)= V · U`` of one xi for one panel, `width` wide; overwritten where `more` is 0."""
+    for m in range(0, tiles, M):
+        to = ahead(sums, m * pitch)
+        for c in range(0, count, TERMS):
+            lines, panel, terms = (
+                ahead(v, m * pitch_v + c),
+                ahead(u, c * width),
+                min(TERMS, count - c),
+            )
+            if width == V * L:
+                _multiply(L, M, V, lines, pitch_v, panel, terms, to, pitch, more + c)
+            else:
+                _multiply(L, M, half, lines, pitch_v, panel, terms, to, pitch, more + c)
+
+
+# ---- the kernel -------------------------------------------------------------------------------------------
+
+
+@lru_cache(None)
+def _winograd(kind: str, L: int, M: int, V: int) -> Task:
+    args = layout("int64*2 float32**4 int64*49")
+    half = V // 2
+
+    def winograd(address: int, index: int, scratch: int) -> None:
+        """With `making`, a part of U or of V, whichever there is an array for. Else y of a block of tiles:
+        all of its panels if U is given, one of them if V is."""
+        (
+            x, w, u, v, scale, shift, residual, y, activation, making,
+            N, H, W, TH, TW, pad_h, pad_w, P, Q, itemsize,
+            C, K, padded, first, count, some, tiles, rows, chunk,
+            plane_v, stretch, pitch, plane, v_at, sums_at, taps_at, places_at, zeros_at, pixels_at,
+            factors_at, results_at, planes_at, order_at,
+            xn, xc, xh, xw, wk, wc, wt, turned, yn, yk, yh, yw,
+        ) = unpack(address, args)  # fmt: skip
+        taps = pointer(scratch + taps_at, "float32")
+        given_v = given(v)
+        panels = (padded + V * L - 1) // (V * L)
+        block, panel, panel_end = index, 0, panels
+        if making or given_v:
+            block, panel = index // panels, index % panels
+            panel_end = panel + 1
+        start, here, multiplied = block * tiles, min(tiles, count - block * tiles), rows
+        lines = ahead(v, start * pitch)
+        if making:
+            # Behind the last tile there are rows that are multiplied, too.
+            start = index * some
+            here, multiplied = max(min(some, count - start), 0), min(some, stretch // pitch - start)
+            lines = ahead(v, start * pitch)
+        if not given_v:
+            lines = pointer(scratch + v_at, "float32")
+        if making == given_v:
+            _inputs(
+                L, kind, lines, plane_v, stretch, pitch, x, first + start, here, multiplied, C,
+                (N, H, W, TH, TW, pad_h, pad_w, itemsize), (xn, xc, xh, xw), chunk,
+                (scratch + places_at, scratch + zeros_at, scratch + pixels_at),
+            )  # fmt: skip
+        if making and given_v:
+            return
+        sums = pointer(scratch + sums_at, "float32")
+        for k0 in range(panel * V * L, panel_end * V * L, V * L):
+            width = min(V * L, padded - k0)
+            channels = STRETCH if given_v else C
+            plane_u = channels * width + LINE
+            filters = (
+                pointer(scratch, "float32")
+                if given_v
+                else ahead(u, 36 * (k0 * C + k0 // (V * L) * LINE))
+            )
+            for c in range(0, C, STRETCH):
+                deep = min(STRETCH, C - c)
+                if making and c // STRETCH != block:
+                    continue
+                if making or given_v:
+                    for k in range(k0, k0 + width, L):
+                        # Vectors that only fill the panel up repeat the last one.
+                        filled = min(k, (K - 1) // L * L)
+                        source = ahead(vectors.elements(w, kind), filled * wk)
+                        to = ahead(filters, k - k0 + (0 if given_v else c * width))
+                        _filters(
+                            L, kind, to, plane_u, width, source, wk, wc, wt, turned,
+                            min(L, K - filled), c, deep, taps,
+                        )  # fmt: skip
+                if not making:
+                    for xi in range(36):
+                        _multiply_panel(
+                            L, M, V, half, ahead(lines, xi * plane_v + c // STRETCH * stretch), pitch,
+                            ahead(filters, xi * plane_u + (0 if given_v else c * width)), width, deep,
+                            ahead(sums, xi * plane), V * L, rows, c,
+                        )  # fmt: skip
+            if not making:
+                _outputs(
+                    L, kind, y, residual, sums, plane, V * L, first + start, here, k0,
+                    min(k0 + V * L, K), scale, shift, activation,
+                    (P, Q, TH, TW, itemsize), (yn, yk, yh, yw),
+                    (scratch + factors_at, scratch + results_at, scratch + planes_at, scratch + order_at),
+                )  # fmt: skip
+
+    return Task(winograd, args)
+
+
+# ---- plans ------------------------------------------------------------------------------------------------
+
+FILTER_BYTES = 8 * 1024 * 1024
+"""U of at most so many bytes is made for all tasks; where it would have more V is."""
+
+BLOCK_BYTES = 1024 * 1024
+"""What V and one panel's M of a block should fit into where U is made for all: a second-level cache."""
+
+TILES = 66
+"""Most tiles of a block: where V is made for all, M of so many and a part of U fit there."""
+
+WAVE_BYTES = 16 * 1024 * 1024
+"""How much of V is made at a time, at least a block."""
+
+PIXEL_BYTES = 256 * 1024
+"""Most bytes of x that lie in scratch, channels last, unless a vector of channels takes more."""
+
+LINE = 16
+"""Floats of a cache line: so much lies between the arrays of two xi, whose sizes are often powers of two."""
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+class _Scratch:
+    """Offsets of arrays in a task's scratch, each from a new line on; `bytes` of all together."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def add(self, floats: int) -> int:
+        start, self.bytes = self.bytes, self.bytes + _up(4 * floats, 64)
+        return start
+
+
+def _padded(K: int) -> int:
+    """Filters in panels; the last one may be half as wide."""
+    L, (_, V) = simd.lanes("float32"), simd.tiles().gemm
+    rest, half = K % (V * L), V // 2 * L
+    return K - rest + (0 if rest == 0 else half if rest <= half else V * L)
+
+
+class _Tiles(NamedTuple):
+    """How `total` tiles are cut into `blocks` of `tiles` each, and whether V is made for all tasks, else U. A
+    block is multiplied in so many `rows`, whole tiles of registers."""
+
+    total: int
+    along: tuple[int, int]
+    given_v: bool
+    tiles: int
+    rows: int
+    blocks: int
+
+    @classmethod
+    def of(cls, N: int, output: Axes, C: int, K: int, threads: int) -> _Tiles:
+        lanes, (M, V) = simd.lanes("float32"), simd.tiles().gemm
+        TH, TW = (-(-places // 4) for places in output)
+        total = N * TH * TW
+        given_v = 36 * 4 * C * _padded(K) > FILTER_BYTES
+        most = TILES
+        if not given_v:
+            # Small blocks for small caches, and to keep all threads busy.
+            most = min(TILES, BLOCK_BYTES // (36 * 4 * (C + V * lanes)), -(-total // (2 * threads)))
+        most = max(most, 4 * M) // M * M
+
+        def waste(tiles: int) -> float:
+            return -(-total // tiles) * _up(tiles, M) / total
+
+        # Whole rows of tiles if that wastes little: their pixels are read in long lines, and fewer twice.
+        tiles = min(range(most, most // 2, -M), key=waste)
+        aligned = min(range(most // TW * TW, 0, -TW), key=waste, default=tiles)
+        if waste(aligned) < 1.05 * waste(tiles):
+            tiles = aligned
+        return cls(total, (TH, TW), given_v, tiles, _up(tiles, M), -(-total // tiles))
+
+
+class _Plan:
+    """One correlation, of x ``N C H W`` with K filters to y ``N K P Q``: all that does not change from call
+    to call. `padding` is that before H and W; `straight` says that the kernel reads x channels-last."""
+
+    def __init__(
+        self, kind: str, N: int, C: int, K: int, size: Axes, padding: tuple[int, int], output: Axes,
+        straight: bool, threads: int,
+    ) -> None:  # fmt: skip
+        L, (M, V) = simd.lanes("float32"), simd.tiles().gemm
+        padded, pitch = _padded(K), min(STRETCH, _up(C, L))
+        panels, stretches = -(-padded // (V * L)), -(-C // STRETCH)
+        T, (TH, TW), given_v, tiles, rows, blocks = _Tiles.of(N, output, C, K, threads)
+        if given_v:
+            wave = max(1, WAVE_BYTES // (36 * 4 * C * tiles)) * tiles
+            waves = [(first, min(wave, T - first)) for first in range(0, T, wave)]
+            all_rows = _up(min(wave, T), tiles) - tiles + rows
+            # Whole images, if they are small.
+            some = _up(4 * M, TH * TW) if TH * TW < TILES else 4 * M
+            making = -(-all_rows // some)
+        else:
+            waves = [(0, T)]
+            all_rows, some = rows, tiles
+            making = panels * stretches
+        stretch = all_rows * pitch
+        plane_v, plane = stretches * stretch + LINE, rows * V * L + LINE
+        self._given_v, self._panels, self._tiles = given_v, panels, tiles
+        self._waves, self._making = waves, making
+        self._shared_size = 36 * (plane_v if given_v else padded * C + panels * LINE)
+        scratch = _Scratch()
+        scratch.add(36 * (STRETCH * V * L + LINE) if given_v else 0)
+        v = scratch.add(0 if given_v else 36 * plane_v)
+        sums = scratch.add(36 * plane)
+        taps = scratch.add((9 * L + 16) * L)
+        # The pixels that a rectangle of tiles reads, with what a turned vector may reach beyond.
+        H, W = size
+        pixels = 6 * min(W, 4 * min(some, TW) + 2)
+        if some >= TW:
+            pixels = max(pixels, min(H, 4 * min(TH, some // TW) + 2) * W)
+        chunk = STRETCH
+        while not straight and chunk > L and 4 * chunk * pixels > PIXEL_BYTES:
+            chunk //= 2
+        places = scratch.add(2 * 36 * some)
+        zeros = scratch.add(max(C, chunk))
+        at_pixels = scratch.add(0 if straight else (pixels + L) * chunk)
+        factors = scratch.add(2 * V * L * L)
+        results = scratch.add(max(16 * V * L, (16 * tiles + 8 + L) * L))
+        planes = scratch.add((_up(16 * tiles, L) + L) * L)
+        order = scratch.add(L)
+        self._scratch_bytes = scratch.bytes
+        itemsize = 4 if kind == "float32" else 2
+        self._places = (N, H, W, TH, TW, *padding, *output, itemsize)
+        self._sizes = C, K, padded
+        self._rest = (
+            some, tiles, rows, chunk, plane_v, stretch, pitch, plane, v, sums, taps, places, zeros, at_pixels,
+            factors, results, planes, order,
+        )  # fmt: skip
+        self._zeros = torch.zeros(K)
+        self._task = _winograd(kind, L, M, V)
+        self._work = 36.0 * T * C * padded / L
+
+    def run(
+        self, x: torch.Tensor, w: torch.Tensor, along: tuple[int, int, int, int],
+        bias: torch.Tensor | None, y: torch.Tensor, epilogue: Epilogue,
+    ) -> None:  # fmt: skip
+        """`along` are w's strides from filter to filter, channel to channel and tap to tap, and whether the
+        taps are turned around."""
+        scale, residual, activation, *_ = epilogue
+        scale = None if scale is None else scale.float().contiguous()
+        shift = self._zeros if bias is None else bias.float().contiguous()
+        shared = torch.empty(self._shared_size)
+        u, v = (0, shared.data_ptr()) if self._given_v else (shared.data_ptr(), 0)
+        ends = (
+            x.data_ptr(), w.data_ptr(), u, v, 0 if scale is None else scale.data_ptr(), shift.data_ptr(),
+            0 if residual is None else residual.data_ptr(), y.data_ptr(),
+            ACTIVATIONS.index(activation),
+        )  # fmt: skip
+        strides = *x.stride(), *along, *y.stride()
+        for first, count in self._waves:
+            blocks = -(-count // self._tiles)
+            tasks = blocks * self._panels if self._given_v else blocks
+            for making, number in ((True, self._making), (False, tasks)):
+                self._task.run(
+                    number, self._work, *ends, making, *self._places, *self._sizes, first, count,
+                    *self._rest, *strides, scratch_bytes=self._scratch_bytes,
+                )  # fmt: skip
+
+
+@lru_cache(512)
+def _fprop(shape: ConvShape, kind: str, straight: bool, threads: int) -> _Plan:
+    (top, _), (left, _) = shape.padding
+    return _Plan(
+        kind, shape.N, shape.C, shape.K, shape.spatial, (top, left), shape.output, straight, threads
+    )
+
+
+@lru_cache(512)
+def _dgrad(shape: ConvShape, kind: str, straight: bool, threads: int) -> _Plan:
+    (top, _), (left, _) = shape.padding
+    return _Plan(
+        kind, shape.N, shape.K, shape.C, shape.output, (2 - top, 2 - left), shape.spatial, straight,
+        threads,
+    )  # fmt: skip
+
+
+def _filter_strides(w: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """w with its taps at even distances and some neighbours that vectors can read, and its strides along
+    filters, channels and taps."""
+    k, c, r, s = w.stride()
+    if r != 3 * s or 1 not in (k, c, s):
+        w = w.contiguous()
+        k, c, r, s = w.stride()
+    return w, (k, c, s)
+
+
+def _straight(x: torch.Tensor) -> bool:
+    """Whether the kernel reads vectors of x's channels from where they are."""
+    whole = x.shape[1] % simd.lanes("float32") == 0
+    return whole and x.dtype == torch.float32 and x.stride(1) == 1
+
+
+def _correlate(
+    planned: Callable[[ConvShape, str, bool, int], _Plan],
+    shape: ConvShape,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    along: tuple[int, int, int, int],
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    epilogue: Epilogue | None,
+) -> None:
+    epilogue = epilogue or NO_EPILOGUE
+    result = y
+    if 1 not in (y.stride(1), y.stride(3)):
+        result = torch.empty_like(y, memory_format=torch.contiguous_format)
+        if epilogue.residual is not None:
+            epilogue = epilogue._replace(residual=epilogue.residual.contiguous())
+    if 1 not in (x.stride(1), x.stride(3)):
+        x = x.contiguous()
+    plan = planned(shape, KINDS[x.dtype], _straight(x), torch.get_num_threads())
+    plan.run(x, w, along, bias, result, epilogue)
+    if result is not y:
+        y.copy_(result)
+
+
+# ---- operations -------------------------------------------------------------------------------------------
+
+
+def _fits(shape: ConvShape) -> bool:
+    return (
+        shape.kernel == (3, 3)
+        and shape.stride == shape.dilation == (1, 1)
+        and shape.groups == 1
+        and shape.padding_mode == "zeros"
+        and all(0 <= p <= 2 for pair in shape.padding for p in pair)
+        and math.prod(shape.x_size) > 0
+    )
+
+
+@lru_cache(4096)
+def _is_worth_it(shape: ConvShape, direction: Direction) -> bool:
+    """By estimated cycles of one thread, against a direct convolution at 95 % of the multiply-adds that a CPU
+    with one vector of them a cycle can do."""
+    C, K, output = shape.C, shape.K, shape.output
+    if direction == "dgrad":
+        C, K, output = K, C, shape.spatial
+    lanes = simd.lanes("float32")
+    vectors_c, vectors_k = -(-C // lanes), -(-K // lanes)
+    direct = shape.N * math.prod(output) * 9 * C * vectors_k / 0.95
+    tiles = _Tiles.of(shape.N, output, C, K, 1)
+    products = 36 * tiles.blocks * tiles.rows * C * _padded(K) / lanes / 0.94
+    # Transforms wait for memory most of the time.
+    transforms = 900 * tiles.total * (vectors_c + vectors_k)
+    filters = 600 * C * vectors_k * (tiles.blocks if tiles.given_v else 1)
+    return products + transforms + filters + 40_000 < 0.9 * direct
+
+
+def takes(shape: ConvShape, dtype: torch.dtype, direction: Direction) -> bool:
+    """Whether `fprop` or `dgrad` computes the problem, and in less time than a direct convolution would: 2-D,
+    3 by 3 taps, stride, dilation and groups of 1, zeros as padding, at most 2 on each side. Never where
+    `cnnops.winograd` forbids it."""
+    return (
+        settings.winograd
+        and direction != "wgrad"
+        and dtype in KINDS
+        and _fits(shape)
+        and _is_worth_it(shape, direction)
+    )
+
+
+def fprop(
+    shape: ConvShape,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    epilogue: Epilogue | None = None,
+) -> None:
+    """``y = x * w + bias``, and what the `Epilogue` says, but for its moments. Any strides, the residual with
+    those of y."""
+    w, (k, c, t) = _filter_strides(w)
+    _correlate(_fprop, shape, x, w, (k, c, t, 0), bias, y, epilogue)
+
+
+def dgrad(
+    shape: ConvShape,
+    grad_y: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    grad_x: torch.Tensor,
+    epilogue: Epilogue | None = None,
+) -> None:
+    """The gradient with respect to x, plus `bias`, one value a channel of x; else as `fprop`."""
+    w, (k, c, t) = _filter_strides(w)
+    _correlate(_dgrad, shape, grad_y, w, (c, k, t, 1), bias, grad_x, epilogue)

@@ -1,0 +1,296 @@
+"""Winograd's convolution of the cpu engine, against PyTorch's in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import TOLERANCE, assert_close
+from cases.base import laid_out, normal
+from torch import Tensor
+
+import cnnops
+from cnnops.cpu import conv_winograd
+from cnnops.epilogue import ACTIVATIONS, Epilogue
+from cnnops.shapes import ConvShape
+
+FLOAT, HALF = torch.float32, torch.float16
+TYPES = [FLOAT, HALF, torch.bfloat16]
+
+SIZES = {
+    "even": ((2, 32, 16, 16), 64, 1),
+    "uneven": ((3, 19, 13, 9), 23, ((0, 1), (2, 0))),
+    "one tile": ((1, 17, 3, 3), 16, 0),
+    "wide": ((1, 20, 6, 141), 80, ((2, 2), (0, 1))),
+    "two stretches": ((1, 100, 9, 10), 130, 1),
+    # The filters' transforms are too large to be kept; tiles of several images, in several blocks.
+    "deep": ((11, 240, 7, 7), 250, 1),
+}
+"""Sizes of x, filters and padding."""
+
+ACTS = {
+    "none": lambda z: z,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "hardswish": F.hardswish,
+    "leaky_relu": F.leaky_relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+
+def correlated(shape: ConvShape, x: Tensor, w: Tensor) -> Tensor:
+    """The convolution in float64, its padding as uneven as it may be."""
+    padding = [p for pair in reversed(shape.padding) for p in pair]
+    return F.conv2d(F.pad(x.double(), padding), w.double())
+
+
+def computed(
+    shape: ConvShape,
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    epilogue: Epilogue | None = None,
+    layout: str = "contiguous",
+) -> Tensor:
+    def blank(size: tuple[int, ...]) -> Tensor:
+        return torch.full(size, 7.0, dtype=x.dtype)
+
+    y = laid_out(shape.y_size, layout, blank)
+    conv_winograd.fprop(shape, x, w, bias, y, epilogue)
+    return y
+
+
+# ---- values -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+@pytest.mark.parametrize("size", SIZES)
+def test_values(size: str, layout: str, dtype: torch.dtype) -> None:
+    """Forward and input gradient, with a bias for each."""
+    x_size, K, padding = SIZES[size]
+    x = laid_out(x_size, layout, normal(1, dtype))
+    w = laid_out((K, x_size[1], 3, 3), layout, normal(2, dtype))
+    shape = ConvShape.of(x.shape, w.shape, padding=padding)
+    bias, bias_x = normal(3, dtype)((K,)), normal(4, dtype)((x_size[1],))
+    leaf = x.double().requires_grad_()
+    expected = correlated(shape, leaf, w)
+    y = computed(shape, x, w, bias, layout=layout)
+    assert_close(y, expected + bias.double().view(-1, 1, 1), TOLERANCE[dtype].output, "output")
+
+    grad_y = laid_out(shape.y_size, layout, normal(5, dtype))
+    grad_x = torch.empty_like(x)
+    conv_winograd.dgrad(shape, grad_y, w, bias_x, grad_x)
+    (expected,) = torch.autograd.grad(expected, leaf, grad_y.double())
+    expected += bias_x.double().view(-1, 1, 1)
+    assert_close(grad_x, expected, TOLERANCE[dtype].output, "input gradient")
+
+
+def test_what_lies_between_results_stays() -> None:
+    x, w = normal(1, FLOAT)((2, 19, 7, 6)), normal(2, FLOAT)((21, 19, 3, 3))
+    shape = ConvShape.of(x.shape, w.shape, padding=1)
+    for order in ((0, 1, 2, 3), (0, 2, 3, 1)):
+        wide = torch.full([s + 2 for s in (2, 21, 7, 6)], 7.0)
+        if order[1] != 1:
+            wide = wide.to(memory_format=torch.channels_last)
+        y = wide[1:-1, 1:-1, 1:-1, 1:-1]
+        conv_winograd.fprop(shape, x, w, None, y)
+        assert_close(y, correlated(shape, x, w), TOLERANCE[FLOAT].output, "output")
+        y.fill_(7.0)
+        assert (wide == 7.0).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_batch_that_is_expanded(layout: str) -> None:
+    x, w = normal(1, FLOAT)((1, 16, 6, 5)), normal(2, FLOAT)((16, 16, 3, 3))
+    x = laid_out((1, 16, 6, 5), layout, lambda size: x).expand(3, -1, -1, -1)
+    shape = ConvShape.of(x.shape, w.shape, padding=1)
+    y = computed(shape, x, w, layout=layout)
+    assert_close(y, correlated(shape, x, w), TOLERANCE[FLOAT].output, "output")
+
+
+@pytest.mark.parametrize("some", [1, 2])
+def test_many_tiles_and_channels(some: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs' transforms are made in several goes, of `some` blocks each, the last one not whole."""
+    x_size, K, padding = SIZES["deep"]
+    x, w = normal(1, FLOAT)((17, *x_size[1:])), normal(2, FLOAT)((K, x_size[1], 3, 3))
+    shape = ConvShape.of(x.shape, w.shape, padding=padding)
+    monkeypatch.setattr(conv_winograd, "TILES", 24)
+    monkeypatch.setattr(conv_winograd, "WAVE_BYTES", some * 24 * 36 * 4 * x_size[1])
+    plan = conv_winograd._fprop.__wrapped__(shape, "float32", False, 1)
+    assert len(plan._waves) == -(-3 // some)
+    y = torch.full(shape.y_size, 7.0)
+    plan.run(x, w, (w.stride(0), 9, 1, 0), None, y, Epilogue())
+    assert_close(y, correlated(shape, x, w), TOLERANCE[FLOAT].output, "output")
+
+
+def test_float32_errors_are_small_for_many_channels() -> None:
+    """As the module says."""
+    x, w = normal(1, FLOAT)((1, 512, 8, 8)), normal(2, FLOAT)((512, 512, 3, 3))
+    shape = ConvShape.of(x.shape, w.shape, padding=1)
+    expected = correlated(shape, x, w)
+    error = (computed(shape, x, w).double() - expected).abs()
+    assert error.norm() <= 0.8e-6 * expected.norm()
+    assert error.max() <= 1e-5 * expected.std()
+
+
+# ---- epilogues --------------------------------------------------------------------------------------------
+
+
+def test_every_activation_is_tried() -> None:
+    assert tuple(ACTS) == ACTIVATIONS
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "transposed"])
+def test_epilogues(layout: str, dtype: torch.dtype) -> None:
+    """Each activation, with and without scale, bias and residual; the last may be where y will be."""
+    x, w = normal(1, dtype)((2, 24, 7, 9)), normal(2, dtype)((37, 24, 3, 3))
+    x, w = x / 4, w / 4
+    shape = ConvShape.of(x.shape, w.shape, padding=1)
+    sums = correlated(shape, x, w)
+    scale, bias = normal(3, dtype)((37,)), normal(4, dtype)((37,))
+    residual = laid_out(shape.y_size, layout, normal(5, dtype))
+    for name, act in ACTS.items():
+        scaled = sums * scale.double().view(-1, 1, 1)
+        z = scaled + bias.double().view(-1, 1, 1) + residual.double()
+        y = residual.clone(memory_format=torch.preserve_format)
+        if y.stride() != residual.stride():
+            y = laid_out(shape.y_size, layout, lambda size: residual)
+        conv_winograd.fprop(shape, x, w, bias, y, Epilogue(scale, y, name))
+        assert_close(y, act(z), 2 * TOLERANCE[dtype].output, f"{name}, all")
+        y = computed(shape, x, w, None, Epilogue(scale, None, name), layout)
+        assert_close(y, act(scaled), 2 * TOLERANCE[dtype].output, f"{name}, scale")
+
+
+# ---- numbers that are not finite --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("place", [(0, 0), (5, 6), (8, 9)])
+def test_what_is_not_finite_does_not_vanish(
+    place: tuple[int, int], layout: str, value: float
+) -> None:
+    """It is in every output that sees it, and in no tile that does not read it."""
+    h, w_ = place
+    x = laid_out((2, 16, 9, 10), layout, normal(1, FLOAT))
+    w = normal(2, FLOAT)((16, 16, 3, 3))
+    x[1, 3, h, w_] = value
+    shape = ConvShape.of(x.shape, w.shape, padding=1)
+    y = computed(shape, x, w, epilogue=Epilogue(activation="none"), layout=layout)
+    seen = ~correlated(shape, x, w).isfinite()
+    assert seen.any() and not y[seen].isfinite().any()
+    # A tile reads a place more on each side.
+    tile = [slice(max((i - 1) // 4 * 4, 0), (i + 1) // 4 * 4 + 4) for i in place]
+    inside = torch.zeros_like(seen)
+    inside[1, :, tile[0], tile[1]] = True
+    assert y[~inside].isfinite().all()
+
+
+def test_nan_in_a_filter_is_in_its_outputs_alone() -> None:
+    x, w = normal(1, FLOAT)((1, 16, 6, 6)), normal(2, FLOAT)((20, 16, 3, 3))
+    w[18, 5, 1, 1] = float("nan")
+    shape = ConvShape.of(x.shape, w.shape, padding=1)
+    wild = computed(shape, x, w, epilogue=Epilogue(activation="relu")).isnan()
+    assert wild[:, 18].all() and wild.sum() == 36
+
+
+# ---- threads and widths -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    former = torch.get_num_threads()
+    yield
+    torch.set_num_threads(former)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("size", ["two stretches", "deep"])
+def test_same_bits_for_any_number_of_threads(size: str) -> None:
+    x_size, K, padding = SIZES[size]
+    x, w = normal(1, FLOAT)((4, *x_size[1:])), normal(2, FLOAT)((K, x_size[1], 3, 3))
+    shape = ConvShape.of(x.shape, w.shape, padding=padding)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        grad_x = torch.empty_like(x)
+        y = computed(shape, x, w)
+        conv_winograd.dgrad(shape, y, w, None, grad_x)
+        results.append((y, grad_x))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("bits, dtype", [(128, FLOAT), (256, torch.bfloat16)])
+def test_values_at_other_widths(bits: int, dtype: torch.dtype) -> None:
+    """The tests above, in a process whose vectors are so wide."""
+    chosen = "test_values or test_epilogues or test_what_is_not"
+    name = str(dtype).removeprefix("torch.")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        + ["-k", f"({chosen}) and not widths and (dtype{TYPES.index(dtype)} or {name})"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "CNNOPS_SIMD_BITS": str(bits)},
+    )
+    assert done.returncode == 0, done.stdout
+    assert " passed" in done.stdout
+
+
+# ---- which problems are taken -----------------------------------------------------------------------------
+
+
+def shape_of(**changes: object) -> ConvShape:
+    sizes: dict[str, object] = dict(x=(8, 64, 28, 28), w=(64, 64, 3, 3), padding=1)
+    return ConvShape.of(**{**sizes, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("direction", ["fprop", "dgrad"])
+def test_taken(direction: str) -> None:
+    for size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        shape = shape_of(x=(8, size[0], size[1], size[1]), w=(size[0], size[0], 3, 3))
+        for dtype in TYPES:
+            assert conv_winograd.takes(shape, dtype, direction)  # type: ignore[arg-type]
+        assert not conv_winograd.takes(shape, torch.float64, direction)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(w=(64, 64, 3, 2)),
+        dict(stride=2),
+        dict(dilation=2, padding=2),
+        dict(w=(64, 32, 3, 3), groups=2),
+        dict(padding=3),
+        dict(padding=((1, -1), (1, 1))),
+        dict(padding_mode="reflect"),
+        dict(x=(0, 64, 28, 28)),
+        dict(x=(8, 64, 28), w=(64, 64, 3)),
+        # Direct convolution is faster: few channels, or filters that are transformed for one tile.
+        dict(x=(8, 3, 28, 28), w=(64, 3, 3, 3)),
+        dict(x=(1, 64, 4, 4)),
+    ],
+    ids=str,
+)
+def test_not_taken(changes: dict[str, object]) -> None:
+    assert conv_winograd.takes(shape_of(), FLOAT, "fprop")
+    assert not conv_winograd.takes(shape_of(**changes), FLOAT, "fprop")
+
+
+def test_the_setting() -> None:
+    with cnnops.winograd(False):
+        assert not conv_winograd.takes(shape_of(), FLOAT, "fprop")
+    assert conv_winograd.takes(shape_of(), FLOAT, "fprop")
+    assert not conv_winograd.takes(shape_of(), FLOAT, "wgrad")
