@@ -2,6 +2,7 @@
 
 Each has several forms, one module each; what a call takes depends on shape, type and memory alone:
 
+    conv_depthwise  one filter a channel, of that channel alone
     conv_winograd   3x3 taps a step apart: a quarter of the multiplications
     conv_rows       channels last: what most convolutions are fastest as, whatever their memory
     conv_planes     one tap, and channels in planes
@@ -17,7 +18,15 @@ from types import ModuleType
 import torch
 
 from cnnops.config import settings
-from cnnops.cpu import conv_blocks, conv_planes, conv_rows, conv_winograd, rows, simd
+from cnnops.cpu import (
+    conv_blocks,
+    conv_depthwise,
+    conv_planes,
+    conv_rows,
+    conv_winograd,
+    rows,
+    simd,
+)
 from cnnops.cpu.conv_axes import is_framed, up
 from cnnops.cpu.conv_fold import conv_fold as conv_fold
 from cnnops.cpu.norm import batch_norm_stats
@@ -60,6 +69,8 @@ def _chosen(
     *activations: tuple[int, ...],
 ) -> ModuleType:  # fmt: skip
     """The module whose kernels answer, for activations of these strides."""
+    if conv_depthwise.takes(shape, direction):
+        return conv_depthwise
     if winograd and conv_winograd.takes(shape, dtype, direction):
         return conv_winograd
     channels_last = all(strides[1] == 1 for strides in activations)
