@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 # Tests run side by side, each with threads of its own: on busy cores those must wait without spinning.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: help demo test bench check clean
+.PHONY: help demo test bench bench-cpu check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    train LeNet-5 on real digits and check the kernels with it"
 	@echo "make test    run all tests"
 	@echo "make bench   cnnops beside torch on this machine: a few layers, and the host's share of a call"
+	@echo "make bench-cpu  the CPU engine beside torch on all layers and networks: 25 minutes, into results/"
 	@echo "make check   what to run before a commit: ruff, mypy, the quick tests"
 	@echo "make clean   remove what builds and tools left, but not $(VENV) nor compiled kernels"
 
@@ -28,6 +29,9 @@ test: $(VENV)/.with-test
 bench: $(VENV)/.with-test
 	$(BIN)/python -m pytest bench -q -p no:xdist --benchmark-only --benchmark-quiet \
 	  --benchmark-max-time=0.5 --benchmark-min-rounds=7 --benchmark-warmup=on --benchmark-disable-gc
+
+bench-cpu: $(VENV)/.with-test
+	$(BIN)/python bench/lab.py --cpu --out results
 
 check: $(VENV)/.with-dev
 	$(BIN)/ruff check .

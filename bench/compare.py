@@ -67,8 +67,16 @@ def compare(a: Run, b: Run, force: bool = False) -> list[Change]:
     if devices[0] != devices[1] and not force:
         raise ValueError(f"expected two runs on one device, got {devices[0]} and {devices[1]}")
     before, after = _timings(a), _timings(b)
+    for row in resized(a, b):
+        before = {key: timing for key, timing in before.items() if key[0] != row}
     changes = [Change(*key, before[key], after[key]) for key in before if key in after]
     return sorted(changes, key=lambda change: -change.ratio)
+
+
+def resized(a: Run, b: Run) -> list[str]:
+    """Rows that both runs have, but not of the same sizes: a CPU's are scaled down to what it can do."""
+    sizes = {row.id: row.problem for row in a.rows}
+    return [row.id for row in b.rows if sizes.get(row.id, row.problem) != row.problem]
 
 
 def only_in(a: Run, b: Run) -> list[str]:
@@ -116,6 +124,10 @@ def print_comparison(a: Run, b: Run, force: bool = False, out: Console | None = 
             out.print(f"\nonly {which} ({len(lines)})")
             for line in lines:
                 out.print(f"  {line}")
+    if rows := resized(a, b):
+        out.print(f"\nnot compared, of other sizes in the two runs ({len(rows)})")
+        for row in rows:
+            out.print(f"  {row}")
     if not changes:
         out.print("the two runs have no time in common")
     out.print(

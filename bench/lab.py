@@ -15,8 +15,9 @@ way is noted as failed, and the step goes on behind it. Started again with the s
 where it was. At the end one result file lies in DIR, with DIR/golden.tar.gz, and a short table is printed.
 
 It needs a checkout, torch, CuPy and NVRTC, but no installation and no network. Without a GPU, --cpu times the
-CPU engine on layers and models scaled down to what a CPU does in milliseconds, and --dry-run walks through
-every step on tiny problems, under the emulator and on the CPU engine, and times nothing.
+CPU engine on layers and models scaled down to what a CPU does in milliseconds, those in float32 in both
+layouts, and --dry-run walks through every step on tiny problems, under the emulator and on the CPU engine,
+and times nothing.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import StringIO
 from itertools import zip_longest
 from pathlib import Path
@@ -46,8 +48,9 @@ os.environ.setdefault("CNNOPS_CACHE_DIR", str(Path(tempfile.gettempdir()) / "cnn
 
 from rich.console import Console  # noqa: E402
 
-from bench import machine, models, report, suites, timing  # noqa: E402
-from bench.rivals import RIVALS, TORCH  # noqa: E402
+from bench import machine, models, parts, report, suites, timing  # noqa: E402
+from bench.models import ModelRow  # noqa: E402
+from bench.rivals import ONE_THREAD, RIVALS, TORCH  # noqa: E402
 from bench.suites import Row  # noqa: E402
 from cnnops import system  # noqa: E402
 
@@ -55,8 +58,9 @@ SHARES = {
     "machine": 0.05, "golden": 0.12, "tests": 0.3, "layers": 0.6, "models": 0.5, "sanitizer": 0.8,
     "profile": 1.0,
 }  # fmt: skip
-CPU_STEPS = ("machine", "layers", "models")
 """Step -> the most it may take of the time that is left when it begins."""
+CPU_SHARES = {"machine": 0.05, "layers": 0.75, "models": 1.0}
+"""The same with --cpu: its steps."""
 
 STALL_SECONDS = 90
 """A row that takes longer is given up."""
@@ -64,9 +68,16 @@ RESTARTS = 20
 """Rows that may crash or hang before their step is given up."""
 DRY = {"most_flops": 1e5, "most_bytes": 1e5}
 ON_CPU = {"most_flops": 2e8, "most_bytes": 2e7}
+"""On a CPU, some milliseconds."""
+NETWORKS_ON_CPU = {"most_flops": 4e9, "most_bytes": 2e8}
+"""Layers of networks in float32 on a CPU, tens of milliseconds: all of ResNet-50's keep `CPU_IMAGES`."""
+CPU_IMAGES = 8
+"""And so many they have at most, LeNet-5 aside, whose images are small."""
+PARALLEL_FLOPS = 5e7
+"""From here on more than one thread should pay on a CPU: the suite "scaling" shows how much."""
 FIRST = (
     "kernelbench", "reports", "resnet50", "mobilenetv2", "lenet5", "convnext_t", "alexnet", "vgg16",
-    "efficientnet_b0", "lenet5_original",
+    "efficientnet_b0", "lenet5_original", "scaling",
 )  # fmt: skip
 """Suites in the order in which their rows are taken in turn; the sweeps follow."""
 
@@ -218,9 +229,9 @@ def layer_rows(options: Options) -> Iterator[tuple[Row, Sequence[str], str | Non
     """Rows in order of interest, with their rivals and the engine of cnnops (None: the device's own)."""
     rows = suites.rows(options.suites)
     if options.cpu:
-        for row in by_interest(rows):
-            case = suites.reduced(row.case, **ON_CPU)
-            yield Row(case, row.direction, row.dtype, row.layout), options.rivals, None
+        for row in on_cpu(rows):
+            scaling = row.case.suite == "scaling" and row.flops >= PARALLEL_FLOPS
+            yield row, [*options.rivals, *([ONE_THREAD] if scaling else [])], None
         return
     if not options.dry_run:
         for row in by_interest(rows):
@@ -252,6 +263,28 @@ def by_interest(rows: Iterable[Row]) -> list[Row]:
     return [row for row in taken if row is not None]
 
 
+def on_cpu(rows: Iterable[Row]) -> list[Row]:
+    """Rows in the sizes that a CPU is asked for, those of which `bench.parts` tells first. Layers of networks
+    in float32, and the suite "scaling", come in both layouts, one right after the other.
+    """
+    told: list[Row] = []
+    others: list[Row] = []
+    for row in by_interest(rows):
+        case = row.case
+        if row.dtype != "float32" or case.suite not in (*suites.NETWORKS, "scaling"):
+            case = suites.reduced(case, **ON_CPU)
+            others.append(Row(case, row.direction, row.dtype, row.layout))
+            continue
+        if case.suite != "scaling":
+            images = case.x[0] if case.suite.startswith("lenet5") else CPU_IMAGES
+            fewer = replace(case, x=(images, *case.x[1:]))
+            case = suites.reduced(fewer, **NETWORKS_ON_CPU)
+        part = parts.part_of(case.suite, parts.kind_of(case.op, case.problem), row.direction)
+        both = (Row(case, row.direction, row.dtype, layout) for layout in parts.LAYOUTS)
+        (told if part else others).extend(both)
+    return told + others
+
+
 def _no_result(row: Row, why: str) -> dict[str, Any]:
     """A row that nobody was timed on."""
     case = row.case
@@ -277,10 +310,7 @@ def step_models(options: Options) -> None:
 
     machine.pin_threads()
     device, done = _device(options), {row["id"] for row in found(options, "models")}
-    rows = models.rows(device)
-    if options.dry_run:
-        rows = [models.ModelRow("lenet5", phase, 2) for phase in ("infer", "train")]
-    for row in rows:
+    for row in model_rows(options):
         if row.id in done or _left(options) < 4 * options.seconds:
             continue
         _current(options).write_text(row.id)
@@ -290,15 +320,25 @@ def step_models(options: Options) -> None:
                 row, names, device, 3 * options.seconds, timed=not options.dry_run
             )
         except Exception as error:
-            why = f"raised {type(error).__name__}: {error}"
-            result = {
-                "id": row.id, "model": row.model, "phase": row.phase, "batch": row.batch, "dtype": row.dtype,
-                "times": {}, "errors": {}, "absent": {"cnnops": why},
-            }  # fmt: skip
+            result = _no_time(row, f"raised {type(error).__name__}: {error}")
         add(options, "models", result)
         print(f"  {_line(result)}", flush=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def model_rows(options: Options) -> list[ModelRow]:
+    if options.dry_run:
+        return [ModelRow("lenet5", phase, 2) for phase in ("infer", "train")]
+    return models.rows(_device(options))
+
+
+def _no_time(row: ModelRow, why: str) -> dict[str, Any]:
+    """A network that nobody was timed on."""
+    return {
+        "id": row.id, "model": row.model, "phase": row.phase, "batch": row.batch, "dtype": row.dtype,
+        "layout": row.layout, "times": {}, "errors": {}, "absent": {"cnnops": why},
+    }  # fmt: skip
 
 
 def step_sanitizer(options: Options) -> None:
@@ -445,14 +485,11 @@ def _skip(options: Options, step: str, name: str, why: str) -> None:
     """Note the row that crashed, so that it is not tried again."""
     print(f"  {why}", flush=True)
     if step == "layers":
-        rows = {row.id: row for row in suites.rows()}
-        add(options, step, _no_result(rows[name], f"raised {why}"))
+        (layer,) = [row for row, _, _ in layer_rows(options) if row.id == name]
+        add(options, step, _no_result(layer, f"raised {why}"))
     elif step == "models":
-        model, phase, dtype, batch = name.split("/")
-        add(options, step, {
-            "id": name, "model": model, "phase": phase, "batch": int(batch), "dtype": dtype, "times": {},
-            "errors": {}, "absent": {"cnnops": f"raised {why}"},
-        })  # fmt: skip
+        (network,) = [row for row in model_rows(options) if row.id == name]
+        add(options, step, _no_time(network, f"raised {why}"))
 
 
 def assemble(options: Options, troubles: Sequence[str]) -> Path:
@@ -520,12 +557,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Path(options.out).mkdir(parents=True, exist_ok=True)
     options.deadline = time.time() + 60 * options.minutes
     troubles: list[str] = []
-    for step in options.steps or (CPU_STEPS if options.cpu else SHARES):
+    shares = {**SHARES, **(CPU_SHARES if options.cpu else {})}
+    for step in options.steps or (CPU_SHARES if options.cpu else SHARES):
         if step in ("machine", "golden", "sanitizer", "profile") and found(options, step):
             continue
         seconds = max(0.0, _left(options) - 5)
         print(f"== {step} ({seconds:.0f} s left)", flush=True)
-        trouble = _supervise(options, step, time.time() + SHARES[step] * seconds)
+        trouble = _supervise(options, step, time.time() + shares[step] * seconds)
         if trouble:
             troubles.append(trouble)
             print(f"  {trouble}", flush=True)
@@ -549,9 +587,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _options(argv: Sequence[str] | None) -> Options:
     parser = argparse.ArgumentParser(description="Measure and check everything, on a GPU.")
-    parser.add_argument(
-        "--minutes", type=float, default=9.0, help="how long (default: %(default)s)"
-    )
+    parser.add_argument("--minutes", type=float, help="how long (default: 9, with --cpu 25)")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result file")
     place = parser.add_mutually_exclusive_group()
     place.add_argument("--cpu", action="store_true", help="time the CPU engine, on smaller layers")
@@ -566,7 +602,7 @@ def _options(argv: Sequence[str] | None) -> Options:
     default = [rival for rival in RIVALS if not rival.startswith("compile")]
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=default, help="who is timed")
     parser.add_argument(
-        "--seconds", type=float, default=0.5, help="for a row's times (default: %(default)s)"
+        "--seconds", type=float, help="for a row's times (default: 0.5, with --cpu 0.25)"
     )
     parser.add_argument("--tf32", action="store_true", help="torch may multiply float32 as TF32")
     parser.add_argument("--profile", nargs="+", metavar="ROW", help="rows for Nsight Compute")
@@ -574,7 +610,12 @@ def _options(argv: Sequence[str] | None) -> Options:
     parser.add_argument("--step", choices=list(STEPS), help=argparse.SUPPRESS)
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=time.time() + 600, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.minutes is None:
+        options.minutes = 25.0 if options.cpu else 9.0
+    if options.seconds is None:
+        options.seconds = 0.25 if options.cpu else 0.5
+    return options
 
 
 if __name__ == "__main__":

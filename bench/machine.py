@@ -33,6 +33,7 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if gpu else cpu,
         "kind": "gpu" if gpu else "cpu",
+        "cpu": None if gpu else _cpu(),
         "driver": _smi("driver_version") if gpu else None,
         "cuda": torch.version.cuda,
         "torch": torch.__version__,
@@ -46,6 +47,17 @@ def describe(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "threads": system.cores(),
         "clocks": clocks() if gpu else {},
     }
+
+
+def _cpu() -> str:
+    """Microarchitecture and vectors. LLVM, by which the kernels are compiled, knows the former; of processors
+    that call themselves "AMD EPYC" there are many.
+    """
+    import llvmlite.binding as llvm
+
+    from cnnops.cpu.simd import simd_bits
+
+    return f"{llvm.get_host_cpu_name()}, {simd_bits()}-bit vectors"
 
 
 def slug(machine: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import cnnops
 from bench import rivals, timing
 from bench.rivals import CNNOPS, Absent, Call
+from bench.suites import BF16_LAST, F32, F32_LAST
 from cnnops.models import MODELS
 from cnnops.models.parts import StochasticDepth
 
@@ -29,36 +30,39 @@ images as several. That gradients are right is for the tests to prove; here a wr
 @dataclass(frozen=True)
 class ModelRow:
     """One network in one phase: "infer" is a forward in evaluation, "train" a step of SGD with momentum.
-    Half types run under autocast and in channels-last, as they are used. There is no dropout of
-    either kind.
+    Half types run under autocast. There is no dropout of either kind.
     """
 
     model: str
     phase: str
     batch: int
     dtype: str = "float32"
+    layout: str = "contiguous"
+    """Of the images and the weights."""
 
     @property
     def id(self) -> str:
-        return f"{self.model}/{self.phase}/{self.dtype}/{self.batch}"
+        return f"{self.model}/{self.phase}/{self.dtype}/{self.batch}/{self.layout}"
 
 
 BATCHES = {
-    "lenet5": 64, "lenet5-original": 64, "alexnet": 128, "vgg16": 32, "resnet50": 64, "mobilenetv2": 64,
-    "convnext-tiny": 64, "efficientnet-b0": 64,
+    "lenet5": 64, "resnet18": 64, "mobilenetv2": 64, "resnet50": 64, "convnext-tiny": 64,
+    "efficientnet-b0": 64, "alexnet": 128, "lenet5-original": 64, "vgg16": 32,
 }  # fmt: skip
+CPU_BATCHES = {"lenet5": 64, "lenet5-original": 64, "resnet18": 8, "mobilenetv2": 8}
+"""On a CPU; two images of any other."""
 
 
 def rows(device: torch.device) -> list[ModelRow]:
-    """All networks in both phases: on a GPU in float32 and bfloat16, on a CPU in float32, at most 64 images
-    of 28x28 or two large ones.
+    """All networks in both phases: on a GPU in float32 and, as half types are used there, in bfloat16 and
+    channels-last; on a CPU in float32 in either layout, and with fewer images.
     """
     gpu = device.type == "cuda"
     return [
-        ModelRow(model, phase, batch if gpu or model.startswith("lenet") else 2, dtype)
-        for dtype in (("float32", "bfloat16") if gpu else ("float32",))
+        ModelRow(model, phase, batch if gpu else CPU_BATCHES.get(model, 2), *form)
         for model, batch in BATCHES.items()
         for phase in ("infer", "train")
+        for form in (F32, BF16_LAST if gpu else F32_LAST)
     ]
 
 
@@ -66,7 +70,7 @@ def _images(row: ModelRow, device: torch.device, side: int | None) -> Tensor:
     sizes = MODELS[row.model].input_size if side is None else (side, side)
     channels = 1 if row.model.startswith("lenet") else 3
     x = torch.randn(row.batch, channels, *sizes, device=device)
-    return x if row.dtype == "float32" else x.to(memory_format=torch.channels_last)
+    return x.to(memory_format=torch.channels_last) if row.layout == "channels_last" else x
 
 
 def _autocast(row: ModelRow, device: torch.device) -> AbstractContextManager[Any]:
@@ -90,7 +94,7 @@ def _call(
         model = MODELS[row.model](layers=nn).to(device)
         around = partial(rivals.torch_settings, rival == "eager-benchmark", False)
     model.load_state_dict(copy.deepcopy(stock.state_dict()))
-    if row.dtype != "float32":
+    if row.layout == "channels_last":
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.train(row.phase == "train")
     for module in model.modules():
@@ -164,7 +168,8 @@ def measure(
     times = timing.take(ready, device, seconds, ("warm",)) if timed else timing.once(ready)
     return {
         "id": row.id, "model": row.model, "phase": row.phase, "batch": row.batch, "dtype": row.dtype,
-        "times": times, "errors": {name: call.error for name, call in ready.items()}, "absent": absent,
+        "layout": row.layout, "times": times,
+        "errors": {name: call.error for name, call in ready.items()}, "absent": absent,
     }  # fmt: skip
 
 

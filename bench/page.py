@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.parts import CAPTION, by_part, by_size
 from bench.plots import plots
 from bench.runs import (
     CNNOPS,
@@ -67,14 +68,19 @@ def _html_table(head: Sequence[str], body: Iterable[Line], kind: str = "") -> st
 
 
 def _summary_html(rows: Iterable[Measured], fields: Sequence[str], rivals: Sequence[str]) -> str:
-    head, *body = summary(rows, fields, rivals)
+    cells = summary(rows, fields, rivals)
+    return _cells_html(cells, (*cells[0][: len(fields)], "worst row"))
 
-    def cells(line: list[str]) -> Line:
-        named = zip(head, line, strict=True)
-        words = (*head[: len(fields)], "worst row")
+
+def _cells_html(cells: Sequence[Sequence[str]], words: Sequence[str]) -> str:
+    """The first row of `cells` is the head, of which `words` stand over no numbers."""
+    head, *body = cells
+
+    def line(texts: Sequence[str]) -> Line:
+        named = zip(head, texts, strict=True)
         return [t if name in words else Cell(t, _first(t), "number") for name, t in named]
 
-    return _html_table(head, map(cells, body), "sortable")
+    return _html_table(head, map(line, body), "sortable")
 
 
 def _first(text: str) -> float | None:
@@ -133,6 +139,13 @@ def _run_html(run: Run) -> str:
     if problems:
         lines = "".join(f"<li>{html.escape(line)}</li>" for line in problems)
         parts.append(f'<h3>Failures</h3><ul class="failed">{lines}</ul>')
+    if cells := by_part(run):
+        parts.append(
+            f"<h3>Parts of networks: speed-up</h3><p>{html.escape(CAPTION.capitalize())}.</p>"
+        )
+        parts.append(_cells_html(cells, (cells[0][0], "worst")))
+    if cells := by_size(run):
+        parts.append("<h3>Small and large convolutions</h3>" + _cells_html(cells, cells[0][:1]))
     parts.append("<h3>Operations: speed-up</h3>")
     if run.rows:
         parts.append(_summary_html(run.rows, ("suite", "dtype", "layout"), run.rivals))
@@ -141,7 +154,9 @@ def _run_html(run: Run) -> str:
         parts.append(f"<p>{NEVER}</p>")
     parts.append("<h3>Networks: time of a batch</h3>")
     if run.models:
-        parts.append(_measured_html(run.models, ("model", "phase", "batch", "dtype"), timed))
+        parts.append(
+            _measured_html(run.models, ("model", "phase", "batch", "dtype", "layout"), timed)
+        )
     else:
         parts.append(f"<p>{NEVER}</p>")
     for name, picture in plots(run).items():

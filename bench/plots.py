@@ -278,10 +278,10 @@ def figures(run: Run) -> Iterator[tuple[str, Figure]]:
     """All plots of `run` with their names: the roofline, speed-ups by suite, curves of the sweeps."""
     drawn: list[tuple[str, Figure | None]] = [("roofline", roofline(run))]
     what = "cnnops against the best rival"
-    for models in groups(run.models, "dtype"):
-        (dtype,) = models.key
-        figure = bars(run, f"networks, {dtype}: {what}", groups(models.rows, "phase"))
-        drawn.append((f"speedup-models-{dtype}", figure))
+    for models in groups(run.models, "dtype", "layout"):
+        dtype, layout = models.key
+        figure = bars(run, f"networks, {dtype}, {layout}: {what}", groups(models.rows, "phase"))
+        drawn.append((f"speedup-models-{dtype}-{layout}", figure))
     for group in groups(run.rows, "suite", "dtype", "layout"):
         name, title, rest = "-".join(group.key), ", ".join(group.key), list(group.rows)
         if group.key[0].startswith(SWEEP):

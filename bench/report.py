@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
 from bench.compare import print_comparison  # noqa: E402
 from bench.page import page  # noqa: E402
+from bench.parts import CAPTION, by_part, by_size  # noqa: E402
 from bench.plots import plots  # noqa: E402
 from bench.runs import (  # noqa: E402
     CNNOPS,
@@ -67,21 +68,28 @@ MOST_LINES = 40
 def table(run: Run) -> str:
     """`run` in a few lines of GitHub's markdown, with its device, versions and commit above."""
     parts = [stamp(run)]
+    if cells := by_part(run):
+        parts += [_lines(cells, (cells[0][0], "worst")), f"{CAPTION.capitalize()}."]
+    if cells := by_size(run):
+        parts.append(_lines(cells, cells[0][:1]))
     for rows, fields in (
         (run.rows, ("suite", "dtype", "layout")),
-        (run.models, ("phase", "dtype")),
+        (run.models, ("phase", "dtype", "layout")),
     ):
         if rows:
-            head, *body = summary(rows, fields, run.rivals)
-            rule = [
-                "---" if name in (*head[: len(fields)], "worst row") else "--:" for name in head
-            ]
-            lines = [map(_markdown, head), rule, *(map(_markdown, line) for line in body)]
-            parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+            cells = summary(rows, fields, run.rivals)
+            parts.append(_lines(cells, (*cells[0][: len(fields)], "worst row")))
     if not run.measured:
         parts.append("This run measured no rows.")
     parts.append(f"{conditions(run)}. {_markdown(not_measured(run))}".strip())
     return "\n\n".join(parts) + "\n"
+
+
+def _lines(cells: Sequence[Sequence[str]], words: Sequence[str]) -> str:
+    """The first row of `cells` is the head, of which `words` stand over no numbers."""
+    rule = ["---" if name in words else "--:" for name in cells[0]]
+    head, *body = ([_markdown(cell) for cell in line] for line in cells)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 
 
 def _markdown(cell: str) -> str:
@@ -128,6 +136,12 @@ def console(run: Run, out: Console | None = None) -> None:
     for absent in filter(None, (not_timed(run), not_measured(run))):
         out.print(absent)
     out.print()
+    for title, cells in (
+        (f"speed-up: {CAPTION}", by_part(run)),
+        ("small and large convolutions", by_size(run)),
+    ):
+        if cells:
+            print_table(out, title, cells)
     behind = [["row", "type", "layout", "cnnops", "best rival", "speed-up", "% of floor", "rival"]]
     for row in worst(run.rows):
         percent = row.percent_of_floor()
@@ -150,7 +164,7 @@ def console(run: Run, out: Console | None = None) -> None:
     for rows, fields in (
         (run.rows, ("suite", "dtype", "layout")),
         (run.rows, ("op", "direction", "dtype")),
-        (run.models, ("model", "phase", "dtype")),
+        (run.models, ("model", "phase", "dtype", "layout")),
     ):
         parts = groups(rows, *fields)
         compared = [row for part in parts if part.against_best() for row in part.rows]

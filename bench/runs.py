@@ -24,7 +24,9 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 SCHEMA = 1
 CNNOPS = "cnnops"
-OURS = (CNNOPS, "cnnops-auto")
+POLICIES = (CNNOPS, "cnnops-auto")
+ONE_THREAD = "cnnops-1-thread"
+OURS = (*POLICIES, ONE_THREAD)
 RIVALS = ("eager", "eager-benchmark", "compile", "compile-max-autotune")
 DIRECTIONS = ("fprop", "dgrad", "wgrad", "fwd", "bwd")
 NEVER = "not measured yet"
@@ -155,6 +157,7 @@ class MeasuredModel(Measured):
     model: str
     phase: str
     batch: int
+    layout: str
 
     @property
     def label(self) -> str:
@@ -198,7 +201,7 @@ class Run:
     @property
     def ours(self) -> tuple[str, ...]:
         """Those policies of cnnops that have times."""
-        return tuple(ours for ours in OURS if any(ours in m.times for m in self.measured))
+        return tuple(ours for ours in POLICIES if any(ours in m.times for m in self.measured))
 
     @property
     def problems(self) -> list[str]:
@@ -294,8 +297,11 @@ def _row(raw: Mapping[str, Any]) -> MeasuredRow:
 
 
 def _model(raw: Mapping[str, Any]) -> MeasuredModel:
-    same = ("model", "phase", "batch")
-    return MeasuredModel(**_common(raw), suite="models", **{name: raw[name] for name in same})
+    same = {name: raw[name] for name in ("model", "phase", "batch")}
+    if "layout" not in raw:  # files of times when half types were channels-last and float32 was not
+        layout = "contiguous" if raw["dtype"] == "float32" else "channels_last"
+        raw = {**raw, "layout": layout, "id": f"{raw['id']}/{layout}"}
+    return MeasuredModel(**_common(raw), suite="models", layout=raw["layout"], **same)
 
 
 def runs(folder: Path | str = RESULTS) -> list[Run]:
@@ -386,6 +392,7 @@ def stamp(run: Run) -> str:
     changed = " with uncommitted changes" if m.get("dirty") else ""
     parts = [
         m["device"],
+        m.get("cpu"),
         m.get("driver") and f"driver {m['driver']}",
         m.get("cuda") and f"CUDA {m['cuda']}",
         f"torch {m['torch'].partition('+')[0]}",
@@ -448,6 +455,11 @@ def summary(
                 f"{last[0].name}: {last[0].speed_up:.2f} vs {last[0].best_rival}" if last else "–",
             ]
         )
+    return filled(cells)
+
+
+def filled(cells: Sequence[Sequence[str]]) -> list[list[str]]:
+    """`cells`, the first row of which is the head, without columns that say nothing."""
     columns = [column for column in zip(*cells, strict=True) if set(column[1:]) != {"–"}]
     return [list(line) for line in zip(*columns, strict=True)]
 

@@ -774,6 +774,24 @@ def _conv3x3(suite: str, name: str, N: int, C: int, H: int, depthwise: bool = Fa
     return _case(suite, name, "conv2d", (N, C, H, H), w, forms=USUAL, padding=1, groups=groups)
 
 
+# Images, C = K and H = W such that each has about ten times the flops of the one before: layers of ResNets
+# for small and large images, and of a diffusion model's U-Net. Without overheads a flop takes as long in all.
+_SCALING = (
+    ("1_MFLOP", 1, 16, 16),
+    ("10_MFLOP", 2, 32, 16),
+    ("100_MFLOP", 1, 64, 40),
+    ("1_GFLOP", 4, 64, 56),
+    ("10_GFLOP", 2, 256, 64),
+)
+
+
+def _scaling() -> tuple[Case, ...]:
+    return tuple(
+        _case("scaling", name, "conv2d", (N, C, H, H), (C, C, 3, 3), padding=1)
+        for name, N, C, H in _SCALING
+    )
+
+
 def _sweep_channels() -> tuple[Case, ...]:
     return tuple(
         _conv3x3("sweep_channels", f"{name}_C{C}", 32, C, 56, depthwise)
@@ -863,5 +881,12 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "sweep_kernel": _sweep_kernel(),
     "sweep_pool": _sweep_pool(),
     "sweep_norm": _sweep_norm(),
+    "scaling": _scaling(),
 }
 """Suite -> its cases."""
+
+NETWORKS = (
+    "lenet5", "lenet5_original", "alexnet", "vgg16", "resnet50", "mobilenetv2", "efficientnet_b0",
+    "convnext_t",
+)  # fmt: skip
+"""Suites that are the layers of one network."""

@@ -6,10 +6,13 @@ Nothing here is timed. tests/test_suites.py has the tables, tests/test_report.py
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +22,7 @@ import torch
 from torch import Tensor
 
 import cnnops
-from bench import cudnn_graph, lab, machine, models, report, rivals, suites, timing
+from bench import cudnn_graph, lab, machine, models, parts, report, rivals, suites, timing
 from bench.rivals import Call, Inputs
 from bench.suites import Case, Row
 
@@ -108,7 +111,23 @@ def test_wrong_results_are_never_timed(
     )
     entry = timing.measure(big, ("cnnops", "eager"), CPU, BIG, 0.0, timed=False)
     assert list(entry["times"]) == ["eager"]
-    assert pytest.importorskip("re").match(why, entry["absent"]["cnnops"]), entry["absent"]
+    assert re.match(why, entry["absent"]["cnnops"]), entry["absent"]
+
+
+@pytest.mark.parametrize(
+    "row, limit",
+    [
+        (row_of("batch_norm_act", "bwd", training=True), rivals.KINK),
+        (row_of("batch_norm_act", "bwd", "bfloat16"), rivals.TOLERANCE["bfloat16"]),
+        (row_of("batch_norm_act", "fwd", training=True), rivals.TOLERANCE["float32"]),
+        (row_of("batch_norm_act", "bwd", activation="silu"), rivals.TOLERANCE["float32"]),
+        (row_of("batch_norm_act", "bwd", activation="none"), rivals.TOLERANCE["float32"]),
+        (row_of("conv2d", "dgrad", groups=2), rivals.TOLERANCE["float32"]),
+    ],
+    ids=lambda value: value.id if isinstance(value, Row) else str(value),
+)
+def test_room_for_values_at_the_kink_of_a_relu(row: Row, limit: float) -> None:
+    assert rivals.tolerance(row, tf32=False) == limit
 
 
 def test_functions_that_do_not_exist_yet_are_absent(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,6 +247,18 @@ class FakeTensor:
         return self
 
 
+def test_one_thread() -> None:
+    former = torch.get_num_threads()
+    call = rivals.call(rivals.ONE_THREAD, CONV, [rivals.inputs(CONV, CPU, 0)], tf32=False)
+    torch.set_num_threads(2)
+    try:
+        with call.around():
+            assert torch.get_num_threads() == 1 and cnnops.config.settings.policy == "own"
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(former)
+
+
 def test_settings_are_put_back() -> None:
     before = (
         cnnops.config.settings.policy,
@@ -268,6 +299,20 @@ def test_rivals_take_turns() -> None:
     assert len(calls) > 3 * timing.LEAST - 3, "each round visits every rival"
 
 
+def test_one_thread_is_timed_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[list[str]] = []
+    true = timing.take
+
+    def take(ready: dict[str, Call], *rest: Any) -> dict[str, timing.Times]:
+        taken.append(list(ready))
+        return true(ready, *rest)
+
+    monkeypatch.setattr(timing, "take", take)
+    entry = timing.measure(CONV, ("cnnops", rivals.ONE_THREAD, "eager"), CPU, BIG, 0.0)
+    assert taken == [["cnnops", "eager"], [rivals.ONE_THREAD]]
+    assert entry["times"].keys() == {"cnnops", "eager", rivals.ONE_THREAD}
+
+
 def test_measured_rows_fit_the_report(tmp_path: Path) -> None:
     entry = timing.measure(CONV, ("cnnops", "eager"), CPU, BIG, 0.0)
     assert entry["bytes"] == CONV.bytes_moved and entry["floor_s"] > 0
@@ -281,13 +326,15 @@ def test_measured_rows_fit_the_report(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     run = report.load(path)
     assert run.rows[0].id == CONV.id and "abc1234" in report.table(run)
+    assert re.search(r" · [\w-]+, (128|256|512)-bit vectors · ", report.table(run))
 
 
 def test_models_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for phase in ("infer", "train"):
-        row = models.ModelRow("lenet5", phase, 2)
+    for phase, layout in itertools.product(("infer", "train"), ("channels_last", "contiguous")):
+        row = models.ModelRow("lenet5", phase, 2, layout=layout)
         entry = models.measure(row, ("cnnops", "eager"), CPU, 0.0, timed=False)
         assert not entry["absent"] and entry["times"].keys() == {"cnnops", "eager"}
+        assert entry["layout"] == layout and entry["id"] == f"lenet5/{phase}/float32/2/{layout}"
     true = cnnops.functional.conv2d
     monkeypatch.setattr(cnnops.functional, "conv2d", lambda *a, **k: true(*a, **k) * 1.1)
     entry = models.measure(row, ("cnnops", "eager"), CPU, 0.0, timed=False)
@@ -317,6 +364,55 @@ def test_rows_by_interest() -> None:
     assert sweeps == sorted(sweeps), "sweeps come last"
 
 
+def test_rows_on_a_cpu(tmp_path: Path) -> None:
+    """The parts of the report come first, whole and in both layouts; threads are asked of large layers."""
+    options = lab._options(["--out", str(tmp_path), "--cpu", "--rivals", "cnnops", "eager"])
+    assert (options.minutes, options.seconds) == (25, 0.25)
+    every = list(lab.layer_rows(options))
+    rows = [row for row, _, _ in every]
+    assert len({row.id for row in rows}) == len(rows)
+    assert {row.id for row in rows} >= {row.id for row in suites.rows()}
+
+    told = [
+        row.dtype == "float32"
+        and bool(parts.part_of(row.case.suite, parts.kind_of(row.case.op, row.problem), row.direction))
+        for row in rows
+    ]  # fmt: skip
+    assert told == sorted(told, reverse=True) and any(told), "before sweeps and half types"
+    float32 = [row for row in rows if row.dtype == "float32" and row.case.suite in suites.NETWORKS]
+    for one, other in zip(float32[::2], float32[1::2], strict=True):
+        assert (one.layout, other.layout) == ("contiguous", "channels_last")
+        assert (one.case, one.direction) == (other.case, other.direction)
+        assert abs(rows.index(one) - rows.index(other)) == 1
+    assert {row.case.x[0] for row in float32 if row.case.suite == "resnet50"} == {8}
+    whole = {case.name: case.x for case in suites.SUITES["resnet50"]}
+    for row in float32:
+        if row.case.suite == "resnet50":
+            assert row.case.x[1:] == whole[row.case.name][1:], "nothing else shrinks"
+        assert row.flops <= 4e9 and row.bytes_moved <= 2e8
+
+    scaling = [row for row in rows if row.case.suite == "scaling"]
+    assert len(scaling) == 30 and {row.case for row in scaling} == set(suites.SUITES["scaling"])
+    serial = {row.id for row, names, _ in every if rivals.ONE_THREAD in names}
+    assert serial == {row.id for row in scaling if row.flops >= 5e7} and len(serial) == 18
+
+
+def test_networks_on_a_cpu() -> None:
+    rows = models.rows(CPU)
+    for one, other in zip(rows[::2], rows[1::2], strict=True):
+        assert (one.layout, other.layout) == ("contiguous", "channels_last")
+        assert one == replace(other, layout="contiguous") and one.dtype == "float32"
+    assert {row.model for row in rows[:12]} == {"lenet5", "resnet18", "mobilenetv2"}
+    assert {row.phase for row in rows} == {"infer", "train"}
+
+
+@pytest.mark.parametrize("arguments", [["--cpu"], []], ids=["cpu", "gpu"])
+def test_one_thread_is_asked_of_cpus_alone(tmp_path: Path, arguments: list[str]) -> None:
+    options = lab._options(["--out", str(tmp_path), "--suites", "scaling", *arguments])
+    found = {name for _, names, _ in lab.layer_rows(options) for name in names}
+    assert (rivals.ONE_THREAD in found) == bool(arguments)
+
+
 def script(tmp_path: Path, body: str) -> list[str]:
     path = tmp_path / "step.py"
     path.write_text(textwrap.dedent(body))
@@ -328,7 +424,7 @@ def test_a_row_that_ends_its_process_costs_only_itself(
     options: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """Killed, gone, or hanging: the row is noted, and the step is begun again behind it."""
-    name = suites.rows()[0].id
+    name = next(row for row, _, _ in lab.layer_rows(options)).id
     command = script(tmp_path, f"""
         import os, sys, time, pathlib
         out = pathlib.Path(sys.argv[1])

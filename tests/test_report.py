@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare, page, plots, report, runs
+from bench import compare, page, parts, plots, report, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {
@@ -346,6 +346,131 @@ def test_console_cuts_long_tables(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert means.count("… and 3 more") == means.count("… and ") == 1
 
 
+# ---- parts of networks, on a CPU --------------------------------------------------------------------------
+
+
+def both(
+    case: str,
+    direction: str = "fprop",
+    suite: str = "resnet50",
+    **medians: tuple[float | None, ...],
+) -> list[dict[str, Any]]:
+    """A problem in float32, with what each rival takes contiguous and channels-last, in µs."""
+    rows = []
+    for place, layout in enumerate(parts.LAYOUTS):
+        times = {r: t[place] * US for r, t in medians.items() if t[place] is not None}
+        rows.append(row(case, direction, suite, variant="warm", **times))
+        rows[-1] |= {"layout": layout, "id": rows[-1]["id"].replace("contiguous", layout)}
+    return rows
+
+
+PARTS_ROWS = [
+    *both("conv1", cnnops=(10, 20), eager=(20, 8)),  # 8 / 10
+    *both("conv2", cnnops=(20, 10), eager=(30, 50)),  # 30 / 10
+    *both("conv3", cnnops=(None, 10), eager=(90, None)),  # 90 / 10, and nothing in one layout
+    *both("conv4", cnnops=(None, None), eager=(90, 90)),
+    *both("conv1", "wgrad", "vgg16", cnnops=(10, 10), eager=(20, 30)),
+    *both("conv1", "wgrad", "alexnet", cnnops=(10, 10), eager=(15, 15)),
+    *(r | {"dtype": "bfloat16"} for r in both("half", cnnops=(1, 1), eager=(9, 9))),
+    *both("conv", suite="efficientnet_b0", cnnops=(1, 1), eager=(9, 9)),
+]
+
+
+def test_a_problem_is_told_in_the_faster_layout_of_each(tmp_path: Path) -> None:
+    run = runs.load(write(tmp_path / "run.json", PARTS_ROWS, CPU))
+    mean = (0.8 * 3 * 9) ** (1 / 3)
+    assert parts.by_part(run) == [
+        ["part", "problems", "speed-up", "contiguous", "channels_last", "worst"],
+        ["ResNet-50: convolutions, fprop", "4", f"{mean:.2f} (3)", f"{(2 * 1.5) ** 0.5:.2f} (2)",
+         f"{(0.4 * 5) ** 0.5:.2f} (2)", "conv1 fprop: 0.80"],
+        ["VGG-16, AlexNet: convolutions", "2", f"{3 ** 0.5:.2f} (2)", f"{3 ** 0.5:.2f} (2)",
+         f"{(3 * 1.5) ** 0.5:.2f} (2)", "alexnet/conv1 wgrad: 1.50"],
+    ]  # fmt: skip
+
+
+def test_networks_are_told_in_the_faster_layout_of_each(tmp_path: Path) -> None:
+    step = model("resnet18", 8, cnnops=4e-3, eager=6e-3) | {"layout": "contiguous"}
+    last = model("resnet18", 8, cnnops=5e-3, eager=3e-3) | {"layout": "channels_last", "id": "last"}
+    others = [
+        model("lenet5", 64, cnnops=2e-3, eager=3e-3),  # of a file that names no layout
+        model("vgg16", 2, cnnops=1e-3, eager=9e-3),
+        model("mobilenetv2", 2, cnnops=1e-3, eager=9e-3) | {"phase": "infer"},
+    ]
+    run = runs.load(write(tmp_path / "run.json", [], CPU, models=[step, last, *others]))
+    _, line = parts.by_part(run)
+    mean = f"{(0.75 * 1.5) ** 0.5:.2f} (2)"
+    assert line == [
+        "LeNet-5, ResNet-18, MobileNetV2: training step", "2", mean, "1.50 (2)", "0.60 (1)",
+        "resnet18 train, batch 8: 0.75",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "op, problem, kind",
+    [
+        ("conv2d", "x 8x32x112x112 w 32x1x3x3 padding=1 groups=32", "depthwise"),
+        (
+            "conv2d",
+            "x 8x32x112x112 w 64x1x3x3 padding=1 groups=32",
+            "depthwise",
+        ),  # two filters a channel
+        ("conv2d", "x 8x32x112x112 w 32x2x3x3 padding=1 groups=16", "convolution"),
+        ("conv2d", "x 64x1x28x28 w 20x1x5x5 bias padding=2", "convolution"),
+        ("adaptive_avg_pool2d", "x 8x2048x7x7 output_size=1", "pooling"),
+        ("batch_norm_act", "x 8x64x56x56 training residual", "norm"),
+        ("batch_norm", "x 8x64x56x56 training", "batch_norm"),
+    ],
+)
+def test_kinds(op: str, problem: str, kind: str) -> None:
+    assert parts.kind_of(op, problem) == kind
+
+
+def test_small_and_large_convolutions(tmp_path: Path) -> None:
+    one = {"cnnops-1-thread": (15, 15)}
+    rows = [
+        *(r | {"flops": 2_000_000} for r in both("2_MFLOP", suite="scaling", cnnops=(20, 10), eager=(5, 8))),
+        *(r | {"flops": 1_000_000}
+          for r in both("1_MFLOP", suite="scaling", cnnops=(20, 10), eager=(40, 50), **one)),
+        *(r | {"flops": 1_000_000}
+          for r in both("1_MFLOP", "wgrad", "scaling", cnnops=(None, None), eager=(40, 50))),
+    ]  # fmt: skip
+    run = runs.load(write(tmp_path / "run.json", rows, CPU | {"threads": 2}))
+    assert parts.by_size(run) == [
+        ["3x3 convolution", "1 MFLOP", "2 MFLOP"],
+        ["fprop: cnnops, GFLOP/s", "100", "200"],
+        ["fprop: torch, GFLOP/s", "25", "400"],
+        ["fprop: cnnops, 2 threads over one", "1.50", "–"],
+        ["wgrad: torch, GFLOP/s", "25", "–"],
+    ]
+    assert run.rivals == ("eager",) and run.ours == ("cnnops",)
+    assert run.rows[2].best_rival == "eager", "cnnops on one thread is no rival"
+    assert "cnnops-1-thread" not in report.table(run)
+
+
+def test_parts_are_shown_of_cpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [*PARTS_ROWS, *both("1_MFLOP", suite="scaling", cnnops=(20, 10), eager=(40, 50))]
+    machine = CPU | {"cpu": "znver4, 512-bit vectors"}
+    cpu = runs.load(write(tmp_path / "cpu.json", rows, machine))
+    gpu = runs.load(write(tmp_path / "gpu.json", rows, GPU))
+    assert parts.by_part(gpu) == parts.by_size(gpu) == []
+    lines = report.table(cpu).splitlines()
+    assert lines[0].startswith("AMD EPYC (2 threads) · znver4, 512-bit vectors · torch")
+    assert lines[2:5] == [
+        "| part | problems | speed-up | contiguous | channels_last | worst |",
+        "| --- | --: | --: | --: | --: | --- |",
+        "| ResNet-50: convolutions, fprop | 4 | 2.78 (3) | 1.73 (2) | 1.41 (2) | conv1 fprop: 0.80 |",
+    ]
+    report.console(cpu)
+    shown = re.sub(" +", " ", capsys.readouterr().out)
+    for text in (re.sub("<[^>]*>", " ", page.page([cpu], tmp_path)), shown, report.table(cpu)):
+        assert "in its faster layout" in text and "ResNet-50: convolutions, fprop" in text
+        assert "fprop: torch, GFLOP/s" in text
+    report.console(gpu)
+    for text in (page.page([gpu], tmp_path), capsys.readouterr().out, report.table(gpu)):
+        assert "in its faster layout" not in text and "GFLOP/s" not in text
+
+
 # ---- plots and page --------------------------------------------------------------------------------------
 
 
@@ -369,7 +494,7 @@ def test_plots(tmp_path: Path, machine: dict[str, Any]) -> None:
     run = runs.load(write(tmp_path / "run.json", rows, machine, models=models))
     drawn = plots.plots(run)
     assert list(drawn) == [
-        "roofline", "speedup-models-float32", "speedup-resnet50-float32-contiguous",
+        "roofline", "speedup-models-float32-contiguous", "speedup-resnet50-float32-contiguous",
         "sweep_channels-float32-contiguous", "speedup-pool-float32-contiguous",
         "speedup-sweep_pool-float32-contiguous",
     ]  # fmt: skip
@@ -544,6 +669,35 @@ def test_compare_wants_one_device(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected two runs on one device, got NVIDIA"):
         compare.compare(a, b)
     assert len(compare.compare(a, b, force=True)) == 8
+
+
+def test_rows_of_other_sizes_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under the same name a CPU may once be given two images, and once eight."""
+    a = changed(tmp_path, "a.json", CPU)
+    raw = json.loads(a.read_text())
+    raw["rows"][0]["problem"] = "x 8x8x16x16 w 8x8x3x3 padding=1"
+    raw["rows"][0]["times"]["cnnops"]["cold"] = timing(400 * US)
+    b = tmp_path / "b.json"
+    b.write_text(json.dumps(raw))
+    assert report.main(["--compare", str(a), str(b)]) == 0
+    text = capsys.readouterr().out
+    assert f"of other sizes in the two runs (1)\n  {ROWS[0]['id']}\n" in text
+    assert "0 slower, 0 faster, 2 within noise" in text
+
+
+def test_networks_of_older_files_are_compared(tmp_path: Path) -> None:
+    """Files without layouts are of networks that ran channels-last in half types alone."""
+    old = model("lenet5", 64, cnnops=2e-3), model("vgg16", 2, cnnops=2e-3) | {"dtype": "bfloat16"}
+    new = [old[0] | {"layout": "contiguous"}, old[1] | {"layout": "channels_last"}]
+    for entry in new:
+        entry["id"] += f"/{entry['layout']}"
+    a, b = (
+        runs.load(write(tmp_path / f"{name}.json", [], models=list(models)))
+        for name, models in (("a", old), ("b", new))
+    )
+    assert a.models == b.models and len(compare.compare(a, b)) == 2
 
 
 def test_only_in_one(run: runs.Run, tmp_path: Path) -> None:

@@ -343,6 +343,16 @@ def test_images_need_no_gradient() -> None:
         assert not any(case.directions for case in SUITES[suite][1:])
 
 
+# Scaling
+
+
+def test_scaling_goes_by_tens() -> None:
+    found = [row_of(case, "fprop").flops for case in SUITES["scaling"]]
+    for flops, nominal in zip(found, (1e6, 1e7, 1e8, 1e9, 1e10), strict=True):
+        assert 0.9 * nominal < flops < 1.2 * nominal
+    assert {case.w[2:] for case in SUITES["scaling"] if case.w} == {(3, 3)}
+
+
 # KernelBench and reports
 
 
