@@ -318,6 +318,8 @@ def _pack(T: str, L: int, V: int, U: int) -> Task:
     def conv_rows_pack(address: int, index: int, scratch: int) -> None:
         """Filters to ``[group] [block of K] [tap, C] [vectors of K]``; one block an index."""
         w, packed, taps, K, C, T_, S_, of_group, of_k, of_c, of_tap, J = unpack(address, args)
+        if J == 0:
+            return
         blocks = (K + full - 1) // full
         group, k0 = index // blocks, index % blocks * full
         padded = (K + U - 1) // U * U
@@ -731,6 +733,7 @@ class _Correlation:
         )
         self._count = blocks_n * math.prod(blocks_zpq) * groups * parts
         self._work = cycles * min(threads, self._count)
+        self._stretches = len(slices)
         self._task = _correlate(x.kind, lanes, M, V, grain)
         self._values = (
             N, groups, C, K, J, share, parts, self._direct_x, self._direct_y,
@@ -815,13 +818,15 @@ class _Correlation:
         scale, residual, activation = 0, 0, -1
         shift = zeros(self._channels, self._real) if bias is None else bias
         begin = shift
+        if epilogue is None and bias is not None and self._stretches > 1:
+            activation = 0  # as an epilogue adds it: behind all of a sum
         if epilogue is not None:
             activation = ACTIVATIONS.index(epilogue.activation)
             if epilogue.scale is not None:
                 scale = epilogue.scale.data_ptr()
             if epilogue.residual is not None:
                 residual = epilogue.residual.data_ptr() + self._start
-        if epilogue is not None or not self._direct_y:
+        if activation >= 0 or not self._direct_y:
             begin = zeros(self._padded, self._real)
         packed = torch.empty(self._packed_size, dtype=self._real)
         self._pack.run(
