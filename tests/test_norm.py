@@ -405,6 +405,51 @@ def test_statistics_alone(engine: str, dtype: torch.dtype) -> None:
     assert not mean.any() and not var.any()
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_statistics_of_unlike_values(dtype: torch.dtype, layout: str) -> None:
+    """Of channels whose first values say nothing of the mean: far from all others, or all alike; of squares
+    that float32 does not hold, and that are less than it tells from zero."""
+    x = torch.randn(5, 19, 23, 21)
+    x[0, ::4] = 2000 + x[0, ::4] / 100
+    x[:, 1, :12] = -30
+    x[:, 2] = 0.375
+    if dtype in (torch.float32, torch.float64):
+        x[:, 3] *= 1e25
+        x[:, 5] *= 1e-25
+    x = x.to(dtype)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    with cnnops.engine("cpu"):
+        mean, var = batch_norm_stats(x, "cpu")
+    wanted_var, wanted_mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    limit = 1e-12 if dtype == torch.float64 else 1e-6
+    assert ((mean - wanted_mean).abs() <= limit * (wanted_var.sqrt() + wanted_mean.abs())).all()
+    wanted_var = wanted_var.to(var.dtype)  # to infinity, where float32 does not hold it
+    finite = wanted_var.isfinite()
+    assert torch.equal(var.isfinite(), finite)
+    assert ((var - wanted_var)[finite].abs() <= 2 * limit * wanted_var[finite] + 1e-30).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("channels", [6, 65, 260])
+def test_threads_do_not_change_bits(channels: int, layout: str) -> None:
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, r, g = (torch.randn(4, channels, 31, 29).to(memory_format=form) for _ in range(3))
+    parameters = torch.randn(2, channels)
+    inputs = [t.requires_grad_() for t in (x, *parameters, r)]
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            with cnnops.engine("cpu"):
+                y = batch_norm_act(x, None, None, *inputs[1:3], training=True, residual=r)
+                runs.append((y, *torch.autograd.grad(y, inputs, g)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
 # ---- layers ---------------------------------------------------------------------------------------------
 
 LAYERS = [

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from cases import (
     ENGINES,
     POOL_CASES,
+    TOLERANCE,
     PoolCase,
     assert_close,
     check,
@@ -67,6 +68,38 @@ def test_maxima_are_exact(case: PoolCase, engine: str, dtype: torch.dtype) -> No
 def test_thread_order_does_not_matter(case: PoolCase) -> None:
     with emulate.schedule("all"):
         check(case, "emulate", torch.float32)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_rows_about_as_long_as_vectors(stride: int, dtype: torch.dtype, layout: str) -> None:
+    """Of many ties, NaN and -inf, at both ends of each row, with and without padding."""
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    for width in (5, 15, 16, 17, 31, 32, 33, 63, 65, 130):
+        x = torch.randn(2, 19, 9, width).mul(2).round().to(dtype)
+        x[0, 1, 4, -2], x[0, 2, 4, 0], x[1, 3] = math.nan, math.nan, -math.inf
+        x = x.to(memory_format=form).requires_grad_()
+        for kernel, padding in ((2, 0), (3, 0), (3, 1)):
+            window = {"kernel_size": kernel, "stride": stride, "padding": padding}
+            theirs, places = F.max_pool2d(x, **window, return_indices=True)
+            grad_y = torch.randn_like(theirs)
+            with cnnops.engine("cpu"):
+                y, found = C.max_pool2d(x, **window, return_indices=True)
+                (grad_x,) = torch.autograd.grad(y, x, grad_y)
+                average = avg_pool2d(x, **window)
+                (grad_average,) = torch.autograd.grad(average, x, grad_y)
+            what = f"{width} {window}"
+            assert torch.equal(found, places) and torch.equal(y.isnan(), theirs.isnan()), what
+            assert torch.equal(y.nan_to_num(7.0), theirs.nan_to_num(7.0)), what
+            wide, g = x.detach().double().requires_grad_(), grad_y.double()
+            limit = TOLERANCE[dtype].gradient
+            (wanted,) = torch.autograd.grad(F.max_pool2d(wide, **window), wide, g)
+            assert_close(grad_x, wanted, limit, f"gradient of maxima {what}")
+            averages = F.avg_pool2d(wide, **window)
+            (wanted,) = torch.autograd.grad(averages, wide, g)
+            assert_close(average[:, 4:], averages[:, 4:], limit, f"averages {what}")
+            assert_close(grad_average, wanted, limit, f"gradient of averages {what}")
 
 
 # ---- worked examples ------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ from numba.extending import intrinsic
 from cnnops.cpu import simd, vectors
 from cnnops.cpu.simd import Loop, int_constant, splat
 from cnnops.cpu.task import Task, ahead, layout, pointer, strides, unpack
-from cnnops.cpu.vectors import _Vectors, elements
+from cnnops.cpu.vectors import Vectors, elements
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import ConvShape
 
@@ -87,7 +87,7 @@ def _computed(kind: str) -> str:
 # ---- vectors ----------------------------------------------------------------------------------------------
 
 
-def _transposed(emit: _Vectors, rows: list[ir.Value]) -> list[ir.Value]:
+def _transposed(emit: Vectors, rows: list[ir.Value]) -> list[ir.Value]:
     """Columns of a square of vectors: its quarters change places, then each quarter's quarters, and so on."""
     L = emit.lanes
     rows, half = list(rows), L // 2
@@ -112,7 +112,7 @@ def _far(builder: ir.IRBuilder, base: ir.Value, *factors: ir.Value | int) -> ir.
     return builder.gep(base, [offset])
 
 
-def _square_masks(emit: _Vectors, count: ir.Value, channels: ir.Value) -> list[ir.Value]:
+def _square_masks(emit: Vectors, count: ir.Value, channels: ir.Value) -> list[ir.Value]:
     """For each channel of a square the mask of its first `count` elements, of none from `channels` on."""
     builder = emit.builder
     numbers = ir.Constant(emit.words, list(range(emit.lanes)))
@@ -125,7 +125,7 @@ def _square_masks(emit: _Vectors, count: ir.Value, channels: ir.Value) -> list[i
 
 
 def _squares(
-    emit: _Vectors, count: ir.Value, channels: ir.Value,
+    emit: Vectors, count: ir.Value, channels: ir.Value,
     square: Callable[[ir.Value, ir.Value | None], None],
 ) -> None:  # fmt: skip
     """`square` of each vector's first number out of `count`, and of how many are left, None for a whole one.
@@ -152,7 +152,7 @@ def _read_channels(
 
     def generate(context, builder, signature, values):
         to, pitch, places, source, step, count, channels = values[2:]
-        emit = _Vectors(builder, of, L)
+        emit = Vectors(builder, of, L)
         rest = builder.and_(channels, int_constant(L - 1))
         whole = builder.sub(channels, rest)
         mask = emit.first(rest)
@@ -183,7 +183,7 @@ def _read_planes(typing_context, lanes, kind, to, places, source, plane, count, 
 
     def generate(context, builder, signature, values):
         to, places, source, plane, count, channels, spare = values[2:]
-        emit = _Vectors(builder, of, L)
+        emit = Vectors(builder, of, L)
         at = [_far(builder, source, plane, c) for c in range(L)]
 
         def square(i, some):
@@ -208,7 +208,7 @@ def _read_planes(typing_context, lanes, kind, to, places, source, plane, count, 
     return signature, generate
 
 
-def _lanes(emit: _Vectors, skip: ir.Value, channels: ir.Value) -> ir.Value:
+def _lanes(emit: Vectors, skip: ir.Value, channels: ir.Value) -> ir.Value:
     """A mask of so many lanes behind the first `skip`."""
     behind = emit.first(emit.builder.add(skip, channels))
     return emit.builder.and_(behind, emit.builder.not_(emit.first(skip)))
@@ -221,7 +221,7 @@ def _write_channels(typing_context, lanes, kind, to, source, step, count, skip, 
 
     def generate(context, builder, signature, values):
         to, source, step, count, skip, channels = values[2:]
-        emit = _Vectors(builder, of, L)
+        emit = Vectors(builder, of, L)
         mask = _lanes(emit, skip, channels)
         loop = Loop(builder, int_constant(0), count, 1, [])
         value = emit.load(_far(builder, source, loop.index, L))
@@ -240,7 +240,7 @@ def _write_planes(typing_context, lanes, kind, to, source, plane, count, channel
 
     def generate(context, builder, signature, values):
         to, source, plane, count, channels = values[2:]
-        emit = _Vectors(builder, of, L)
+        emit = Vectors(builder, of, L)
         at = [_far(builder, to, plane, c) for c in range(L)]
 
         def square(i, some):
@@ -317,7 +317,7 @@ def _correlate_run(
         (
             to, step, count, skip, channels, x, row, w, w_step, segments, length, finish, clamped,
         ) = values[4:]  # fmt: skip
-        emit = _Vectors(builder, of, L)
+        emit = Vectors(builder, of, L)
         x_step, zeros, first, by, width = (builder.extract_value(row, n) for n in range(5))
         shift, low, high = (emit.load(_far(builder, finish, n * L)) for n in range(3))
         loop = Loop(builder, int_constant(0), length, 1, [shift] * B)

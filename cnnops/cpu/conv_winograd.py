@@ -274,7 +274,7 @@ def _turn(typing_context, lanes, kind, to, pitch, source, line, rows, count):
 
     def generate(context, builder, signature, values):
         to, pitch, source, line, rows, count = values[2:]
-        emit = vectors._Vectors(builder, of, L)
+        emit = vectors.Vectors(builder, of, L)
         # Rows that are not there stand for the last one.
         last = builder.sub(rows, simd.int_constant(1))
         lines = []
@@ -307,7 +307,7 @@ def _turn(typing_context, lanes, kind, to, pitch, source, line, rows, count):
 
 
 def _over_rows(
-    emit: vectors._Vectors,
+    emit: vectors.Vectors,
     sums: ir.Value,
     strides: tuple[ir.Value, ...],
     sizes: list[ir.Value],
@@ -338,7 +338,7 @@ def _add_rows(
 
     def generate(context, builder, signature, values):
         sums, sums_line, sums_row, y, line, row, *sizes = values[2:]
-        emit = vectors._Vectors(builder, of, L)
+        emit = vectors.Vectors(builder, of, L)
 
         def update(place, offset, mask):
             added = emit.read(builder.gep(y, [offset]), mask)
@@ -361,7 +361,7 @@ def _store_rows(
 
     def generate(context, builder, signature, values):
         y, line, row, sums, sums_line, sums_row, *sizes = values[2:]
-        emit = vectors._Vectors(builder, of, L)
+        emit = vectors.Vectors(builder, of, L)
 
         def update(place, offset, mask):
             emit.write(emit.load(place), builder.gep(y, [offset]), mask)

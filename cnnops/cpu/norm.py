@@ -1,14 +1,17 @@
 """Batch normalisation on the CPU: training forward, inference, the backward of both, and statistics alone.
 
-Each channel ``y = act(gamma * (x - mean) * rstd + beta + residual)``. Statistics come from two passes in
-float64, the second about the first's mean, so they survive a mean far larger than the deviation; a mean that
-float32 cannot hold is carried as ``high + low``. The backward computes the activation's input anew from x,
-or is given y in place of the residual, where y tells the activation's derivative.
+Each channel ``y = act(gamma * (x - mean) * rstd + beta + residual)``. Statistics come from one pass over x,
+about a number near the mean: float32 tells differences and their squares, float64 their sums, so that they
+survive a mean far larger than the deviation. Where the number turns out far from the mean, a second pass in
+float64 goes about the first's mean. A mean that float32 cannot hold is carried as ``high + low``. The
+backward computes the activation's input anew from x, or is given y in place of the residual, where y tells
+the activation's derivative.
 
-The elements of a channel, or of SIDE neighbouring ones in channels-last memory, are `runs` of at most
-`length` steps: planes of the images in row-major memory, stretches of rows otherwise. Each helper does one
-run of `n` channels, n = 1 being the row-major case, with vectors along the run, or along the channels. What a
-channel needs lies in scratch, one array of SIDE behind the other.
+Row-major memory (`planes`): a task does some channels, each from its first element to its last, so that a
+channel's second pass finds it in the cache. Channels-last memory (`columns`): tasks do some rows of all
+channels, in phases that wait for each other; the rows' sums are added up in their order. Rows are short where
+channels are few: the fewest that fill whole vectors lie side by side and are done as one. A later pass begins
+with what the one before read last.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -16,12 +19,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numba import njit
 
-from cnnops.cpu.simd import sum_of
+from cnnops.cpu import norm_vectors, simd, vectors
+from cnnops.cpu.phases import done, wait
 from cnnops.cpu.task import (
     NAME,
     Task,
@@ -38,16 +43,19 @@ from cnnops.cpu.task import (
 from cnnops.epilogue import ACTIVATIONS
 from cnnops.shapes import NormShape
 
-SIDE = 16
-"""Channels done side by side in channels-last memory: one cache line of float32."""
+FAR = 64
+"""Deviations from zero beyond which a mean as it was kept is off by a good part of the deviation."""
 
-PIECE = 1024
-"""Elements that the backward holds in scratch at a time."""
+PIECE = 65_536
+"""Elements of a channels-last task: what starting it costs is little beside."""
+
+PAST = 16 << 20
+"""Bytes beyond which a result is written past the caches: nobody will find it there."""
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------
-# `kind` is an index into ACTIVATIONS and `real` the type of the elements: both are known when a kernel is
-# compiled, so that one branch remains, and constants do not widen float32 arithmetic.
+# `_activate` and `_slope` serve the other norms: `kind` is an index into ACTIVATIONS there, `real` the type
+# of the elements; both are known when a kernel is compiled, so that one branch remains.
 
 
 @njit(error_model="numpy", boundscheck=False)
@@ -100,310 +108,465 @@ def _slope(real, kind, z):
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _slope_of_result(real, kind, y):
-    """The activation's derivative where its result is y."""
-    if kind == 7:
-        return y * (real(1) - y)
-    if kind == 8:
-        return real(1) - y * y
-    return _slope(real, kind, y)  # piecewise linear: y lies in the piece that the argument does
+def _rest(mean, high):
+    """What of a mean `high` does not hold."""
+    return mean - high if math.isfinite(mean) else 0.0
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _sum(x, count, step, n, total):
-    if n == 1:
-        total[0] += sum_of(x, count, step)
-        return
-    for r in range(count):
-        row = ahead(x, r * step)
-        for i in range(n):
-            total[i] += row[i]
-
-
-@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
-def _deviations(x, count, step, n, mean, first, second):
-    """Add up ``x - mean`` and its squares."""
-    if n == 1:
-        about, sum1, sum2 = mean[0], 0.0, 0.0
-        for i in range(count):
-            d = np.float64(x[i * step]) - about
-            sum1 += d
-            sum2 += d * d
-        first[0] += sum1
-        second[0] += sum2
-        return
-    for r in range(count):
-        row = ahead(x, r * step)
-        for i in range(n):
-            d = np.float64(row[i]) - mean[i]
-            first[i] += d
-            second[i] += d * d
-
-
-@njit(error_model="numpy", boundscheck=False)
-def _moments(x, total, length, runs, run_step, step, n, mean, var, rest):
-    """Mean and biased variance of the `n` channels from x on; `rest` is scratch."""
-    for i in range(n):
-        mean[i] = var[i] = rest[i] = 0
-    for run in range(runs):
-        _sum(ahead(x, run * run_step), min(length, total - run * length), step, n, mean)
-    for i in range(n):
-        mean[i] /= total
-    for run in range(runs):
-        place = ahead(x, run * run_step)
-        _deviations(place, min(length, total - run * length), step, n, mean, rest, var)
-    for i in range(n):
-        # The first pass's rounding: what is left of the mean about itself.
-        error = rest[i] / total
-        mean[i] += error
-        var[i] = max(var[i] / total - error * error, 0.0)
-
-
-@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
-def _products(a, b, count, n, first, second):
-    """Add up a, and ``a * b``, both ``[count] [n]``."""
-    if n == 1:
-        sum1, sum2 = 0.0, 0.0
-        for i in range(count):
-            sum1 += a[i]
-            sum2 += np.float64(a[i]) * np.float64(b[i])
-        first[0] += sum1
-        second[0] += sum2
-        return
-    for r in range(count):
-        p, q = ahead(a, r * n), ahead(b, r * n)
-        for i in range(n):
-            first[i] += p[i]
-            second[i] += np.float64(p[i]) * np.float64(q[i])
-
-
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
-def _normalise(real, kind, x, residual, y, count, step, n, high, low, scale, shift):
-    if n > 1:
-        for r in range(count):
-            row, to = ahead(x, r * step), ahead(y, r * step)
-            if given(residual):
-                beside = ahead(residual, r * step)
-                for i in range(n):
-                    z = (row[i] - high[i] - low[i]) * scale[i] + shift[i] + beside[i]
-                    to[i] = _activate(real, kind, z)
-            else:
-                for i in range(n):
-                    to[i] = _activate(real, kind, (row[i] - high[i] - low[i]) * scale[i] + shift[i])
-        return
-    m, rest, g, b = high[0], low[0], scale[0], shift[0]
-    if given(residual):
-        for i in range(count):
-            z = (x[i * step] - m - rest) * g + b + residual[i * step]
-            y[i * step] = _activate(real, kind, z)
-    else:
-        for i in range(count):
-            y[i * step] = _activate(real, kind, (x[i * step] - m - rest) * g + b)
-
-
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
-def _back(
-    real, kind, from_result, grad_y, x, beside, count, step, n, high, low, scale, shift, grad_z, apart
-):  # fmt: skip
-    """Into scratch, ``[count] [n]``: the gradient of the activation's input z, and ``x - mean``.
-
-    `beside` is the residual, or none; with `from_result` it is y.
-    """
-    if n > 1:
-        for r in range(count):
-            row, grad = ahead(x, r * step), ahead(grad_y, r * step)
-            d, to = ahead(apart, r * n), ahead(grad_z, r * n)
-            for i in range(n):
-                d[i] = row[i] - high[i] - low[i]
-            if from_result:
-                y = ahead(beside, r * step)
-                for i in range(n):
-                    to[i] = grad[i] * _slope_of_result(real, kind, y[i])
-            elif given(beside):
-                added = ahead(beside, r * step)
-                for i in range(n):
-                    to[i] = grad[i] * _slope(real, kind, d[i] * scale[i] + shift[i] + added[i])
-            else:
-                for i in range(n):
-                    to[i] = grad[i] * _slope(real, kind, d[i] * scale[i] + shift[i])
-        return
-    m, rest, g, b = high[0], low[0], scale[0], shift[0]
-    if from_result:
-        for i in range(count):
-            apart[i] = x[i * step] - m - rest
-            grad_z[i] = grad_y[i * step] * _slope_of_result(real, kind, beside[i * step])
-    elif given(beside):
-        for i in range(count):
-            e = x[i * step] - m - rest
-            apart[i] = e
-            grad_z[i] = grad_y[i * step] * _slope(real, kind, e * g + b + beside[i * step])
-    else:
-        for i in range(count):
-            e = x[i * step] - m - rest
-            apart[i] = e
-            grad_z[i] = grad_y[i * step] * _slope(real, kind, e * g + b)
-
-
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
-def _combine(grad_z, apart, to, count, step, n, factor, a, b):
-    """``to = factor * (grad_z - a - apart * b)``."""
-    if n > 1:
-        for r in range(count):
-            g, d, row = ahead(grad_z, r * n), ahead(apart, r * n), ahead(to, r * step)
-            for i in range(n):
-                row[i] = factor[i] * (g[i] - a[i] - d[i] * b[i])
-        return
-    f, first, second = factor[0], a[0], b[0]
+def _clear(values, count):
     for i in range(count):
-        to[i * step] = f * (grad_z[i] - first - apart[i] * second)
+        values[i] = 0
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _added(values, count):
+    """The sum of `count` sums, pair by pair: `count` a power of two."""
+    while count > 1:
+        count //= 2
+        for i in range(count):
+            values[i] += values[count + i]
+    return values[0]
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _settled(off, var):
+    """Whether sums about a number that is `off` the mean tell the variance: most digits of neither are lost,
+    and squares stayed within float32's range."""
+    return 1e-30 < var < 1e30 and off * off <= 16 * var
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _plane_moments(V, kind, exact, x, images, pitch, length, about, sums):
+    """Sums of ``x - about`` and of their squares over a channel's planes; `sums` is scratch for 2 V."""
+    _clear(sums, 2 * V)
+    longest = norm_vectors.VECTORS * V
+    together = max(1, longest // length)
+    for image in range(0, images, together):
+        for start in range(0, length, longest):
+            norm_vectors.moments(
+                V, kind, False, exact, ahead(x, image * pitch + start), min(together, images - image),
+                pitch, min(longest, length - start), about, sums, ahead(sums, V), about,
+            )  # fmt: skip
+    return _added(sums, V), _added(ahead(sums, V), V)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _plane_products(
+    V, kind, act, form, grad_y, x, beside, grad_z, grad_x, images, pitch, length, table, sums, past
+):  # fmt: skip
+    """As `_plane_moments`, of ``grad_z`` and of ``grad_z * (x - high)``: `norm_vectors.back_sums`."""
+    _clear(sums, 2 * V)
+    longest = norm_vectors.VECTORS * V
+    together = max(1, longest // length)
+    for image in range(0, images, together):
+        for start in range(0, length, longest):
+            at = image * pitch + start
+            norm_vectors.back_sums(
+                V, kind, act, form, False, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
+                _ahead(grad_z, at), _ahead(grad_x, at), min(together, images - image), pitch,
+                min(longest, length - start), table, ahead(table, 1), ahead(table, 2), sums, ahead(sums, V),
+                table, past,
+            )  # fmt: skip
+    return _added(sums, V), _added(ahead(sums, V), V)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _ahead(base, count):
+    """As `ahead`, of a pointer that may be null and stays so."""
+    return ahead(base, count if given(base) else 0)
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _repeat(table, C, W):
+    """A table of C channels, for rows of `W` elements: W // C rows of memory side by side."""
+    for i in range(C, W):
+        table[i] = table[i - C]
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _guess(V, kind, x, C, total, n, about):
+    """For n channels from x on a number near the mean: the mean of four rows of `total`."""
+    _clear(about, n)
+    for r in range(4):
+        vectors.sum_up(V, kind, 1, about, ahead(x, r * total // 4 * C), n)
+    for i in range(n):
+        about[i] /= 4
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _gather(partial, parts, room, C, W, c0, n, first, second):
+    """The sums of n channels from c0 on: of all parts, in their order, and of the rows side by side."""
+    _clear(first, n)
+    _clear(second, n)
+    for part in range(parts):
+        for start in range(c0, W, C):
+            some = ahead(partial, 2 * part * room + start)
+            for i in range(n):
+                first[i] += some[i]
+            for i in range(n):
+                second[i] += some[room + i]
 
 
 def _real(T: str) -> type:
     return np.float32 if T == "float32" else np.float64
 
 
-@lru_cache(None)
-def _statistics(T: str) -> Task:
-    args = layout(f"{T}**3 int64*9")
-
-    def batch_norm_statistics(address: int, index: int, scratch: int) -> None:
-        """Mean and variance of some channels."""
-        (
-            x, means, variances, C, each, side, total, length, runs, run_step, step, channel_step,
-        ) = unpack(address, args)  # fmt: skip
-        mean = pointer(scratch, "float64")
-        var, rest = ahead(mean, SIDE), ahead(mean, 2 * SIDE)
-        for c0 in range(index * each, min(index * each + each, C), side):
-            n = min(side, C - c0)
-            place = ahead(x, c0 * channel_step)
-            _moments(place, total, length, runs, run_step, step, n, mean, var, rest)
-            for i in range(n):
-                means[c0 + i], variances[c0 + i] = mean[i], var[i]
-
-    return Task(batch_norm_statistics, args)
+def _computed(kind: str) -> str:
+    """The type that elements are computed in."""
+    return "float64" if kind == "float64" else "float32"
 
 
 @lru_cache(None)
-def _forward(T: str, kind: int, training: bool) -> Task:
-    args = layout(f"{T}**9 int64*9 float64*2")
-    real = _real(T)
+def _planes_forward(kind: str, act: int, V: int) -> Task:
+    T = _computed(kind)
+    args = layout(f"{T}**4 int64*3 {T}**2 int64*6 float64*2")
 
-    def batch_norm_forward(address: int, index: int, scratch: int) -> None:
-        """Some channels of y; in training by their own statistics, which go to mean, rstd and averages."""
+    def batch_norm_planes_forward(address: int, index: int, scratch: int) -> None:
+        """Some channels of y; in training by their own statistics, which go to mean, rstd and averages.
+        Without y: mean and variance alone."""
         (
-            x, weight, bias, residual, running_mean, running_var, y, means, rstds,
-            C, each, side, total, length, runs, run_step, step, channel_step, momentum, eps,
+            weight, bias, running_mean, running_var, x_, residual_, y_, means, rstds,
+            C, each, N, L, past, training, momentum, eps,
         ) = unpack(address, args)  # fmt: skip
-        mean = pointer(scratch, "float64")
-        var, rest = ahead(mean, SIDE), ahead(mean, 2 * SIDE)
-        high = pointer(scratch + 24 * SIDE, T)
-        low, scale, shift = ahead(high, SIDE), ahead(high, 2 * SIDE), ahead(high, 3 * SIDE)
-        for c0 in range(index * each, min(index * each + each, C), side):
-            n = min(side, C - c0)
+        x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
+        residual = vectors.elements(residual_, kind)
+        table, about = pointer(scratch, T), pointer(scratch + 32, "float64")
+        sums = pointer(scratch + 64, "float64")
+        total = N * L
+        for c in range(index * each, min(index * each + each, C)):
+            place = ahead(x, c * L)
             if training:
-                place = ahead(x, c0 * channel_step)
-                _moments(place, total, length, runs, run_step, step, n, mean, var, rest)
-                for i in range(n):
-                    c = c0 + i
-                    means[c] = mean[i]
-                    rstds[c] = 1 / math.sqrt(var[i] + eps)
-                    if given(running_mean):
-                        running_mean[c] = (1 - momentum) * running_mean[c] + momentum * mean[i]
-                    if given(running_var):
-                        unbiased = var[i] * total / (total - 1)
-                        running_var[c] = (1 - momentum) * running_var[c] + momentum * unbiased
+                # About a number near the mean, float32 tells differences and their squares well enough.
+                some = min(L, 64)
+                near = vectors.total(V, kind, place, some)
+                near += vectors.total(V, kind, ahead(place, N // 2 * C * L), some)
+                table[0] = near / (2 * some)
+                first, second = _plane_moments(V, kind, False, place, N, C * L, L, table, sums)
+                off = first / total
+                mean, var = table[0] + off, second / total - off * off
+                if not _settled(off, var):
+                    about[0] = mean if math.isfinite(mean) else 0.0
+                    first, second = _plane_moments(V, kind, True, place, N, C * L, L, about, sums)
+                    off = first / total
+                    mean, var = about[0] + off, second / total - off * off
+                    var = 0.0 if var < 0 else var
+                means[c] = mean
+                rstds[c] = 1 / math.sqrt(var + eps) if y_ != 0 else var
+                if given(running_mean):
+                    running_mean[c] = (1 - momentum) * running_mean[c] + momentum * mean
+                if given(running_var):
+                    unbiased = var * total / (total - 1)
+                    running_var[c] = (1 - momentum) * running_var[c] + momentum * unbiased
+                if y_ == 0:
+                    continue
             else:
-                for i in range(n):
-                    mean[i], var[i] = running_mean[c0 + i], running_var[c0 + i]
-            for i in range(n):
-                factor = 1 / math.sqrt(var[i] + eps)
-                if given(weight):
-                    factor *= weight[c0 + i]
-                scale[i] = factor
-                shift[i] = bias[c0 + i] if given(bias) else real(0)
-                high[i] = mean[i]
-                low[i] = mean[i] - high[i] if math.isfinite(mean[i]) else 0.0
-            for run in range(runs):
-                place = run * run_step + c0 * channel_step
-                _normalise(
-                    real, kind, ahead(x, place), ahead(residual, place) if given(residual) else residual,
-                    ahead(y, place), min(length, total - run * length), step, n, high, low, scale, shift,
-                )  # fmt: skip
+                mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
+            factor = 1 / math.sqrt(var + eps)
+            if given(weight):
+                factor *= weight[c]
+            addend = np.float64(bias[c]) if given(bias) else 0.0
+            table[0], table[1] = mean, factor
+            table[2] = addend - _rest(mean, table[0]) * factor
+            # From the last plane on: it is the likeliest still to be in the cache.
+            at = (N - 1) * C * L + c * L
+            norm_vectors.normalise(
+                V, kind, act, False, ahead(x, at), _ahead(residual, at), ahead(y, at), N, -C * L, L, table,
+                ahead(table, 1), ahead(table, 2), past,
+            )  # fmt: skip
 
-    return Task(batch_norm_forward, args)
+    return Task(batch_norm_planes_forward, args)
 
 
 @lru_cache(None)
-def _backward(T: str, kind: int, training: bool, from_result: bool) -> Task:
-    args = layout(f"{T}**11 int64*9")
-    real = _real(T)
+def _columns_forward(kind: str, act: int, V: int) -> Task:
+    T = _computed(kind)
+    args = layout(f"int64 {T}**4 int64*3 {T}**2 int64*9 float64*2")
 
-    def batch_norm_backward(address: int, index: int, scratch: int) -> None:
+    def batch_norm_columns_forward(address: int, index: int, scratch: int) -> None:
+        """In three phases: sums of some rows, statistics and tables of some channels, y of some rows.
+        Without y: mean and variance alone."""
+        (
+            _, weight, bias, running_mean, running_var, x_, residual_, y_, means, rstds,
+            work, C, W, total, parts, blocks, pieces, past, training, momentum, eps,
+        ) = unpack(address, args)  # fmt: skip
+        x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
+        residual = vectors.elements(residual_, kind)
+        room, side = (W + V - 1) // V * V, W // C
+        rows = total // side
+        rest = (total - rows * side) * C
+        high = pointer(work, T)
+        scale, shift = ahead(high, room), ahead(high, 2 * room)
+        partial = pointer(work + 24 * room, "float64")
+        if index < parts:
+            first = ahead(partial, 2 * room * index)
+            second = ahead(first, room)
+            _clear(first, 2 * room)
+            near = pointer(scratch, T)
+            sums = ahead(near, room)
+            _guess(V, kind, x, C, total, C, near)
+            _repeat(near, C, W)
+            start, stop = rows * index // parts, rows * (index + 1) // parts
+            norm_vectors.moments(
+                V,
+                kind,
+                True,
+                False,
+                ahead(x, start * W),
+                stop - start,
+                W,
+                W,
+                near,
+                first,
+                second,
+                sums,
+            )
+            if index == parts - 1 and rest > 0:
+                norm_vectors.moments(
+                    V, kind, True, False, ahead(x, rows * W), 1, W, rest, near, first, second, sums
+                )
+            done(address)
+            return
+        index -= parts
+        if index < blocks:
+            wait(address, parts)
+            c0, c1 = C * index // blocks, C * (index + 1) // blocks
+            n = c1 - c0
+            first = pointer(scratch, "float64")
+            second, about = ahead(first, n + V), ahead(first, 2 * (n + V))
+            near = pointer(scratch + 24 * (n + V), T)
+            if training:
+                _guess(V, kind, ahead(x, c0), C, total, n, near)
+                _gather(partial, parts, room, C, W, c0, n, first, second)
+                settled = True
+                for i in range(n):
+                    off = first[i] / total
+                    about[i] = near[i] + off
+                    second[i] = second[i] / total - off * off
+                    settled = settled and _settled(off, second[i])
+                if not settled:
+                    for i in range(n):
+                        if not math.isfinite(about[i]):
+                            about[i] = 0
+                    _clear(first, n)
+                    _clear(second, n)
+                    norm_vectors.moments(
+                        V, kind, True, True, ahead(x, c0), total, C, n, about, first, second, about
+                    )
+                    for i in range(n):
+                        off = first[i] / total
+                        about[i] += off
+                        var = second[i] / total - off * off
+                        second[i] = 0.0 if var < 0 else var
+            for i in range(n):
+                c = c0 + i
+                if training:
+                    mean, var = about[i], second[i]
+                    means[c] = mean
+                    rstds[c] = 1 / math.sqrt(var + eps) if y_ != 0 else var
+                    if given(running_mean):
+                        running_mean[c] = (1 - momentum) * running_mean[c] + momentum * mean
+                    if given(running_var):
+                        unbiased = var * total / (total - 1)
+                        running_var[c] = (1 - momentum) * running_var[c] + momentum * unbiased
+                else:
+                    mean, var = np.float64(running_mean[c]), np.float64(running_var[c])
+                factor = 1 / math.sqrt(var + eps)
+                if given(weight):
+                    factor *= weight[c]
+                addend = np.float64(bias[c]) if given(bias) else 0.0
+                high[c], scale[c] = mean, factor
+                shift[c] = addend - _rest(mean, high[c]) * factor
+                for j in range(c + C, W, C):
+                    high[j], scale[j], shift[j] = high[c], scale[c], shift[c]
+            done(address)
+            return
+        wait(address, parts + blocks)
+        # From the last rows on: they are the likeliest still to be in the cache.
+        piece = pieces - 1 - (index - blocks)
+        start, stop = rows * piece // pieces, rows * (piece + 1) // pieces
+        if piece == pieces - 1 and rest > 0:
+            at = rows * W
+            norm_vectors.normalise(
+                V, kind, act, True, ahead(x, at), _ahead(residual, at), ahead(y, at), 1, W, rest, high,
+                scale, shift, past,
+            )  # fmt: skip
+        at = start * W
+        norm_vectors.normalise(
+            V, kind, act, True, ahead(x, at), _ahead(residual, at), ahead(y, at), stop - start, W, W, high,
+            scale, shift, past,
+        )  # fmt: skip
+
+    return Task(batch_norm_columns_forward, args)
+
+
+@lru_cache(None)
+def _planes_backward(kind: str, act: int, form: int, V: int) -> Task:
+    T = _computed(kind)
+    args = layout(f"int64*5 {T}**6 int64*6")
+
+    def batch_norm_planes_backward(address: int, index: int, scratch: int) -> None:
         """Some channels of every gradient that is asked for."""
         (
-            grad_y, x, weight, bias, beside, means, rstds, grad_x, grad_weight, grad_bias, grad_residual,
-            C, each, side, total, length, runs, run_step, step, channel_step,
+            grad_y_, x_, beside_, grad_x_, grad_z_, weight, bias, means, rstds, grad_weight, grad_bias,
+            C, each, N, L, past, training,
         ) = unpack(address, args)  # fmt: skip
-        mean = pointer(scratch, "float64")
-        sums, products = ahead(mean, SIDE), ahead(mean, 2 * SIDE)
-        high = pointer(scratch + 24 * SIDE, T)
-        low, scale, shift = ahead(high, SIDE), ahead(high, 2 * SIDE), ahead(high, 3 * SIDE)
-        a, b = ahead(high, 4 * SIDE), ahead(high, 5 * SIDE)
-        grad_z = ahead(high, 6 * SIDE)
-        apart = ahead(grad_z, PIECE)
-        for c0 in range(index * each, min(index * each + each, C), side):
-            n = min(side, C - c0)
-            far = False
-            for i in range(n):
-                mean[i], sums[i], products[i] = means[c0 + i], 0, 0
-                # Far from zero the mean as it was kept is off by a good part of the deviation.
-                far = far or training and abs(means[c0 + i]) * rstds[c0 + i] > 64
-            if far:
-                for run in range(runs):
-                    place = ahead(x, run * run_step + c0 * channel_step)
-                    _deviations(
-                        place, min(length, total - run * length), step, n, mean, sums, products
-                    )
-            for i in range(n):
-                high[i], low[i] = means[c0 + i], sums[i] / total
-                sums[i], products[i] = 0, 0
-                scale[i] = rstds[c0 + i] * weight[c0 + i] if given(weight) else rstds[c0 + i]
-                shift[i] = bias[c0 + i] if given(bias) else real(0)
-            # The first round sums, the second writes.
-            for last in range(2):
-                if last == 1:
-                    for i in range(n):
-                        if given(grad_bias):
-                            grad_bias[c0 + i] = sums[i]
-                        if given(grad_weight):
-                            grad_weight[c0 + i] = products[i] * rstds[c0 + i]
-                        a[i], b[i] = 0, 0
-                        if training:
-                            a[i] = sums[i] / total
-                            b[i] = products[i] / total * rstds[c0 + i] * rstds[c0 + i]
-                for run in range(runs):
-                    steps = min(length, total - run * length)
-                    for start in range(0, steps, PIECE // side):
-                        count = min(PIECE // side, steps - start)
-                        place = run * run_step + c0 * channel_step + start * step
-                        _back(
-                            real, kind, from_result, ahead(grad_y, place), ahead(x, place),
-                            ahead(beside, place) if given(beside) else beside, count, step, n, high, low,
-                            scale, shift, grad_z, apart,
-                        )  # fmt: skip
-                        if last == 0:
-                            _products(grad_z, apart, count, n, sums, products)
-                            continue
-                        if given(grad_residual):
-                            to = ahead(grad_residual, place)
-                            for r in range(count):
-                                for i in range(n):
-                                    to[r * step + i] = grad_z[r * n + i]
-                        if given(grad_x):
-                            to = ahead(grad_x, place)
-                            _combine(grad_z, apart, to, count, step, n, scale, a, b)
+        grad_y, x = vectors.elements(grad_y_, kind), vectors.elements(x_, kind)
+        beside = vectors.elements(beside_, kind)
+        grad_x, grad_z = vectors.elements(grad_x_, kind), vectors.elements(grad_z_, kind)
+        none = vectors.elements(0, kind)
+        table, about = pointer(scratch, T), pointer(scratch + 64, "float64")
+        sums = pointer(scratch + 128, "float64")
+        total = N * L
+        for c in range(index * each, min(index * each + each, C)):
+            at, rstd, low = c * L, np.float64(rstds[c]), 0.0
+            if training and abs(means[c]) * rstd > FAR:
+                about[0] = means[c]
+                first, _ = _plane_moments(V, kind, True, ahead(x, at), N, C * L, L, about, sums)
+                low = first / total
+            scale = rstd * weight[c] if given(weight) else rstd
+            addend = np.float64(bias[c]) if given(bias) else 0.0
+            table[0], table[1], table[2] = means[c], scale, addend - low * scale
+            first, second = _plane_products(
+                V, kind, act, form, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
+                none if training else _ahead(grad_z, at), none if training else _ahead(grad_x, at), N, C * L,
+                L, table, sums, past,
+            )  # fmt: skip
+            second -= low * first
+            if given(grad_bias):
+                grad_bias[c] = first
+            if given(grad_weight):
+                grad_weight[c] = second * rstd
+            if not training or (grad_x_ == 0 and grad_z_ == 0):
+                continue
+            b = second / total * rstd * rstd * scale
+            table[3], table[4] = first / total * scale - low * b, b
+            at += (N - 1) * C * L  # from the last plane on, which may still be in the cache
+            norm_vectors.back_combine(
+                V, kind, act, form, False, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
+                _ahead(grad_z, at), _ahead(grad_x, at), N, -C * L, L, table, ahead(table, 1),
+                ahead(table, 2), ahead(table, 3), ahead(table, 4), past,
+            )  # fmt: skip
 
-    return Task(batch_norm_backward, args)
+    return Task(batch_norm_planes_backward, args)
+
+
+@lru_cache(None)
+def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
+    T = _computed(kind)
+    args = layout(f"int64*6 {T}**6 int64*9")
+    ready = norm_vectors.READY
+
+    def batch_norm_columns_backward(address: int, index: int, scratch: int) -> None:
+        """In four phases: tables of some channels, sums of some rows, what follows from all sums for some
+        channels, grad_x of some rows. In evaluation the sums' phase writes grad_x, too."""
+        (
+            _, grad_y_, x_, beside_, grad_x_, grad_z_, weight, bias, means, rstds, grad_weight, grad_bias,
+            work, C, W, total, parts, blocks, pieces, past, training,
+        ) = unpack(address, args)  # fmt: skip
+        grad_y, x = vectors.elements(grad_y_, kind), vectors.elements(x_, kind)
+        beside = vectors.elements(beside_, kind)
+        grad_x, grad_z = vectors.elements(grad_x_, kind), vectors.elements(grad_z_, kind)
+        none = vectors.elements(0, kind)
+        room, side = (W + V - 1) // V * V, W // C
+        rows = total // side
+        rest = (total - rows * side) * C
+        high = pointer(work, T)
+        scale, shift = ahead(high, room), ahead(high, 2 * room)
+        a, b = ahead(high, 3 * room), ahead(high, 4 * room)
+        lows = pointer(work + 40 * room, "float64")
+        partial = ahead(lows, room)
+        if index < blocks:
+            c0, c1 = C * index // blocks, C * (index + 1) // blocks
+            n, far = c1 - c0, False
+            for i in range(n):
+                lows[c0 + i] = 0
+                far = far or training and abs(means[c0 + i]) * rstds[c0 + i] > FAR
+            if far:
+                first = pointer(scratch, "float64")
+                second, about = ahead(first, n + V), ahead(first, 2 * (n + V))
+                _clear(first, n)
+                _clear(second, n)
+                for i in range(n):
+                    about[i] = means[c0 + i]
+                norm_vectors.moments(
+                    V, kind, True, True, ahead(x, c0), total, C, n, about, first, second, about
+                )
+                for i in range(n):
+                    lows[c0 + i] = first[i] / total
+            for c in range(c0, c1):
+                factor = np.float64(rstds[c])
+                if given(weight):
+                    factor *= weight[c]
+                addend = np.float64(bias[c]) if given(bias) else 0.0
+                for j in range(c, W, C):
+                    high[j], scale[j], shift[j] = means[c], factor, addend - lows[c] * factor
+            done(address)
+            return
+        index -= blocks
+        if index < parts:
+            wait(address, blocks)
+            first = ahead(partial, 2 * room * index)
+            second = ahead(first, room)
+            _clear(first, 2 * room)
+            start, stop = rows * index // parts, rows * (index + 1) // parts
+            direct = none if training else grad_x
+            at = start * W
+            norm_vectors.back_sums(
+                V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
+                _ahead(grad_z, at), _ahead(direct, at), stop - start, W, W, high, scale, shift, first, second,
+                pointer(scratch, T), past,
+            )  # fmt: skip
+            if index == parts - 1 and rest > 0:
+                at = rows * W
+                norm_vectors.back_sums(
+                    V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
+                    _ahead(grad_z, at), _ahead(direct, at), 1, W, rest, high, scale, shift, first, second,
+                    pointer(scratch, T), past,
+                )  # fmt: skip
+            done(address)
+            return
+        index -= parts
+        if index < blocks:
+            wait(address, blocks + parts)
+            c0, c1 = C * index // blocks, C * (index + 1) // blocks
+            n = c1 - c0
+            first = pointer(scratch, "float64")
+            second = ahead(first, n)
+            _gather(partial, parts, room, C, W, c0, n, first, second)
+            for i in range(n):
+                c = c0 + i
+                rstd = np.float64(rstds[c])
+                product = second[i] - lows[c] * first[i]
+                if given(grad_bias):
+                    grad_bias[c] = first[i]
+                if given(grad_weight):
+                    grad_weight[c] = product * rstd
+                slope = product / total * rstd * rstd * scale[c]
+                constant = first[i] / total * scale[c] - lows[c] * slope
+                for j in range(c, W, C):
+                    a[j], b[j] = constant, slope
+            done(address)
+            return
+        wait(address, 2 * blocks + parts)
+        piece = pieces - 1 - (index - blocks)
+        start, stop = rows * piece // pieces, rows * (piece + 1) // pieces
+        for last in range(2 if piece == pieces - 1 and rest > 0 else 1):
+            at, lines, count = start * W, stop - start, W
+            if last == 1:
+                at, lines, count = rows * W, 1, rest
+            if grad_z_ != 0:
+                norm_vectors.back_combine(
+                    V, kind, act, ready, True, ahead(grad_z, at), ahead(x, at), none, none, ahead(grad_x, at),
+                    lines, W, count, high, scale, shift, a, b, past,
+                )  # fmt: skip
+            else:
+                norm_vectors.back_combine(
+                    V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
+                    none, ahead(grad_x, at), lines, W, count, high, scale, shift, a, b, past,
+                )  # fmt: skip
+
+    return Task(batch_norm_columns_backward, args)
 
 
 # ---- operations -------------------------------------------------------------------------------------------
@@ -413,28 +576,41 @@ def _together(shape: NormShape, result: torch.Tensor | None) -> bool:
     """Whether to work on memory where channels are neighbours, as they are in `result`."""
     if shape.L == 1:
         return True
-    return result is not None and result.movedim(1, -1).is_contiguous()
+    return result is not None and result.stride(1) == 1 and _is_laid(result, True)
+
+
+def _is_laid(t: torch.Tensor, together: bool) -> bool:
+    if together and t.dim() == 4:
+        return t.is_contiguous(memory_format=torch.channels_last)
+    return (t.movedim(1, -1) if together else t).is_contiguous()
+
+
+def _laid(t: torch.Tensor, together: bool) -> torch.Tensor:
+    """`t` in a type that kernels read and in the order asked for, copied if need be."""
+    t = vectors.readable(t)
+    if _is_laid(t, together):
+        return t
+    return t.movedim(1, -1).contiguous().movedim(-1, 1) if together else t.contiguous()
 
 
 def _dense(t: torch.Tensor, together: bool) -> torch.Tensor:
-    """`t` in a type that kernels read and in the order asked for, copied if need be."""
-    t = native(t)
-    return t.movedim(1, -1).contiguous().movedim(-1, 1) if together else t.contiguous()
+    """As `_laid`, for kernels that do not read half types."""
+    return _laid(native(t), together)
 
 
 def _result(t: torch.Tensor | None, dtype: torch.dtype, together: bool) -> torch.Tensor | None:
     """Where kernels write what becomes `t`: `t` itself if its type and order allow it."""
-    if t is None:
-        return None
-    view = t.movedim(1, -1) if together else t
-    if t.dtype == dtype and view.is_contiguous():
+    if t is None or (t.dtype == dtype and _is_laid(t, together)):
         return t
+    view = t.movedim(1, -1) if together else t
     apart = torch.empty(view.shape, dtype=dtype)
     return apart.movedim(-1, 1) if together else apart
 
 
 def _vector(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if t is None else t.to(dtype).contiguous()
+    if t is None or (t.dtype == dtype and t.is_contiguous()):
+        return t
+    return t.to(dtype).contiguous()
 
 
 def _deliver(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
@@ -448,33 +624,93 @@ def _addresses(*tensors: torch.Tensor | None) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+def _kind(x: torch.Tensor) -> tuple[str, torch.dtype]:
+    """The name of the type of x, and the type in which it is computed with."""
+    kind = vectors.kind(x.dtype)
+    assert kind is not None  # x is readable
+    return kind, torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+class _Columns(NamedTuple):
+    """How channels-last memory is done: sizes that the kernels take, tasks of each phase, memory for sums."""
+
+    sizes: tuple[int, int, int]
+    parts: int
+    blocks: int
+    pieces: int
+    table: int
+
+    def bytes(self, parts: int) -> int:
+        """Tables and the sums of some parts."""
+        return (48 + 16 * parts) * self.table
+
+    @property
+    def scratch(self) -> int:
+        return 32 * self.table
+
+
 @lru_cache(512)
-def _sizes(shape: NormShape, together: bool) -> tuple[tuple[int, ...], int, float]:
-    """Arguments that both kernels have, tasks to run, and an estimate of all their cycles."""
+def _columns(shape: NormShape, lanes: int) -> _Columns:
     C, total = shape.C, shape.count
+    # So many rows side by side fill whole vectors.
+    side = lanes // math.gcd(C, lanes)
+    if side * C > 1024 or side * 4 > total:
+        side = 1
+    parts = max(1, min(C * total // PIECE, 64, total // (8 * side)))
+    pieces = max(1, min(2 * C * total // PIECE, 256))
+    table = -(-side * C // lanes) * lanes
+    return _Columns((C, side * C, total), parts, max(1, min(C // 64, 8)), pieces, table)
+
+
+@lru_cache(512)
+def _planes(shape: NormShape) -> tuple[tuple[int, int, int, int], int]:
+    """Sizes of row-major memory that the kernels take, and tasks."""
+    C = shape.C
+    each = max(1, min(C // 16, PIECE // 4 // shape.count))
+    return (C, each, shape.N, shape.L), -(-C // each)
+
+
+def _forward(
+    shape: NormShape, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None,
+    residual: torch.Tensor | None, averages: tuple[torch.Tensor | None, ...], y: torch.Tensor | None,
+    statistics: tuple[torch.Tensor | None, ...], momentum: float, eps: float, activation: str, training: bool,
+) -> None:  # fmt: skip
+    """y, or with no y the statistics alone: mean and variance then, not its root's inverse."""
+    together = _together(shape, x if y is None else y)
+    x = _laid(x, together)
+    residual = None if residual is None else _laid(residual, together)
+    kind, dtype = _kind(x)
+    tensors = [_vector(t, dtype) for t in (weight, bias, *averages)]
+    found = [_vector(t, dtype) for t in statistics]
+    result = _result(y, x.dtype, together)
+    act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
+    addresses = *_addresses(*tensors), *_addresses(x, residual, result), *_addresses(*found)
+    past = y is not None and x.nbytes >= PAST
+    work = 2.0 * shape.C * shape.count
     if together:
-        length = PIECE // SIDE
-        runs = -(-total // length)
-        return (
-            (C, SIDE, SIDE, total, length, runs, length * C, C, 1),
-            -(-C // SIDE),
-            4.0 * C * total,
-        )
-    each = max(1, min(C // 16, 20_000 // (2 * total)))
-    L = shape.L
-    return (C, each, 1, total, L, shape.N, C * L, 1, L), -(-C // each), 2.0 * C * total
+        plan = _columns(shape, V)
+        parts, pieces = plan.parts if training else 0, 0 if y is None else plan.pieces
+        memory = torch.empty(plan.bytes(parts), dtype=torch.uint8)
+        _columns_forward(kind, act, V).run(
+            parts + plan.blocks + pieces, work, 0, *addresses, memory.data_ptr(), *plan.sizes, parts,
+            plan.blocks, pieces, past, training, momentum, eps, scratch_bytes=plan.scratch + 32 * V,
+        )  # fmt: skip
+    else:
+        sizes, count = _planes(shape)
+        _planes_forward(kind, act, V).run(
+            count, work, *addresses, *sizes, past, training, momentum, eps, scratch_bytes=64 + 16 * V,
+        )  # fmt: skip
+    if training:
+        _deliver(*zip(tensors[2:], averages, strict=True), *zip(found, statistics, strict=True))
+    _deliver((result, y))
 
 
 def batch_norm_stats(
     shape: NormShape, x: torch.Tensor, mean: torch.Tensor, var: torch.Tensor
 ) -> None:
     """Mean and biased variance of every channel."""
-    together = _together(shape, x)
-    x = _dense(x, together)
-    sizes, count, work = _sizes(shape, together)
-    _statistics(NAME[x.dtype]).run(
-        count, work, *_addresses(x, mean, var), *sizes, scratch_bytes=24 * SIDE
-    )
+    nothing = None, None
+    _forward(shape, x, None, None, None, nothing, None, (mean, var), 0.0, 0.0, "none", True)
 
 
 def batch_norm_train(
@@ -484,19 +720,10 @@ def batch_norm_train(
 ) -> None:  # fmt: skip
     """y by the batch's own statistics, which go to `mean`, `rstd` and, weighted by `momentum`, into the
     running ones (the variance there is the unbiased one)."""
-    together = _together(shape, y)
-    x = _dense(x, together)
-    residual = None if residual is None else _dense(residual, together)
-    dtype = x.dtype
-    weight, bias = _vector(weight, dtype), _vector(bias, dtype)
-    averages = _vector(running_mean, dtype), _vector(running_var, dtype)
-    results = _result(y, dtype, together), _vector(mean, dtype), _vector(rstd, dtype)
-    sizes, count, work = _sizes(shape, together)
-    _forward(NAME[dtype], ACTIVATIONS.index(activation), True).run(
-        count, work, *_addresses(x, weight, bias, residual, *averages, *results), *sizes, momentum, eps,
-        scratch_bytes=(24 + 4 * 8) * SIDE,
-    )  # fmt: skip
-    _deliver(*zip((*averages, *results), (running_mean, running_var, y, mean, rstd), strict=True))
+    averages, statistics = (running_mean, running_var), (mean, rstd)
+    _forward(
+        shape, x, weight, bias, residual, averages, y, statistics, momentum, eps, activation, True
+    )
 
 
 def batch_norm_infer(
@@ -505,18 +732,8 @@ def batch_norm_infer(
     activation: str, y: torch.Tensor,
 ) -> None:  # fmt: skip
     """y by the running statistics."""
-    together = _together(shape, y)
-    x = _dense(x, together)
-    residual = None if residual is None else _dense(residual, together)
-    dtype = x.dtype
-    vectors = [_vector(t, dtype) for t in (weight, bias, running_mean, running_var)]
-    result = _result(y, dtype, together)
-    sizes, count, work = _sizes(shape, together)
-    _forward(NAME[dtype], ACTIVATIONS.index(activation), False).run(
-        count, work, *_addresses(x, *vectors[:2], residual, *vectors[2:], result, None, None), *sizes, 0.0,
-        eps, scratch_bytes=(24 + 4 * 8) * SIDE,
-    )  # fmt: skip
-    _deliver((result, y))
+    averages, nothing = (running_mean, running_var), (None, None)
+    _forward(shape, x, weight, bias, residual, averages, y, nothing, 0.0, eps, activation, False)
 
 
 def batch_norm_bwd(
@@ -528,21 +745,36 @@ def batch_norm_bwd(
     """Every gradient that is asked for. With `training`, mean and rstd are x's own, and x's gradient flows
     through them too."""
     together = _together(shape, next((t for t in (grad_x, grad_residual) if t is not None), x))
-    grad_y, x = _dense(grad_y, together), _dense(x, together)
-    from_result = y is not None and activation != "none"
-    beside = y if from_result else residual
-    beside = None if beside is None else _dense(beside, together)
-    dtype = x.dtype
-    vectors = [_vector(t, dtype) for t in (weight, bias)]
-    statistics = [_vector(t, dtype) for t in (mean, rstd)]
-    asked = grad_x, grad_weight, grad_bias, grad_residual
-    results = (
-        _result(grad_x, dtype, together), _vector(grad_weight, dtype), _vector(grad_bias, dtype),
-        _result(grad_residual, dtype, together),
+    grad_y, x = _laid(grad_y, together), _laid(x, together)
+    form, beside = norm_vectors.NONE, None
+    if activation != "none" and y is not None:
+        form, beside = norm_vectors.RESULT, _laid(y, together)
+    elif activation != "none" and residual is not None:
+        form, beside = norm_vectors.RESIDUAL, _laid(residual, together)
+    kind, dtype = _kind(x)
+    given = [_vector(t, dtype) for t in (weight, bias, mean, rstd)]
+    asked = grad_x, grad_residual, grad_weight, grad_bias
+    results = [
+        *(_result(t, x.dtype, together) for t in asked[:2]),
+        *(_vector(t, dtype) for t in asked[2:]),
+    ]
+    act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
+    addresses = (
+        *_addresses(grad_y, x, beside, *results[:2]), *_addresses(*given), *_addresses(*results[2:])
     )  # fmt: skip
-    sizes, count, work = _sizes(shape, together)
-    _backward(NAME[dtype], ACTIVATIONS.index(activation), training, from_result).run(
-        count, 2 * work, *_addresses(grad_y, x, *vectors, beside, *statistics, *results), *sizes,
-        scratch_bytes=(24 + 6 * 8) * SIDE + 16 * PIECE,
-    )  # fmt: skip
+    past = x.nbytes >= PAST
+    work = 3.0 * shape.C * shape.count
+    if together:
+        plan = _columns(shape, V)
+        pieces = plan.pieces if training and grad_x is not None else 0
+        memory = torch.empty(plan.bytes(plan.parts), dtype=torch.uint8)
+        _columns_backward(kind, act, form, V).run(
+            2 * plan.blocks + plan.parts + pieces, work, 0, *addresses, memory.data_ptr(), *plan.sizes,
+            plan.parts, plan.blocks, pieces, past, training, scratch_bytes=plan.scratch + 32 * V,
+        )  # fmt: skip
+    else:
+        sizes, count = _planes(shape)
+        _planes_backward(kind, act, form, V).run(
+            count, work, *addresses, *sizes, past, training, scratch_bytes=128 + 16 * V
+        )
     _deliver(*zip(results, asked, strict=True))

@@ -23,7 +23,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
-import llvmlite.binding as llvm
 import numpy as np
 import torch
 from numba import njit
@@ -34,7 +33,7 @@ from cnnops.cpu.task import (
     NAME,
     Task,
     ahead,
-    collapse,
+    given,
     inside,
     layout,
     native,
@@ -58,22 +57,19 @@ def _first(start, step):
 
 
 @njit(error_model="numpy", boundscheck=False)
-def _keep_larger(L, best, kept, row, step, start, stop, place):
+def _steps(start, stop, step):
+    """How many places `step` apart ``start … stop`` has. A division would cost as much as a short row."""
+    return stop - start if step == 1 else (stop - start + step - 1) // step
+
+
+@njit(error_model="numpy", boundscheck=False)
+def _keep_larger(best, kept, row, step, start, stop, place):
     """Let `place` of the windows ``start … stop`` win where its value, `step` apart in `row`, is larger."""
-    if step == 1:
-        simd.keep_larger(
-            L, 1, ahead(best, start), ahead(kept, start), ahead(row, start), stop - start, place
-        )
-    elif step == 2:
-        simd.keep_larger(
-            L, 2, ahead(best, start), ahead(kept, start), ahead(row, 2 * start), stop - start, place
-        )
-    else:
-        for q in range(start, stop):
-            v = row[q * step]
-            if v > best[q] or v != v:
-                best[q] = v
-                kept[q] = place
+    for q in range(start, stop):
+        v = row[q * step]
+        if v > best[q] or v != v:
+            best[q] = v
+            kept[q] = place
 
 
 @njit(error_model="numpy", boundscheck=False)
@@ -125,7 +121,7 @@ def _clear(image, D, H, W, d, h, w, inner):
 
 
 @lru_cache(None)
-def _max_fwd(T: str, kept_type: str, L: int) -> Task:
+def _max_fwd(T: str, kept_type: str) -> Task:
     args = layout(f"{T}**2 {kept_type}* int64*35")
 
     def max_pool_fwd(address: int, index: int, scratch: int) -> None:
@@ -136,7 +132,7 @@ def _max_fwd(T: str, kept_type: str, L: int) -> Task:
         shares = (C + each - 1) // each
         n, first = index // shares, index % shares * each
         best = pointer(scratch, T)
-        kept = pointer(scratch + 8 * (Q + L), "int32")
+        kept = pointer(scratch + 8 * Q, "int32")
         for c in range(first, min(first + each, C)):
             for z in range(Z):
                 for p in range(P):
@@ -157,13 +153,51 @@ def _max_fwd(T: str, kept_type: str, L: int) -> Task:
                                 w = s * rw - pw
                                 start, stop = inside(w, sw, W, Q)
                                 _keep_larger(
-                                    L, best, kept, ahead(row, w * xw), sw * xw, start, stop,
+                                    best, kept, ahead(row, w * xw), sw * xw, start, stop,
                                     (t * R + r) * S + s,
                                 )  # fmt: skip
                     _put(ahead(y, n * yn + c * yc + z * yd + p * yh), yw, best, 1, Q, 1)
                     _put(ahead(offsets, n * on + c * oc + z * od + p * oh), ow, kept, 1, Q, 1)
 
     return Task(max_pool_fwd, args)
+
+
+@lru_cache(None)
+def _max_rows_fwd(kind: str, kept_type: str, step: int, L: int) -> Task:
+    args = layout(f"int64*2 {kept_type}* int64*28")
+
+    def max_pool_rows_fwd(address: int, index: int, scratch: int) -> None:
+        """Neighbours along a row are neighbours in memory, and windows `step` apart."""
+        (
+            x_, y_, offsets, C, each, D, H, W, Z, P, Q, T_, R, S, sd, sh, sw, pd, ph, pw, rd, rh, rw,
+            xn, xc, xd, xh, yn, yc, on, oc,
+        ) = unpack(address, args)  # fmt: skip
+        shares = (C + each - 1) // each
+        n, first = index // shares, index % shares * each
+        x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
+        firsts = pointer(scratch, "int32")
+        for q in range(Q + L):
+            firsts[q] = _first(q * step - pw, rw)
+        for c in range(first, min(first + each, C)):
+            image = ahead(x, n * xn + c * xc)
+            best, kept = ahead(y, n * yn + c * yc), ahead(offsets, n * on + c * oc)
+            # What is written beyond a row is written again by whatever comes next.
+            span = Z * P * Q * (min(first + each, C) - c if yc == Z * P * Q and oc == yc else 1)
+            extent = (D - 1) * xd + (H - 1) * xh + W
+            for line in range(Z * P):
+                z, p = (0, line) if Z == 1 else (line // P, line % P)
+                d, h = z * sd - pd, p * sh - ph
+                t0, r0 = _first(d, rd), _first(h, rh)
+                planes = min(T_, _steps(d, D, rd)) - t0
+                lines = min(R, _steps(h, H, rh)) - r0
+                at = (d + t0 * rd) * xd + (h + r0 * rh) * xh
+                vectors.max_row(
+                    L, kind, step, ahead(best, line * Q), ahead(kept, line * Q), ahead(image, at), planes,
+                    rd * xd, lines, rh * xh, S, rw, pw, W, (t0 * R + r0) * S, firsts, R, S, Q, extent - at,
+                    span - line * Q,
+                )  # fmt: skip
+
+    return Task(max_pool_rows_fwd, args)
 
 
 @lru_cache(None)
@@ -208,7 +242,6 @@ def _adaptive_max_fwd(T: str, kept_type: str) -> Task:
 
 @lru_cache(None)
 def _max_last_fwd(kind: str, kept_type: str, L: int) -> Task:
-    T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64*2 {kept_type}* int32**3 int64*26")
 
     def max_pool_last_fwd(address: int, index: int, scratch: int) -> None:
@@ -224,47 +257,68 @@ def _max_last_fwd(kind: str, kept_type: str, L: int) -> Task:
         inner = min(each, C - c)
         x = ahead(vectors.elements(x_, kind), n * xn + c)
         y = ahead(vectors.elements(y_, kind), n * yn + c)
-        best = pointer(scratch, T)
-        kept = pointer(scratch + 8 * (each + L), "int32")
+        offsets = ahead(offsets, n * on + c)
         for line in range(first, min(first + lines, Z * P)):
             z, p = line // P, line % P
             d0, d1, t0 = along_d[3 * z], along_d[3 * z + 1], along_d[3 * z + 2]
             h0, h1, r0 = along_h[3 * p], along_h[3 * p + 1], along_h[3 * p + 2]
             for q in range(Q):
                 w0, w1, s0 = along_w[3 * q], along_w[3 * q + 1], along_w[3 * q + 2]
-                corner = (t0 * R + r0) * S + s0
-                for i in range(inner):
-                    best[i] = -np.inf
-                    kept[i] = corner
-                for t in range((d1 - d0 + rd - 1) // rd):
-                    for r in range((h1 - h0 + rh - 1) // rh):
-                        row = ahead(x, (d0 + t * rd) * xd + (h0 + r * rh) * xh + w0 * xw)
-                        for s in range((w1 - w0 + rw - 1) // rw):
-                            place = corner + (t * R + r) * S + s
-                            vectors.larger(
-                                L, kind, best, kept, ahead(row, s * rw * xw), inner, place
-                            )
-                vectors.narrow(L, kind, ahead(y, z * yd + p * yh + q * yw), best, inner)
-                _put(ahead(offsets, n * on + c + z * od + p * oh + q * ow), 1, kept, 1, inner, 1)
+                vectors.max_window(
+                    L, kind, ahead(y, z * yd + p * yh + q * yw), ahead(offsets, z * od + p * oh + q * ow),
+                    ahead(x, d0 * xd + h0 * xh + w0 * xw), _steps(d0, d1, rd), rd * xd,
+                    _steps(h0, h1, rh), rh * xh, _steps(w0, w1, rw), rw * xw,
+                    (t0 * R + r0) * S + s0, R, S, inner,
+                )  # fmt: skip
 
     return Task(max_pool_last_fwd, args)
 
 
 @lru_cache(None)
-def _max_tiles_bwd(kind: str, kept_type: str, L: int) -> Task:
-    args = layout(f"int64*2 {kept_type}* int64*28")
+def _max_last_bwd(kind: str, kept_type: str, L: int) -> Task:
+    args = layout(f"int64*2 {kept_type}* int32**3 int64*26")
 
-    def max_pool_tiles_bwd(address: int, index: int, scratch: int) -> None:
-        """Windows without gaps or overlap: each row of x is written, not added to. A task does some rows."""
+    def max_pool_last_bwd(address: int, index: int, scratch: int) -> None:
+        """Channels are neighbours; a task does some rows of x, of some channels. Each x adds up the windows
+        that kept it. Tables have each place's first window, how many there are, and its number there."""
         (
-            x_, y_, offsets, C, each, together, lines, D, H, W, Z, P, Q, T_, R, S,
+            x_, y_, offsets, along_d, along_h, along_w, C, each, lines, D, H, W, R, S, sd, sh, sw,
             xn, xc, xd, xh, xw, yn, yc, yd, yh, yw, on, oc, od, oh, ow,
         ) = unpack(address, args)  # fmt: skip
         shares, parts = (C + each - 1) // each, (D * H + lines - 1) // lines
-        n, start = index // parts // shares, index // parts % shares * each
+        n, c = index // parts // shares, index // parts % shares * each
         first = index % parts * lines
-        behind = min(start + each, C)
-        inner = behind - start if together else 1
+        inner = min(each, C - c)
+        x = ahead(vectors.elements(x_, kind), n * xn + c)
+        y = ahead(vectors.elements(y_, kind), n * yn + c)
+        offsets = ahead(offsets, n * on + c)
+        for line in range(first, min(first + lines, D * H)):
+            d, h = line // H, line % H
+            z, p = along_d[3 * d], along_h[3 * h]
+            for w in range(W):
+                q = along_w[3 * w]
+                number = (along_d[3 * d + 2] * R + along_h[3 * h + 2]) * S + along_w[3 * w + 2]
+                vectors.add_kept(
+                    L, kind, ahead(x, d * xd + h * xh + w * xw), ahead(y, z * yd + p * yh + q * yw),
+                    ahead(offsets, z * od + p * oh + q * ow), number, along_d[3 * d + 1], yd, od, sd * R * S,
+                    along_h[3 * h + 1], yh, oh, sh * S, along_w[3 * w + 1], yw, ow, sw, inner,
+                )  # fmt: skip
+
+    return Task(max_pool_last_bwd, args)
+
+
+@lru_cache(None)
+def _max_tiles_bwd(kind: str, kept_type: str, L: int) -> Task:
+    args = layout(f"int64*2 {kept_type}* int64*26")
+
+    def max_pool_tiles_bwd(address: int, index: int, scratch: int) -> None:
+        """Windows without gaps or overlap: each row of x is written, not added to."""
+        (
+            x_, y_, offsets, C, each, D, H, W, Z, P, Q, T_, R, S,
+            xn, xc, xd, xh, xw, yn, yc, yd, yh, yw, on, oc, od, oh, ow,
+        ) = unpack(address, args)  # fmt: skip
+        shares = (C + each - 1) // each
+        n, start = index // shares, index % shares * each
         x, y, zeros = (
             vectors.elements(x_, kind),
             vectors.elements(y_, kind),
@@ -272,41 +326,34 @@ def _max_tiles_bwd(kind: str, kept_type: str, L: int) -> Task:
         )
         zeros[0] = 0
         zero = zeros[0]
-        for c in range(start, behind, inner):
-            d, h = first // H, first % H
-            z, p = d // T_, h // R
-            for _ in range(first, min(first + lines, D * H)):
-                row = ahead(x, n * xn + c * xc + d * xd + h * xh)
-                covered = 0
-                if z < Z and p < P:
-                    covered = min(Q * S, W)
-                    place = ((d - z * T_) * R + h - p * R) * S
-                    values = ahead(y, n * yn + c * yc + z * yd + p * yh)
-                    kept = ahead(offsets, n * on + c * oc + z * od + p * oh)
-                    if inner > 1:
-                        for q in range(Q):
-                            v, k = ahead(values, q * yw), ahead(kept, q * ow)
-                            for s in range(min(S, W - q * S)):
-                                to = ahead(row, (q * S + s) * xw)
-                                vectors.spread(L, kind, 1, to, inner, v, k, place + s)
-                    elif S == 2 and xw == 1 and yw == 1 and ow == 1:
-                        vectors.spread(L, kind, 2, row, covered, values, kept, place)
-                    else:
-                        for q in range(Q):
-                            k, v = kept[q * ow], values[q * yw]
-                            for s in range(min(S, W - q * S)):
-                                row[(q * S + s) * xw] = v if k == place + s else zero
-                for w in range(covered, W):
-                    for i in range(inner):
-                        row[w * xw + i] = zero
-                # The next row; divisions would cost more than a short row does.
-                h += 1
-                if h == H:
-                    d, h, p = d + 1, 0, 0
-                    if d == (z + 1) * T_:
-                        z += 1
-                elif h == (p + 1) * R:
-                    p += 1
+        for c in range(start, min(start + each, C)):
+            z, t, p, r = 0, 0, 0, 0
+            for d in range(D):
+                p, r = 0, 0
+                for h in range(H):
+                    row = ahead(x, n * xn + c * xc + d * xd + h * xh)
+                    covered = 0
+                    if z < Z and p < P:
+                        covered = min(Q * S, W)
+                        place = (t * R + r) * S
+                        values = ahead(y, n * yn + c * yc + z * yd + p * yh)
+                        kept = ahead(offsets, n * on + c * oc + z * od + p * oh)
+                        if S == 2 and xw == 1 and yw == 1 and ow == 1:
+                            vectors.spread(L, kind, 2, row, covered, values, kept, place)
+                        else:
+                            for q in range(Q):
+                                k, v = kept[q * ow], values[q * yw]
+                                for s in range(min(S, W - q * S)):
+                                    row[(q * S + s) * xw] = v if k == place + s else zero
+                    for w in range(covered, W):
+                        row[w * xw] = zero
+                    # The window's next row; divisions would cost more than a short row does.
+                    r += 1
+                    if r == R:
+                        p, r = p + 1, 0
+                t += 1
+                if t == T_:
+                    z, t = z + 1, 0
 
     return Task(max_pool_tiles_bwd, args)
 
@@ -323,13 +370,13 @@ def _inside(place, d, h, w, D, H, W, R, S, rd, rh, rw):
 
 @lru_cache(None)
 def _max_kept(T: str, kept_type: str, backward: bool) -> Task:
-    args = layout(f"{T}**2 {kept_type}* int64**3 int64*31")
+    args = layout(f"{T}**2 {kept_type}* int64**3 int32* int64*31")
 
     def max_pool_kept(address: int, index: int, scratch: int) -> None:
         """``b = a[kept places]``, or (backward) ``a[kept places] += b`` from zero."""
         (
-            a, b, offsets, from_d, from_h, from_w, C, each, together, D, H, W, Z, P, Q, T_, R, S, rd, rh, rw,
-            an, ac, ad, ah, aw, bn, bc, bd, bh, bw, on, oc, od, oh, ow, wide,
+            a, b, offsets, from_d, from_h, from_w, origins, C, each, together, D, H, W, Z, P, Q, T_, R, S,
+            rd, rh, rw, an, ac, ad, ah, aw, bn, bc, bd, bh, bw, on, oc, od, oh, ow, wide,
         ) = unpack(address, args)  # fmt: skip
         shares = (C + each - 1) // each
         n, first = index // shares, index % shares * each
@@ -348,6 +395,15 @@ def _max_kept(T: str, kept_type: str, backward: bool) -> Task:
             image = ahead(a, n * an + c * ac)
             if backward:
                 _clear(image, D, H, W, ad, ah, aw, inner)
+            if given(origins):
+                values, kept = ahead(b, n * bn + c * bc), ahead(offsets, n * on + c * oc)
+                if backward:
+                    for o in range(Z * P * Q):
+                        image[origins[o] + apart[kept[o]]] += values[o]
+                else:
+                    for o in range(Z * P * Q):
+                        values[o] = image[origins[o] + apart[kept[o]]]
+                continue
             for z in range(Z):
                 for p in range(P):
                     d, h = from_d[z], from_h[p]
@@ -472,7 +528,7 @@ def _add_row(L, T, to, row, step, count):
 
 
 @lru_cache(None)
-def _avg(T: str, backward: bool, L: int, L64: int) -> Task:
+def _avg(T: str, backward: bool, L: int) -> Task:
     args = layout(f"{T}**2 int32**3 int64*26")
 
     def avg_pool(address: int, index: int, scratch: int) -> None:
@@ -521,7 +577,7 @@ def _avg(T: str, backward: bool, L: int, L64: int) -> Task:
                                         if count == W and xh == W * xw:
                                             count = (h1 - h0) * W if h == h0 else 0
                                         if xw == 1:
-                                            line[q] += vectors.total(L64, T, start, count)
+                                            line[q] += vectors.total(L, T, start, count)
                                         else:
                                             line[q] += sum_of(start, count, xw)
                     _divide(
@@ -614,6 +670,57 @@ def _avg_last_fwd(kind: str, L: int) -> Task:
 
 
 @lru_cache(None)
+def _avg_rows_bwd(kind: str, step: int, L: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout("int64*2 int32**5 int64*21")
+
+    def avg_pool_rows_bwd(address: int, index: int, scratch: int) -> None:
+        """Neighbours along a row are neighbours in memory, and windows `step` apart: a row of x is the sum of
+        its windows' rows, spread out."""
+        (
+            x_, y_, along_d, along_h, along_w, over_d, over_h, C, each, D, H, W, Z, P, Q, S, pw,
+            divisor, clipped, adaptive, xn, xc, xd, xh, yn, yc, yd, yh,
+        ) = unpack(address, args)  # fmt: skip
+        shares = (C + each - 1) // each
+        n, first = index // shares, index % shares * each
+        x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
+        by = pointer(scratch, T)
+        widths = ahead(by, 3)
+        margin = ahead(widths, Q)
+        line = ahead(margin, S)
+        means = ahead(line, Q + S + 2 * L)
+        for q in range(2 * S + Q + 2 * L):
+            margin[q] = 0
+        _set_widths(widths, along_w, Q, divisor, clipped)
+        for c in range(first, min(first + each, C)):
+            for z in range(Z):
+                for p in range(P):
+                    mean = ahead(means, (z * P + p) * Q)
+                    vectors.widen(L, kind, mean, ahead(y, n * yn + c * yc + z * yd + p * yh), Q)
+                    _divide(
+                        mean, 1, Q, by, widths, ahead(along_d, 3 * z), ahead(along_h, 3 * p), divisor,
+                        clipped, adaptive,
+                    )  # fmt: skip
+            for d in range(D):
+                z0, depth, p0, height = over_d[3 * d], over_d[3 * d + 1], -1, -1
+                for h in range(H):
+                    # Rows of x that lie in the same windows have one sum.
+                    if p0 != over_h[3 * h] or height != over_h[3 * h + 1]:
+                        p0, height = over_h[3 * h], over_h[3 * h + 1]
+                        for q in range(Q):
+                            line[q] = 0
+                        for z in range(z0, z0 + depth):
+                            for p in range(p0, p0 + height):
+                                mean = ahead(means, (z * P + p) * Q)
+                                for q in range(Q):
+                                    line[q] += mean[q]
+                    row = ahead(x, n * xn + c * xc + d * xd + h * xh)
+                    vectors.overlap(L, kind, step, row, W, line, S, pw)
+
+    return Task(avg_pool_rows_bwd, args)
+
+
+@lru_cache(None)
 def _avg_tiles_bwd(kind: str, L: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout("int64*2 int32**3 int64*26")
@@ -696,7 +803,7 @@ def _avg_tiles_bwd(kind: str, L: int) -> Task:
 
 
 @lru_cache(None)
-def _mean(kind: str, backward: bool, L: int, L64: int) -> Task:
+def _mean(kind: str, backward: bool, L: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64 {T}* int64*7 float64")
 
@@ -718,7 +825,7 @@ def _mean(kind: str, backward: bool, L: int, L64: int) -> Task:
                 vectors.fill(L, kind, ahead(planes, c * xc), share[c], size)
         else:
             for c in range(count):
-                sums[c] = vectors.total(L64, kind, ahead(planes, c * xc), size)
+                sums[c] = vectors.total(L, kind, ahead(planes, c * xc), size)
             for c in range(count):
                 means[c * yc] = sums[c] / divisor
 
@@ -809,6 +916,16 @@ def _starts(shape: PoolShape) -> Tables:
 
 
 @lru_cache(512)
+def _origins(shape: PoolShape) -> Tables:
+    """Where each window of a plane begins in the input, counted from the plane's first element, int32: all
+    rows of windows are one then, and short ones cost no more than their values do."""
+    d, h, w = (axis.tolist() for axis in _starts(shape).arrays)
+    _, H, W = shape.DHW
+    rows = [(z * H + p) * W for z in d for p in h]
+    return Tables([np.add.outer(np.array(rows), np.array(w)).ravel().astype(np.int32)])
+
+
+@lru_cache(512)
 def _tables(shape: PoolShape) -> Tables:
     """For each axis, (start, stop, extent) of every average window, int32: clipped to the input, and the
     extent that counts padding."""
@@ -852,6 +969,24 @@ def _places(shape: PoolShape) -> Tables:
 
 
 @lru_cache(512)
+def _covering(shape: PoolShape) -> Tables:
+    """For each axis, of every place in the input the first window that it lies in, how many there are, and
+    which place of the first one it is, int32. Windows without dilation."""
+    tables = []
+    for size, out, kernel, stride, pad in zip(
+        shape.DHW, shape.ZPQ, shape.TRS, _three(shape.stride),
+        _three(tuple(before for before, _ in shape.padding), 0), strict=True,
+    ):  # fmt: skip
+        rows = []
+        for place in range(pad, pad + size):
+            first = max(0, (place - kernel) // stride + 1)
+            last = min(out - 1, place // stride)
+            rows.append((first, max(0, last - first + 1), place - first * stride))
+        tables.append(np.array(rows, np.int32))
+    return Tables(tables)
+
+
+@lru_cache(512)
 def _disjoint(shape: PoolShape) -> bool:
     """Whether windows lie side by side: none shares a place with another, or leaves one out between them."""
     return _tiled(shape) is not None or (
@@ -874,23 +1009,12 @@ def _global(shape: PoolShape) -> bool:
 
 def _dense(t: torch.Tensor) -> bool:
     """Whether each plane is one row without gaps."""
-    return collapse(t.shape[2:], t.stride()[2:]) == (
-        [1] * (t.dim() - 3) + [math.prod(t.shape[2:])],
-        [0] * (t.dim() - 3) + [1],
-    )
-
-
-@lru_cache(None)
-def _kind(dtype: torch.dtype) -> str | None:
-    """The type's name where kernels read it as it is. float16 takes the CPU's own conversion."""
-    if dtype == torch.float16 and not llvm.get_host_cpu_features().get("f16c", False):
-        return None
-    return {**NAME, torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype]
-
-
-def _readable(t: torch.Tensor) -> torch.Tensor:
-    """`t` in a type that kernels with a `kind` read."""
-    return t if _kind(t.dtype) else t.float()
+    expected = 1
+    for size, stride in zip(t.shape[:1:-1], t.stride()[:1:-1], strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -925,9 +1049,12 @@ def _scatter_or_gather(
     sizes, count, work = _sizes(shape, together)
     starts = _starts(shape)
     wide = any(r > h for r, h in zip(shape.dilation, shape.spatial, strict=True))
+    rows = not (together or wide) and math.prod(shape.spatial) < 2**31
+    dense = rows and all(map(_dense, (a, b, offsets)))
+    origins = _origins(shape).addresses[0] if dense else 0
     _max_kept(NAME[a.dtype], NAME[offsets.dtype], backward).run(
         count, work, a.data_ptr(), b.data_ptr(), offsets.data_ptr(),
-        *starts.addresses, *sizes, *shape.TRS, *_three(shape.dilation),
+        *starts.addresses, origins, *sizes, *shape.TRS, *_three(shape.dilation),
         *strides(a), *strides(b), *strides(offsets), wide,
         scratch_bytes=8 * (shape.places + shape.ZPQ[2]),
     )  # fmt: skip
@@ -941,7 +1068,7 @@ def _average(shape: PoolShape, backward: bool, x: torch.Tensor, y: torch.Tensor)
     # Few outputs of wide windows are better summed one at a time.
     uniform = not adaptive and (together or shape.ZPQ[2] >= 4)
     T = NAME[x.dtype]
-    _avg(T, backward, simd.lanes(T), simd.lanes("float64")).run(
+    _avg(T, backward, simd.lanes(T)).run(
         count, work, x.data_ptr(), y.data_ptr(), *_tables(shape).addresses, *sizes, uniform,
         shape.kernel[-1], shape.stride[-1], shape.padding[-1][0], *_divisors(shape), *strides(x),
         *strides(y), scratch_bytes=8 * (19 + shape.ZPQ[2] * (1 + (sizes[1] if together else 1))),
@@ -953,7 +1080,7 @@ def _whole(shape: PoolShape, kind: str, backward: bool, x: torch.Tensor, y: torc
     size = math.prod(shape.spatial)
     cycles = 30 + size / 4
     each = max(1, min(shape.C, shape.N * shape.C // 16, int(20_000 / cycles)))
-    _mean(kind, backward, _lanes(kind), simd.lanes("float64")).run(
+    _mean(kind, backward, _lanes(kind)).run(
         shape.N * -(-shape.C // each), cycles * shape.N * shape.C, x.data_ptr(), y.data_ptr(), shape.C, each,
         size, *x.stride()[:2], *y.stride()[:2], shape.divisor_override or size, scratch_bytes=16 * each,
     )  # fmt: skip
@@ -988,35 +1115,50 @@ def _put_or_take(
 def max_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: torch.Tensor) -> None:
     """Each window's maximum, and its place there: `offsets` uint8 or int32, as large as y."""
     together = _together(y)
-    x = _like(_readable(x), True) if together else native(x)
+    x = vectors.readable(x)
+    if together:
+        x = _like(x, True)
     result = native_result(y, x.dtype)
     kept = _like(offsets, together)
-    kind = _kind(x.dtype)
-    if together and kind:
-        L = _lanes(kind)
+    kind = vectors.kind(x.dtype)
+    assert kind is not None  # x is readable
+    # Few outputs of wide windows are better searched one at a time.
+    tiles = _tiled(shape) if shape.ZPQ[2] >= 4 else None
+    plain = shape if shape.adaptive_output is None else tiles
+    if together:
         (each, lines), count, work = _rows(shape, True, False)
-        _max_last_fwd(kind, NAME[kept.dtype], L).run(
+        _max_last_fwd(kind, NAME[kept.dtype], _lanes(kind)).run(
             count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), *_places(shape).addresses, shape.C,
             each, lines, *shape.ZPQ, *shape.TRS[1:], *_three(shape.dilation), *strides(x), *strides(result),
-            *strides(kept), scratch_bytes=12 * (each + L),
+            *strides(kept),
+        )  # fmt: skip
+    elif plain and plain.stride[-1] <= 2 and x.stride(-1) == 1 and _dense(result) and _dense(kept):
+        (_, each, *_), count, work = _sizes(shape, False)
+        L, Q = _lanes(kind), shape.ZPQ[2]
+        _max_rows_fwd(kind, NAME[kept.dtype], plain.stride[-1], L).run(
+            count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), shape.C, each, *shape.DHW,
+            *shape.ZPQ, *_windows(plain), *strides(x)[:4], *result.stride()[:2], *kept.stride()[:2],
+            scratch_bytes=4 * (Q + L),
         )  # fmt: skip
     else:
         (_, each, *_), count, work = _sizes(shape, False)
+        x = native(x)
+        values = native_result(result, x.dtype)
         T, kept_type = NAME[x.dtype], NAME[kept.dtype]
-        # Few outputs of wide windows are better searched one at a time.
-        tiles = _tiled(shape) if shape.ZPQ[2] >= 4 else None
-        if shape.adaptive_output is None or tiles:
-            task = _max_fwd(T, kept_type, simd.lanes(T))
-            tables, windows = Tables(()), _windows(tiles or shape)
+        if plain:
+            task = _max_fwd(T, kept_type)
+            tables, windows = Tables(()), _windows(plain)
             planes: tuple[int, ...] = (*shape.DHW, *shape.ZPQ)
         else:
             task = _adaptive_max_fwd(T, kept_type)
             tables, planes, windows = _tables(shape), shape.ZPQ, shape.TRS[1:]
         task.run(
-            count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), *tables.addresses, shape.C, each,
-            *planes, *windows, *strides(x), *strides(result), *strides(kept),
+            count, work, x.data_ptr(), values.data_ptr(), kept.data_ptr(), *tables.addresses, shape.C, each,
+            *planes, *windows, *strides(x), *strides(values), *strides(kept),
             scratch_bytes=12 * (shape.ZPQ[2] + 16),
         )  # fmt: skip
+        if values is not result:
+            result.copy_(values)
     if result is not y:
         y.copy_(result)
     if kept is not offsets:
@@ -1027,17 +1169,26 @@ def max_pool_bwd(
     shape: PoolShape, grad_y: torch.Tensor, offsets: torch.Tensor, grad_x: torch.Tensor
 ) -> None:
     """Each window's gradient goes to the place it kept."""
-    kind = _kind(grad_x.dtype)
+    kind = vectors.kind(grad_x.dtype)
     together = _together(grad_x)
+    plain = shape if shape.adaptive_output is None else _tiled(shape)
+    many = 2 * shape.C >= (_lanes(kind) if kind else 0)
+    if kind and together and many and plain and all(r == 1 for r in plain.dilation):
+        grad_y, offsets = _like(grad_y, True), _like(offsets, True)
+        (each, lines), count, work = _rows(shape, True, True)
+        _max_last_bwd(kind, NAME[offsets.dtype], _lanes(kind)).run(
+            count, work, grad_x.data_ptr(), grad_y.data_ptr(), offsets.data_ptr(),
+            *_covering(plain).addresses, shape.C, each, lines, *shape.DHW, *shape.TRS[1:],
+            *_three(plain.stride), *strides(grad_x), *strides(grad_y), *strides(offsets),
+        )  # fmt: skip
+        return
     # Pairs along a row are written in whole vectors where it has some; else one place a window is faster.
     pairs = shape.kernel[-1] == 2 and shape.spatial[-1] >= 24
-    if kind and _disjoint(shape) and (together or pairs):
-        grad_y, offsets = _like(grad_y, together), _like(offsets, together)
-        (each, lines), count, work = _rows(shape, together, True)
+    if kind and pairs and not together and _disjoint(shape):
+        (_, each, *_), count, work = _sizes(shape, False)
         _max_tiles_bwd(kind, NAME[offsets.dtype], _lanes(kind)).run(
-            count, work, grad_x.data_ptr(), grad_y.data_ptr(), offsets.data_ptr(), shape.C, each, together,
-            lines, *shape.DHW, *shape.ZPQ, *shape.TRS, *strides(grad_x), *strides(grad_y),
-            *strides(offsets), scratch_bytes=8,
+            count, work, grad_x.data_ptr(), grad_y.data_ptr(), offsets.data_ptr(), shape.C, each, *shape.DHW,
+            *shape.ZPQ, *shape.TRS, *strides(grad_x), *strides(grad_y), *strides(offsets), scratch_bytes=8,
         )  # fmt: skip
         return
     grad_y = native(grad_y)
@@ -1084,9 +1235,9 @@ def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
     """Each window's average."""
     whole = _global(shape) and _dense(x)
     together = _together(y) and not whole
-    x = _readable(x) if whole or together else native(x)
+    x = vectors.readable(x) if whole or together else native(x)
     result = native_result(y, torch.float32 if whole and x.dtype in HALVES else x.dtype)
-    kind = _kind(x.dtype)
+    kind = vectors.kind(x.dtype)
     if whole and kind:
         _whole(shape, kind, False, x, result)
     elif together and kind:
@@ -1106,7 +1257,7 @@ def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
 
 def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -> None:
     """Each window's gradient, divided as its average was, goes to all of its places."""
-    kind = _kind(grad_x.dtype)
+    kind = vectors.kind(grad_x.dtype)
     if kind and _global(shape) and _dense(grad_x):
         _whole(shape, kind, True, grad_x, native(grad_y))
         return
@@ -1120,6 +1271,17 @@ def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -
             count, work, grad_x.data_ptr(), grad_y.data_ptr(), *_tables(shape).addresses, shape.C, each,
             together, lines, *shape.DHW, *shape.ZPQ, *shape.TRS, *_divisors(shape), *strides(grad_x),
             *strides(grad_y), scratch_bytes=8 * (3 + Q + 2 * Q * inner + 2 * L),
+        )  # fmt: skip
+        return
+    rows = grad_x.stride(-1) == 1 and grad_y.stride(-1) == 1 and not _together(grad_x)
+    if kind and rows and shape.adaptive_output is None and shape.stride[-1] <= 2:
+        (_, each, *_), count, work = _sizes(shape, False)
+        L, Q, S = _lanes(kind), shape.ZPQ[2], shape.kernel[-1]
+        _avg_rows_bwd(kind, shape.stride[-1], L).run(
+            count, work, grad_x.data_ptr(), grad_y.data_ptr(), *_tables(shape).addresses,
+            *_covering(shape).addresses[:2], shape.C, each, *shape.DHW, *shape.ZPQ, S, shape.padding[-1][0],
+            *_divisors(shape), *strides(grad_x)[:4], *strides(grad_y)[:4],
+            scratch_bytes=8 * (3 + 2 * Q + 2 * S + 3 * L + math.prod(shape.ZPQ)),
         )  # fmt: skip
         return
     grad_y = native(grad_y)

@@ -18,7 +18,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from cnnops.cpu import simd
-from cnnops.cpu.vectors import _Vectors
+from cnnops.cpu.vectors import Vectors
 from cnnops.epilogue import ACTIVATIONS
 
 ROWS, OUTER_ROWS = 6, 4
@@ -193,7 +193,7 @@ def turn(typing_context, lanes, kind, whole, to, pitch, source, stride, rows, le
 
     def generate(context, builder, signature, values):
         to, pitch, source, stride, rows, length = values[3:]
-        emit = _Vectors(builder, of, L)
+        emit = Vectors(builder, of, L)
         index = ir.VectorType(ir.IntType(32), L)
         at = simd.int_constant
         last = builder.sub(rows, at(1))
@@ -255,7 +255,7 @@ def finish(
 
     def generate(context, builder, signature, values):
         to, source, residual, count, scale, shift, activation = values[2:]
-        emit = _Vectors(builder, of, L)
+        emit = Vectors(builder, of, L)
         plain = simd.Emit(builder, emit.element, L)
         at = simd.int_constant
 

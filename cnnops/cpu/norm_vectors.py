@@ -1,0 +1,544 @@
+"""Batch normalisation's loops over vectors, as LLVM IR: moments, forward, and both halves of the backward.
+
+Each goes over `rows` rows of `count` elements, `pitch` apart, in one of two ways:
+
+    along   lanes lie along a row; whatever a channel has (mean, scale, …) is one number: row-major planes
+    across  lanes are channels; each has its number in a table, as long as a row: channels-last memory
+
+Tables are read in whole vectors, rows are not: their last vector is masked. Elements x enter as ``x - high``,
+high the mean as their type holds it. Sums of a few elements are kept in their own type, then added to
+float64.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from cnnops.cpu import simd
+from cnnops.cpu.vectors import Vectors
+from cnnops.epilogue import ACTIVATIONS
+
+VECTORS = 256
+"""Vectors of a row that are added up in the elements' own type, in four sums."""
+
+ROWS = 64
+"""Rows whose sums across are added up before they meet float64."""
+
+NONE, RESIDUAL, RESULT, READY = range(4)
+"""What tells the backward the activation's derivative: x alone, x and the residual, the result y; or the
+gradient that is read has that factor already."""
+
+_FUSED = ("contract",)
+"""Of a product and the sum it goes into: one instruction where the CPU has it."""
+
+_int = simd.int_constant
+
+
+# ---- activations -------------------------------------------------------------------------------------------
+
+
+def _activate(emit: Vectors, name: str, z: ir.Value) -> ir.Value:
+    if name == "relu":
+        below = emit.builder.fcmp_ordered("<=", z, emit.zero())
+        return emit.builder.select(below, emit.zero(), z)
+    return simd._ACTIVATIONS[name](emit, z)
+
+
+def _sigmoid(emit: Vectors, z: ir.Value) -> ir.Value:
+    builder, one = emit.builder, emit.constant(1.0)
+    return builder.fdiv(one, builder.fadd(one, emit.exp(builder.fneg(z))))
+
+
+def _gelu_slope(emit: Vectors, z: ir.Value) -> ir.Value:
+    """``Φ(z) + z φ(z)``."""
+    builder, one = emit.builder, emit.constant(1.0)
+    bell = emit.exp(builder.fmul(builder.fmul(z, emit.constant(-0.5)), z))
+    if emit.align == 8:
+        erf = emit.erf(builder.fmul(z, emit.constant(math.sqrt(0.5))))
+        below = builder.fmul(emit.constant(0.5), builder.fadd(one, erf))
+    else:
+        # As `simd`'s own gelu finds Φ(-|z|).
+        positive = emit.above(z, emit.zero())
+        size = builder.select(positive, z, builder.fneg(z))
+        t = builder.fdiv(one, emit.multiply_add(size, emit.constant(math.sqrt(0.125)), one))
+        *rest, tail = map(emit.constant, simd._below_coefficients())
+        for coefficient in reversed(rest):
+            tail = emit.multiply_add(tail, t, coefficient)
+        tail = builder.fmul(tail, bell)
+        below = builder.select(positive, builder.fsub(one, tail), tail)
+    density = builder.fmul(bell, emit.constant(1 / math.sqrt(2 * math.pi)))
+    return emit.multiply_add(z, density, below)
+
+
+def _gated(emit: Vectors, name: str, g: ir.Value, z: ir.Value, of_result: bool) -> ir.Value:
+    """``g * act'(z)``, or, `of_result`, where z is what act came to. Where there is no derivative, PyTorch's
+    choice."""
+    builder, zero, one = emit.builder, emit.zero(), emit.constant(1.0)
+    if name == "none":
+        return g
+    if name == "relu":
+        return builder.select(builder.fcmp_ordered("<=", z, zero), zero, g)
+    if name == "relu6":
+        low = builder.fcmp_ordered("<=", z, zero)
+        high = builder.fcmp_ordered(">=", z, emit.constant(6.0))
+        return builder.select(builder.or_(low, high), zero, g)
+    if name == "leaky_relu":
+        return builder.select(emit.above(z, zero), g, builder.fmul(g, emit.constant(0.01)))
+    if name == "hardswish":
+        slope = emit.multiply_add(z, emit.constant(1 / 3), emit.constant(0.5))
+        slope = builder.select(builder.fcmp_ordered("<=", z, emit.constant(-3.0)), zero, slope)
+        slope = builder.select(builder.fcmp_ordered(">=", z, emit.constant(3.0)), one, slope)
+    elif name == "silu":
+        s = _sigmoid(emit, z)
+        slope = builder.fmul(s, emit.multiply_add(z, builder.fsub(one, s), one))
+    elif name == "gelu":
+        slope = _gelu_slope(emit, z)
+    elif name == "sigmoid":
+        s = z if of_result else _sigmoid(emit, z)
+        slope = builder.fmul(s, builder.fsub(one, s))
+    else:
+        t = z if of_result else emit.tanh(z)
+        slope = builder.fsub(one, builder.fmul(t, t))
+    return builder.fmul(g, slope)
+
+
+def _cheap(name: str) -> bool:
+    """Whether an activation is so short that several vectors at once pay."""
+    return name in ("none", "relu", "relu6", "leaky_relu")
+
+
+# ---- loops -------------------------------------------------------------------------------------------------
+
+Body = Callable[[list[ir.Value], ir.Value, "ir.Value | None"], None]
+"""Gets the offsets of some vectors, the column that they begin in (they share it across; along it is of no
+use), and the mask of a last vector."""
+
+
+def _sweep(
+    emit: Vectors, across: bool, unroll: int, rows: ir.Value, pitch: ir.Value, count: ir.Value, body: Body
+) -> None:  # fmt: skip
+    """`body` of all vectors of all rows: along, `unroll` of a row at a time."""
+    builder, L = emit.builder, emit.lanes
+
+    def columns(offsets: list[ir.Value], start: ir.Value) -> None:
+        """The whole vectors from `start` on, as many at a time as there are `offsets`, then what is left."""
+        rest = builder.and_(count, _int(L - 1))
+        whole = builder.sub(count, rest)
+        loop = simd.Loop(builder, start, whole, L, [])
+        body([builder.add(offset, loop.index) for offset in offsets], loop.index, None)
+        loop.close([])
+        with builder.if_then(builder.icmp_signed("!=", rest, _int(0))):
+            body([builder.add(offset, whole) for offset in offsets], whole, emit.first(rest))
+
+    if across:
+        # Row by row, in the order of memory: the CPU foresees nothing else as well.
+        loop = simd.Loop(builder, _int(0), rows, 1, [])
+        columns([builder.mul(loop.index, pitch)], _int(0))
+        loop.close([])
+        return
+    many = builder.sub(count, builder.and_(count, _int(unroll * L - 1)))
+    outer = simd.Loop(builder, _int(0), rows, 1, [])
+    line = builder.mul(outer.index, pitch)
+    if unroll > 1:
+        inner = simd.Loop(builder, _int(0), many, unroll * L, [])
+        first = builder.add(line, inner.index)
+        body([builder.add(first, _int(u * L)) for u in range(unroll)], inner.index, None)
+        inner.close([])
+    columns([line], many if unroll > 1 else _int(0))
+    outer.close([])
+
+
+class _Values:
+    """What channels have: `value` of each table, as vectors."""
+
+    def __init__(self, emit: Vectors, across: bool, tables: list[ir.Value]) -> None:
+        self._emit, self._across, self._tables = emit, across, tables
+        if not across:
+            builder = emit.builder
+            self._splat = [simd.splat(builder, builder.load(t), emit.lanes) for t in tables]
+
+    def at(self, column: ir.Value) -> list[ir.Value]:
+        if not self._across:
+            return self._splat
+        return [self._emit.load(self._emit.builder.gep(t, [column])) for t in self._tables]
+
+
+class _Sums:
+    """Sums of vectors, one a slot and table: locals that LLVM keeps in registers, added to float64 tables."""
+
+    def __init__(self, emit: Vectors, slots: int, tables: list[ir.Value]) -> None:
+        self._emit, self._tables = emit, tables
+        self._wide = simd.Emit(emit.builder, ir.DoubleType(), emit.lanes)
+        self._kept = [
+            [cgutils.alloca_once(emit.builder, emit.vector) for _ in range(slots)] for _ in tables
+        ]
+
+    def clear(self) -> None:
+        for kept in self._kept:
+            for place in kept:
+                self._emit.builder.store(self._emit.zero(), place)
+
+    def add(self, *terms: list[ir.Value]) -> None:
+        """A list for each table, of a vector for each slot, or for the first few."""
+        builder = self._emit.builder
+        for kept, values in zip(self._kept, terms, strict=True):
+            for place, value in zip(kept, values, strict=False):
+                builder.store(builder.fadd(builder.load(place), value, flags=_FUSED), place)
+
+    def add_columns(self, columns: list[ir.Value]) -> None:
+        """Slots belong to the vectors that begin in these columns."""
+        builder = self._emit.builder
+        for kept, table in zip(self._kept, self._tables, strict=True):
+            for place, column in zip(kept, columns, strict=False):
+                self.widen(builder.load(place), builder.gep(table, [column]))
+
+    def add_lanes(self) -> None:
+        """All slots belong to one channel."""
+        builder = self._emit.builder
+        for kept, table in zip(self._kept, self._tables, strict=True):
+            values = [builder.load(place) for place in kept]
+            self.widen(self._tree(values), table)
+
+    def _tree(self, values: list[ir.Value]) -> ir.Value:
+        while len(values) > 1:
+            pairs = zip(values[::2], values[1::2], strict=True)
+            values = [self._emit.builder.fadd(a, b, flags=_FUSED) for a, b in pairs]
+        return values[0]
+
+    def widen(self, value: ir.Value, place: ir.Value) -> None:
+        """Add a vector to float64 sums."""
+        builder, wide = self._emit.builder, self._wide
+        if self._emit.align == 4:
+            value = builder.fpext(value, wide.vector)
+        wide.store(builder.fadd(wide.load(place), value), place)
+
+
+Terms = Callable[[ir.Value, "ir.Value | None", list[ir.Value]], list[ir.Value]]
+"""What the vector at an offset, with a mask or whole, adds to each table; with the channels' values."""
+
+
+def _add_up(
+    emit: Vectors, across: bool, rows: ir.Value, pitch: ir.Value, count: ir.Value, tables: list[ir.Value],
+    sums: list[ir.Value], near: ir.Value | None, terms: Terms, slots: int,
+) -> None:  # fmt: skip
+    """Sums of all vectors of all rows. Across, `near` is memory for sums of some rows: two tables."""
+    builder, L = emit.builder, emit.lanes
+    kept, channel = _Sums(emit, slots, sums), _Values(emit, across, tables)
+
+    def add(offsets: list[ir.Value], mask: ir.Value | None, values: list[list[ir.Value]]) -> None:
+        found = [terms(offset, mask, v) for offset, v in zip(offsets, values, strict=True)]
+        kept.add(*map(list, zip(*found, strict=True)))
+
+    if not across:
+        kept.clear()
+        _sweep(
+            emit, False, slots, rows, pitch, count,
+            lambda offsets, column, mask: add(offsets, mask, [channel.at(column)] * len(offsets)),
+        )  # fmt: skip
+        kept.add_lanes()
+        return
+
+    stretches = builder.udiv(builder.add(rows, _int(ROWS - 1)), _int(ROWS))
+    stretch = simd.Loop(builder, _int(0), stretches, 1, [])
+    start_row = builder.mul(stretch.index, _int(ROWS))
+    end = builder.add(start_row, _int(ROWS))
+    end = builder.select(builder.icmp_signed("<", end, rows), end, rows)
+
+    def columns(start: ir.Value, vectors: int, mask: ir.Value | None) -> None:
+        starts = [builder.add(start, _int(v * L)) for v in range(vectors)]
+        values = [channel.at(column) for column in starts]
+        kept.clear()
+        loop = simd.Loop(builder, start_row, end, 1, [])
+        line = builder.mul(loop.index, pitch)
+        add([builder.add(line, column) for column in starts], mask, values)
+        loop.close([])
+        kept.add_columns(starts)
+
+    def short() -> None:
+        """Rows of a few vectors, whose sums stay in registers."""
+        rest = builder.and_(count, _int(L - 1))
+        whole = builder.sub(count, rest)
+        many = builder.sub(count, builder.and_(count, _int(slots * L - 1)))
+        loop = simd.Loop(builder, _int(0), many, slots * L, [])
+        columns(loop.index, slots, None)
+        loop.close([])
+        if slots > 1:
+            loop = simd.Loop(builder, many, whole, L, [])
+            columns(loop.index, 1, None)
+            loop.close([])
+        with builder.if_then(builder.icmp_signed("!=", rest, _int(0))):
+            columns(whole, 1, emit.first(rest))
+
+    def long(near: ir.Value) -> None:
+        """One row after the other, in the order of memory: its sums stay in the nearest cache."""
+        room = builder.mul(builder.sdiv(builder.add(count, _int(L - 1)), _int(L)), _int(L))
+        places = [near, builder.gep(near, [room])]
+        loop = simd.Loop(builder, _int(0), room, L, [])
+        for place in places:
+            emit.store(emit.zero(), builder.gep(place, [loop.index]))
+        loop.close([])
+        lines = simd.Loop(builder, start_row, end, 1, [])
+        line = builder.mul(lines.index, pitch)
+
+        def update(column: ir.Value, mask: ir.Value | None) -> None:
+            found = terms(builder.add(line, column), mask, channel.at(column))
+            for value, table in zip(found, places, strict=True):
+                place = builder.gep(table, [column])
+                emit.store(builder.fadd(emit.load(place), value, flags=_FUSED), place)
+
+        emit.over(count, update)
+        lines.close([])
+        loop = simd.Loop(builder, _int(0), room, L, [])
+        for place, table in zip(places, sums, strict=True):
+            value = emit.load(builder.gep(place, [loop.index]))
+            kept.widen(value, builder.gep(table, [loop.index]))
+        loop.close([])
+
+    if near is None:
+        short()
+    else:
+        with builder.if_else(builder.icmp_signed("<=", count, _int(slots * L))) as (few, many):
+            with few:
+                short()
+            with many:
+                long(near)
+    stretch.close([])
+
+
+def _where(emit: Vectors, mask: ir.Value | None, value: ir.Value) -> ir.Value:
+    return value if mask is None else emit.builder.select(mask, value, emit.zero())
+
+
+@intrinsic(prefer_literal=True)
+def moments(
+    typing_context, lanes, kind, across, exact, x, rows, pitch, count, about, first, second, near
+):
+    """``first += x - about`` and ``second += (x - about)²``: of every column (across), or in `lanes` sums of
+    the one channel (along), at most `VECTORS` vectors at a time.
+
+    `near` is memory for two tables as long as a row, of the type that is computed in; along it is of no use.
+    `exact`: every term is float64, and so is `about`; without `near`.
+    """
+    L, of, wide = lanes.literal_value, kind.literal_value, across.literal_value
+    in_double = bool(exact.literal_value)
+
+    def generate(context, builder, signature, values):
+        x, rows, pitch, count, about, first, second, near = values[4:]
+        source = Vectors(builder, of, L)
+        emit = Vectors(builder, "float64", L) if in_double else source
+
+        def terms(offset, mask, values):
+            value = source.read(builder.gep(x, [offset]), mask)
+            if emit.vector != source.vector:
+                value = builder.fpext(value, emit.vector)
+            d = _where(emit, mask, builder.fsub(value, values[0]))
+            return [d, builder.fmul(d, d, flags=_FUSED)]
+
+        slots = 1 if in_double else 4
+        near = None if in_double else near
+        _add_up(emit, wide, rows, pitch, count, [about], [first, second], near, terms, slots)
+        return context.get_dummy_value()
+
+    i64, T = types.int64, types.CPointer(types.float64)
+    return types.void(lanes, kind, across, exact, x, i64, i64, i64, about, T, T, near), generate
+
+
+def _past(
+    builder: ir.IRBuilder, emit: Vectors, asked: ir.Value, pitch: ir.Value, *places: ir.Value
+) -> ir.Value:
+    """Whether to write past the caches: if asked to, and every row begins where a whole vector may."""
+    size = emit.lanes * (2 if emit.half else emit.align)
+    bits = builder.mul(pitch, _int(2 if emit.half else emit.align))
+    for place in places:
+        bits = builder.or_(bits, builder.ptrtoint(place, ir.IntType(64)))
+    aligned = builder.icmp_signed("==", builder.and_(bits, _int(size - 1)), _int(0))
+    return builder.and_(aligned, builder.icmp_signed("!=", asked, _int(0)))
+
+
+def _given(builder: ir.IRBuilder, place: ir.Value) -> ir.Value:
+    return builder.icmp_unsigned("!=", place, ir.Constant(place.type, None))
+
+
+@intrinsic(prefer_literal=True)
+def normalise(
+    typing_context, lanes, kind, act, across, x, residual, y, rows, pitch, count, high, scale, shift, past
+):  # fmt: skip
+    """``y = act((x - high) * scale + shift + residual)``; a null residual is none. With `past`, y goes past
+    the caches where its rows lie for that."""
+    L, of, wide = lanes.literal_value, kind.literal_value, across.literal_value
+    name = ACTIVATIONS[act.literal_value]
+
+    def generate(context, builder, signature, values):
+        x, residual, y, rows, pitch, count, high, scale, shift, past = values[4:]
+        emit = Vectors(builder, of, L)
+        tables = _Values(emit, wide, [high, scale, shift])
+
+        def loops(residual_given: bool, past: bool) -> None:
+            def body(offsets, column, mask):
+                h, factor, addend = tables.at(column)
+                results = []
+                for offset in offsets:
+                    d = builder.fsub(emit.read(builder.gep(x, [offset]), mask), h)
+                    z = emit.multiply_add(d, factor, addend)
+                    if residual_given:
+                        z = builder.fadd(z, emit.read(builder.gep(residual, [offset]), mask))
+                    results.append(_activate(emit, name, z))
+                for offset, result in zip(offsets, results, strict=True):
+                    emit.write(result, builder.gep(y, [offset]), mask, past)
+
+            unroll = 4 if _cheap(name) else 1
+            _sweep(emit, wide, unroll, rows, pitch, count, body)
+
+        past = _past(builder, emit, past, pitch, y)
+        with builder.if_else(_given(builder, residual)) as (with_residual, without):
+            for given, branch in ((True, with_residual), (False, without)):
+                with branch, builder.if_else(past) as (through, kept):
+                    with through:
+                        loops(given, True)
+                    with kept:
+                        loops(given, False)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return (
+        types.void(
+            lanes, kind, act, across, x, residual, y, i64, i64, i64, high, scale, shift, i64
+        ),
+        generate,
+    )
+
+
+class _Back:
+    """What both halves of the backward compute of each vector."""
+
+    def __init__(self, emit: Vectors, name: str, form: int, places: tuple[ir.Value, ...]) -> None:
+        self.emit, self.name, self.form = emit, name, form
+        self.grad, self.x, self.beside = places
+
+    def at(
+        self, offset: ir.Value, mask: ir.Value | None, high: ir.Value, scale: ir.Value, shift: ir.Value
+    ) -> tuple[ir.Value, ir.Value]:  # fmt: skip
+        """The gradient of the activation's argument, and ``x - high``."""
+        emit, builder = self.emit, self.emit.builder
+        g = emit.read(builder.gep(self.grad, [offset]), mask)
+        d = builder.fsub(emit.read(builder.gep(self.x, [offset]), mask), high)
+        if self.form == READY or self.name == "none":
+            return g, d
+        if self.form == RESULT:
+            y = emit.read(builder.gep(self.beside, [offset]), mask)
+            return _gated(emit, self.name, g, y, True), d
+        z = emit.multiply_add(d, scale, shift)
+        if self.form == RESIDUAL:
+            z = builder.fadd(z, emit.read(builder.gep(self.beside, [offset]), mask))
+        return _gated(emit, self.name, g, z, False), d
+
+
+@intrinsic(prefer_literal=True)
+def back_sums(
+    typing_context, lanes, kind, act, form, across, grad_y, x, beside, grad_z, grad_x, rows, pitch, count,
+    high, scale, shift, first, second, near, past,
+):  # fmt: skip
+    """``grad_z = grad_y * act'``, ``first += grad_z`` and ``second += grad_z * (x - high)``: as `moments`.
+
+    grad_z is written unless null, and so is ``grad_x = grad_z * scale``: all of it, where mean and scale are
+    constants.
+    """
+    L, of, wide = lanes.literal_value, kind.literal_value, across.literal_value
+    name, told = ACTIVATIONS[act.literal_value], form.literal_value
+
+    def generate(context, builder, signature, values):
+        grad_y, x, beside, grad_z, grad_x, rows, pitch, count = values[5:13]
+        high, scale, shift, first, second, near, past = values[13:]
+        emit = Vectors(builder, of, L)
+        back = _Back(emit, name, told, (grad_y, x, beside))
+        z_given, x_given = _given(builder, grad_z), _given(builder, grad_x)
+
+        def terms(past):
+            def of(offset, mask, values):
+                g, d = back.at(offset, mask, *values)
+                with builder.if_then(z_given):
+                    emit.write(g, builder.gep(grad_z, [offset]), mask, past)
+                with builder.if_then(x_given):
+                    result = builder.fmul(g, values[1])
+                    emit.write(result, builder.gep(grad_x, [offset]), mask, past)
+                return [_where(emit, mask, g), _where(emit, mask, builder.fmul(g, d, flags=_FUSED))]
+
+            return of
+
+        slots = 4 if _cheap(name) else 1
+        arguments = wide, rows, pitch, count, [high, scale, shift], [first, second], near
+        with builder.if_else(_past(builder, emit, past, pitch, grad_z, grad_x)) as (through, near):
+            with through:
+                _add_up(emit, *arguments, terms(True), slots)
+            with near:
+                _add_up(emit, *arguments, terms(False), slots)
+        return context.get_dummy_value()
+
+    i64, T = types.int64, types.CPointer(types.float64)
+    return (
+        types.void(
+            lanes, kind, act, form, across, grad_y, x, beside, grad_z, grad_x, i64, i64, i64,
+            high, scale, shift, T, T, near, i64,
+        ),
+        generate,
+    )  # fmt: skip
+
+
+@intrinsic(prefer_literal=True)
+def back_combine(
+    typing_context, lanes, kind, act, form, across, grad_y, x, beside, grad_z, grad_x, rows, pitch, count,
+    high, scale, shift, a, b, past,
+):  # fmt: skip
+    """``grad_z = grad_y * act'`` unless null, and so ``grad_x = grad_z * scale - a - (x - high) * b``; `past`
+    as in `normalise`."""
+    L, of, wide = lanes.literal_value, kind.literal_value, across.literal_value
+    name, told = ACTIVATIONS[act.literal_value], form.literal_value
+
+    def generate(context, builder, signature, values):
+        grad_y, x, beside, grad_z, grad_x, rows, pitch, count = values[5:13]
+        high, scale, shift, a, b, past = values[13:]
+        emit = Vectors(builder, of, L)
+        back = _Back(emit, name, told, (grad_y, x, beside))
+        tables = _Values(emit, wide, [high, scale, shift, a, b])
+        z_given, x_given = _given(builder, grad_z), _given(builder, grad_x)
+
+        def loops(past: bool) -> None:
+            def body(offsets, column, mask):
+                *here, first, slope = tables.at(column)
+                pairs = [back.at(offset, mask, *here) for offset in offsets]
+                with builder.if_then(z_given):
+                    for (g, _), offset in zip(pairs, offsets, strict=True):
+                        emit.write(g, builder.gep(grad_z, [offset]), mask, past)
+                with builder.if_then(x_given):
+                    for (g, d), offset in zip(pairs, offsets, strict=True):
+                        g = emit.multiply_add(g, here[1], builder.fneg(first))
+                        result = emit.multiply_add(builder.fneg(d), slope, g)
+                        emit.write(result, builder.gep(grad_x, [offset]), mask, past)
+
+            simple = _cheap(name) or told == READY
+            unroll = 4 if simple else 1
+            _sweep(emit, wide, unroll, rows, pitch, count, body)
+
+        past = _past(builder, emit, past, pitch, grad_z, grad_x)
+        with builder.if_else(past) as (through, kept):
+            with through:
+                loops(True)
+            with kept:
+                loops(False)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return (
+        types.void(
+            lanes, kind, act, form, across, grad_y, x, beside, grad_z, grad_x, i64, i64, i64,
+            high, scale, shift, a, b, i64,
+        ),
+        generate,
+    )  # fmt: skip
