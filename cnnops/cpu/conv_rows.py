@@ -62,7 +62,7 @@ def _copy_line(L, kind, x, to, pitch, C, count, xc, step, spare):
 
     What follows in `to`, as far as a vector reaches, may become zero.
     """
-    if xc == 1:
+    if xc == 1 or C == 1:
         if step == C and pitch == C:
             vectors.widen(L, kind, to, x, count * C)
         else:
@@ -201,6 +201,7 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
             places[number] = places[count - 1]
 
         residual = ahead(vectors.elements(residual_, kind), origin)
+        real_residual = pointer(residual_ + origin * itemsize, T)
         null = vectors.elements(0, kind)
         padded = (K + U - 1) // U * U
         packed = ahead(w, group * padded * J)
@@ -264,8 +265,10 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
                 for n in range(few):
                     factor = scale[channel + k16 + n] if given(scale) else real(1)
                     _put(
-                        L, T, kind, ahead(y, (k + k16 + n) * yk), ahead(residual, (k + k16 + n) * yk),
-                        residual_ != 0, ahead(line, n * (room + L)), beside, halves,
+                        L, T, kind, kind == T, ahead(y, (k + k16 + n) * yk),
+                        ahead(residual, (k + k16 + n) * yk), ahead(result, (k + k16 + n) * yk),
+                        ahead(real_residual, (k + k16 + n) * yk), residual_ != 0,
+                        ahead(line, n * (room + L)), beside, halves,
                         factor, shift[channel + k16 + n], act, images, zs, ps, qs, yn, yd, yh, yw,
                     )  # fmt: skip
 
@@ -274,10 +277,13 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
 
 @njit(error_model="numpy", boundscheck=False)
 def _put(
-    L, T, kind, y, residual, residual_given, line, beside, halves, scale, shift, act,
-    images, zs, ps, qs, yn, yd, yh, yw,
+    L, T, kind, same, y, residual, real_y, real_residual, residual_given, line, beside, halves,
+    scale, shift, act, images, zs, ps, qs, yn, yd, yh, yw,
 ):  # fmt: skip
-    """Finish one channel's places, which stand in `line`, and write them to their plane."""
+    """Finish one channel's places, which stand in `line`, and write them to their plane.
+
+    Where memory is of the `same` type as sums are, real_y and real_residual point to what y and residual do.
+    """
     none = pointer(0, T)
     straight = yw == 1
     # Rows and planes with nothing between them are one long row.
@@ -291,13 +297,17 @@ def _put(
             for p in range(lines):
                 at = i * yn + z * yd + p * yh
                 row = ahead(line, ((i * zs + z) * lines + p) * length)
-                to, other = ahead(y, at), ahead(residual, at)
+                if same and straight:
+                    other = ahead(real_residual, at) if residual_given else none
+                    simd.finish(L, ahead(real_y, at), row, other, length, scale, shift, act, length)
+                    continue
+                to, other_bits = ahead(y, at), ahead(residual, at)
                 if residual_given:
                     if straight:
-                        vectors.widen(L, kind, beside, other, length)
+                        vectors.widen(L, kind, beside, other_bits, length)
                     else:
                         for q in range(length):
-                            halves[q] = other[q * yw]
+                            halves[q] = other_bits[q * yw]
                         vectors.widen(L, kind, beside, halves, length)
                     simd.finish(L, row, row, beside, length, scale, shift, act, 0)
                 else:
