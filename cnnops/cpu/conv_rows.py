@@ -126,14 +126,20 @@ def _products(L, M, W, x, places, count, taps, slices, w, start, y, outs):
             )  # fmt: skip
 
 
+@njit(error_model="numpy", boundscheck=False)
+def _width(L, full, left):
+    """Columns of the tile that comes next, of so many that are left."""
+    return full if left >= full else min(left, 2 * L)
+
+
 @lru_cache(None)
 def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64 {T}**4 int64**2 int64*54")
     real, itemsize = np.float64 if T == "float64" else np.float32, bytes_of(T)
     full, half = V * L, U < L
-    # Widths of tiles, in halves of a vector.
-    W1, W2, W3, W4, W5, W6, W7, W8 = (L * halves // 2 for halves in range(1, 9))
+    # Widths of tiles: of whole ones, and of up to two vectors for what is left, in halves of a vector.
+    W1, W2, W3, W4, W8 = L // 2, L, L + L // 2, 2 * L, full
 
     def conv_rows(address: int, index: int, scratch: int) -> None:
         """One block of outputs, for one share of one group's filters."""
@@ -208,39 +214,32 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
         line, beside = pointer(scratch + line_at, T), pointer(scratch + beside_at, T)
         halves = vectors.elements(scratch + halves_at, kind)
         last = min((part + 1) * share, K)
-        for k in range(part * share, last, full):
+        behind = part * share
+        while behind < last:
+            k = behind
+            width = _width(L, full, padded - k)
+            behind += width
             filters, begin = ahead(packed, k * J), ahead(start, group * padded + k)
-            some = min(full, K - k)
+            some = min(width, K - k)
             if direct_y:
                 to, outs = ahead(result, k), to_y
             else:
                 to, outs = sums, to_sums
-            units = (some + U - 1) // U
-            if half:
-                if units == 7:
-                    _products(
-                        L, M, W7, block, places, count, taps, slices, filters, begin, to, outs
-                    )
-                elif units == 5:
-                    _products(
-                        L, M, W5, block, places, count, taps, slices, filters, begin, to, outs
-                    )
-                elif units == 3:
+            if width == full:
+                _products(L, M, W8, block, places, count, taps, slices, filters, begin, to, outs)
+            elif width == W4:
+                _products(L, M, W4, block, places, count, taps, slices, filters, begin, to, outs)
+            elif width == W2:
+                _products(L, M, W2, block, places, count, taps, slices, filters, begin, to, outs)
+            elif half:
+                if width == W3:
                     _products(
                         L, M, W3, block, places, count, taps, slices, filters, begin, to, outs
                     )
-                elif units == 1:
+                else:
                     _products(
                         L, M, W1, block, places, count, taps, slices, filters, begin, to, outs
                     )
-            if units == 4 * L // U:
-                _products(L, M, W8, block, places, count, taps, slices, filters, begin, to, outs)
-            elif units == 3 * L // U:
-                _products(L, M, W6, block, places, count, taps, slices, filters, begin, to, outs)
-            elif units == 2 * L // U:
-                _products(L, M, W4, block, places, count, taps, slices, filters, begin, to, outs)
-            elif units == L // U:
-                _products(L, M, W2, block, places, count, taps, slices, filters, begin, to, outs)
             if direct_y and activation < 0:
                 continue
             act = max(activation, 0)
@@ -276,6 +275,12 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
 
 
 @njit(error_model="numpy", boundscheck=False)
+def _finish_line(L, to, line, residual, count, scale, shift, act, following):
+    """`simd.finish`, compiled once for all of its callers."""
+    simd.finish(L, to, line, residual, count, scale, shift, act, following)
+
+
+@njit(error_model="numpy", boundscheck=False)
 def _put(
     L, T, kind, same, y, residual, real_y, real_residual, residual_given, line, beside, halves,
     scale, shift, act, images, zs, ps, qs, yn, yd, yh, yw,
@@ -299,7 +304,9 @@ def _put(
                 row = ahead(line, ((i * zs + z) * lines + p) * length)
                 if same and straight:
                     other = ahead(real_residual, at) if residual_given else none
-                    simd.finish(L, ahead(real_y, at), row, other, length, scale, shift, act, length)
+                    _finish_line(
+                        L, ahead(real_y, at), row, other, length, scale, shift, act, length
+                    )
                     continue
                 to, other_bits = ahead(y, at), ahead(residual, at)
                 if residual_given:
@@ -309,9 +316,9 @@ def _put(
                         for q in range(length):
                             halves[q] = other_bits[q * yw]
                         vectors.widen(L, kind, beside, halves, length)
-                    simd.finish(L, row, row, beside, length, scale, shift, act, 0)
+                    _finish_line(L, row, row, beside, length, scale, shift, act, 0)
                 else:
-                    simd.finish(L, row, row, none, length, scale, shift, act, 0)
+                    _finish_line(L, row, row, none, length, scale, shift, act, 0)
                 if straight:
                     vectors.narrow(L, kind, to, row, length)
                 else:
@@ -330,10 +337,12 @@ def _pack(T: str, L: int, V: int, U: int) -> Task:
         w, packed, taps, K, C, T_, S_, of_group, of_k, of_c, of_tap, J = unpack(address, args)
         if J == 0:
             return
-        blocks = (K + full - 1) // full
-        group, k0 = index // blocks, index % blocks * full
         padded = (K + U - 1) // U * U
-        width = min(full, padded - k0)
+        blocks = padded // full + (padded % full + 2 * L - 1) // (2 * L)
+        group, k0 = index // blocks, 0
+        for _ in range(index % blocks):
+            k0 += _width(L, full, padded - k0)
+        width = _width(L, full, padded - k0)
         to = ahead(packed, (group * padded + k0) * J)
         spare = pointer(scratch, T)
         source = ahead(w, group * of_group + k0 * of_k)
@@ -429,8 +438,8 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64*2 {T}**2 int64**2 int64*57")
     full, half = V * L, U < L
-    # Widths of tiles, in halves of a vector.
-    W1, W2, W3, W4, W5, W6, W7, W8 = (L * halves // 2 for halves in range(1, 9))
+    # Widths of tiles: of whole ones, and of up to two vectors for what is left, in halves of a vector.
+    W1, W2, W3, W4, W8 = L // 2, L, L + L // 2, 2 * L, full
 
     def conv_rows_weights(address: int, index: int, scratch: int) -> None:
         """A share of the places, for a share of one group's filters and channels: ``sums [tap, C] [K]``."""
@@ -490,33 +499,28 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
                             places[at] = i * an + z * ad + p * ah + q * aw
                             at += 1
             start = n0 * yn + z0 * yd + p0 * yh + q0 * yw
-            for k in range(0, filters, full):
-                some = min(full, filters - k)
-                width = (some + U - 1) // U * U
+            behind, whole = 0, (filters + U - 1) // U * U
+            while behind < whole:
+                k = behind
+                width = _width(L, full, whole - k)
+                behind += width
                 sums_here = ahead(sums, k)
                 common = (count, chunk, started, lines, side * channels, wide, stretch, pitch)
                 _copy_panel(
-                    L, kind, ahead(g, start + k * yk), panel, some, width, images, zs, ps, qs,
-                    (yn, yk, yd, yh, yw), spare,
+                    L, kind, ahead(g, start + k * yk), panel, min(width, filters - k), width, images,
+                    zs, ps, qs, (yn, yk, yd, yh, yw), spare,
                 )  # fmt: skip
-                units = width // U
-                if half:
-                    if units == 7:
-                        _outer_products(L, M, W7, block, places, panel, sums_here, taps, common)
-                    elif units == 5:
-                        _outer_products(L, M, W5, block, places, panel, sums_here, taps, common)
-                    elif units == 3:
-                        _outer_products(L, M, W3, block, places, panel, sums_here, taps, common)
-                    elif units == 1:
-                        _outer_products(L, M, W1, block, places, panel, sums_here, taps, common)
-                if units == 4 * L // U:
+                if width == full:
                     _outer_products(L, M, W8, block, places, panel, sums_here, taps, common)
-                elif units == 3 * L // U:
-                    _outer_products(L, M, W6, block, places, panel, sums_here, taps, common)
-                elif units == 2 * L // U:
+                elif width == W4:
                     _outer_products(L, M, W4, block, places, panel, sums_here, taps, common)
-                elif units == L // U:
+                elif width == W2:
                     _outer_products(L, M, W2, block, places, panel, sums_here, taps, common)
+                elif half:
+                    if width == W3:
+                        _outer_products(L, M, W3, block, places, panel, sums_here, taps, common)
+                    else:
+                        _outer_products(L, M, W1, block, places, panel, sums_here, taps, common)
             started += 1
         if started == 0:
             for j in range(lines * stretch * pitch):
@@ -761,7 +765,7 @@ class _Correlation:
         picks = product(*(axis.picks for axis in axes))
         self._picks = np.array([(t * R + r) * S + s for t, r, s in picks] or [0], np.int64)
         self._pack = _pack(T, lanes, V, grain)
-        self._pack_count = groups * -(-K // full)
+        self._pack_count = groups * (padded // full + -(-(padded % full) // (2 * lanes)))
         places = math.prod(kernel)
         self._pack_scratch = max(lanes, 256 // places * places + places) * lanes * itemsize
         self._pack_values = (self._picks.ctypes.data, K, C, taps, places, *along, J)
