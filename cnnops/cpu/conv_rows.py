@@ -42,7 +42,7 @@ from cnnops.epilogue import ACTIVATIONS, Epilogue
 from cnnops.shapes import ConvShape
 
 CACHE_BYTES = 512 * 1024
-STRETCH = 256
+STRETCH = 96
 """Most terms of an output that are added up one after the other: a long sum of such sums rounds less."""
 
 KIND = {
