@@ -329,6 +329,25 @@ def test_every_form(name: str, dtype: torch.dtype) -> None:
         check(cnnops.cpu.conv, shape, dtype, ("contiguous", "sliced"))
 
 
+def test_rows_of_more_than_any_number_of_equal_parts() -> None:
+    shape = ConvShape.of((1, 8, 65_600), (8, 8, 3), padding=1)
+    check(cnnops.cpu.conv, shape, torch.float32, ("contiguous", "contiguous"))
+
+
+def test_float16_where_the_cpu_does_not_convert_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only blocks go through float32 as a whole."""
+    conv = cnnops.cpu.conv
+    monkeypatch.setattr(conv.vectors, "kind", lambda dtype: None)
+    conv._chosen.cache_clear()
+    for x, w, groups in (((1, 16, 8, 8), (16, 16, 3, 3), 1), ((1, 16, 8, 8), (16, 1, 3, 3), 16)):
+        shape = ConvShape.of(x, w, padding=1, groups=groups)
+        chosen = conv._chosen(
+            "fprop", shape, torch.float16, True, (1024, 64, 8, 1), (1024, 64, 8, 1)
+        )
+        assert chosen is conv_blocks
+    conv._chosen.cache_clear()
+
+
 @pytest.fixture
 def threads() -> Iterator[None]:
     former = torch.get_num_threads()

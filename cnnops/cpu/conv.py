@@ -26,6 +26,7 @@ from cnnops.cpu import (
     conv_winograd,
     rows,
     simd,
+    vectors,
 )
 from cnnops.cpu.conv_axes import is_framed, up
 from cnnops.cpu.conv_fold import conv_fold as conv_fold
@@ -69,6 +70,10 @@ def _chosen(
     *activations: tuple[int, ...],
 ) -> ModuleType:  # fmt: skip
     """The module whose kernels answer, for activations of these strides."""
+    if vectors.kind(dtype) is None:
+        return (
+            conv_blocks  # the others convert float16 by an instruction that this CPU does not have
+        )
     if conv_depthwise.takes(shape, direction):
         return conv_depthwise
     if winograd and conv_winograd.takes(shape, dtype, direction):

@@ -642,7 +642,12 @@ class _Block(NamedTuple):
 
 def _blocks(N: int, axes: Sequence[_Axis], most: int) -> Iterator[_Block]:
     """Blocks of at most so many places: some images, whole axes or even cuts of them, inner axes first."""
-    cuts = [sorted({-(-a.out // n) for n in range(1, min(a.out, 64) + 1)}) for a in axes]
+    # Into up to 64 equal parts, and, for axes so long that these are too many, into powers of two.
+    parts = [{*range(1, 65), *(2**e for e in range(axis.out.bit_length() + 1))} for axis in axes]
+    cuts = [
+        sorted({-(-axis.out // n) for n in numbers if n <= max(axis.out, 1)})
+        for axis, numbers in zip(axes, parts, strict=True)
+    ]
     images = sorted({-(-N // n) for n in range(1, N + 1)})
     z, p, q = (axis.out for axis in axes)
     for q_cut in cuts[2]:
