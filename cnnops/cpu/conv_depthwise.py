@@ -38,9 +38,10 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from cnnops.cpu import simd, vectors
+from cnnops.cpu.conv_axes import up
 from cnnops.cpu.simd import Loop, int_constant, splat
 from cnnops.cpu.task import Task, ahead, layout, pointer, strides, unpack
-from cnnops.cpu.vectors import Vectors, elements
+from cnnops.cpu.vectors import KIND, Vectors, elements
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import ConvShape
 
@@ -71,13 +72,6 @@ FLAT = 32 * 1024
 
 _CLAMPS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 """Activations that are limits of what passes."""
-
-KIND = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 
 
 def _computed(kind: str) -> str:
@@ -949,10 +943,6 @@ def _run_length(widths: Sequence[int]) -> int:
     return min(lengths, key=lambda B: (sum(-(-width // B) * B for width in widths), -B))
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 class _Lines:
     """How rows of x come into scratch: what both kernels know of it."""
 
@@ -1027,8 +1017,8 @@ class _Correlation:
         flat_y = not y_last and Q < 2 * L and band * Q * L <= FLAT
         count_out = B if y_last else band * Q if flat_y else Q
         room = L if placed else lines.room(group, B, L)
-        segments_at = _up(room * itemsize, 64)
-        finish_at = _up(segments_at + (8 + 32 * lines.most) * lines.rows * len(row.widths), 64)
+        segments_at = up(room * itemsize, 64)
+        finish_at = up(segments_at + (8 + 32 * lines.most) * lines.rows * len(row.widths), 64)
         out_at = finish_at + 3 * L * itemsize
         beside_at = out_at + (count_out + L) * L * itemsize
         self._scratch_bytes = beside_at + (count_out + L) * L * itemsize
@@ -1102,9 +1092,9 @@ class _WeightGradient:
         flat_y = not y_last and Q < 2 * L and band * Q * L <= FLAT
         count_in = (band if flat_y else lines.rows) * Q
         room = L if placed else lines.room(share, B, L)
-        segments_at = _up(room * itemsize, 64)
-        sums_at = _up(segments_at + (8 + 32 * lines.most) * lines.rows, 64)
-        grads_at = _up(sums_at + (share * taps + 1) * L * itemsize, 64)
+        segments_at = up(room * itemsize, 64)
+        sums_at = up(segments_at + (8 + 32 * lines.most) * lines.rows, 64)
+        grads_at = up(sums_at + (share * taps + 1) * L * itemsize, 64)
         grads_pitch = (count_in + 1) * L
         self._scratch_bytes = grads_at + (share * grads_pitch + L) * itemsize
         self._task = _weights(kind, L, B, int(placed), x_last, y_last)

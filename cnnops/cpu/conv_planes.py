@@ -19,7 +19,7 @@ from numba import njit
 
 from cnnops.cpu import rows, simd, vectors
 from cnnops.cpu.conv_axes import bytes_of, up
-from cnnops.cpu.conv_rows import KIND, native_epilogue, vector
+from cnnops.cpu.conv_rows import native_epilogue, vector
 from cnnops.cpu.task import Task, ahead, given, layout, native, pointer, unpack
 from cnnops.epilogue import ACTIVATIONS, Epilogue
 from cnnops.shapes import ConvShape
@@ -246,7 +246,7 @@ def fprop(
     w = native(w).contiguous()
     C, K = shape.C // shape.groups, shape.K // shape.groups
     direct = y.dtype == w.dtype
-    plan = _plan(KIND[x.dtype], shape, C, K, direct, torch.get_num_threads())
+    plan = _plan(vectors.KIND[x.dtype], shape, C, K, direct, torch.get_num_threads())
     plan.run(x, w, vector(bias), y, K * C, C, native_epilogue(epilogue, y))
 
 
@@ -269,5 +269,5 @@ def dgrad(
         shape.groups * blocks, 1.0 * w.numel(), w.data_ptr(), turned.data_ptr(), K, C, blocks
     )
     direct = grad_x.dtype == w.dtype
-    plan = _plan(KIND[grad_y.dtype], shape, K, C, direct, torch.get_num_threads())
+    plan = _plan(vectors.KIND[grad_y.dtype], shape, K, C, direct, torch.get_num_threads())
     plan.run(grad_y, turned, vector(bias), grad_x, K * C, K, native_epilogue(epilogue, grad_x))

@@ -45,13 +45,6 @@ CACHE_BYTES = 512 * 1024
 STRETCH = 96
 """Most terms of an output that are added up one after the other: a long sum of such sums rounds less."""
 
-KIND = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
-
 
 # ---- kernels ----------------------------------------------------------------------------------------------
 
@@ -679,7 +672,7 @@ class _Memory(NamedTuple):
 def _memory(dtype: torch.dtype, strides: Strides) -> _Memory:
     """A tensor's memory; strides of axes that are not there are 0."""
     n, c, *places = strides
-    return _Memory(KIND[dtype], (n, c, *(0,) * (3 - len(places)), *places))
+    return _Memory(vectors.KIND[dtype], (n, c, *(0,) * (3 - len(places)), *places))
 
 
 @lru_cache(64)

@@ -50,6 +50,7 @@ from numba.extending import intrinsic
 
 from cnnops.config import settings
 from cnnops.cpu import simd, vectors
+from cnnops.cpu.conv_axes import up
 from cnnops.cpu.task import Task, ahead, given, layout, pointer, unpack
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import Axes, ConvShape, Direction
@@ -771,10 +772,6 @@ LINE = 16
 """Floats of a cache line: so much lies between the arrays of two xi, whose sizes are often powers of two."""
 
 
-def _up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 class _Scratch:
     """Offsets of arrays in a task's scratch, each from a new line on; `bytes` of all together."""
 
@@ -782,7 +779,7 @@ class _Scratch:
         self.bytes = 0
 
     def add(self, floats: int) -> int:
-        start, self.bytes = self.bytes, self.bytes + _up(4 * floats, 64)
+        start, self.bytes = self.bytes, self.bytes + up(4 * floats, 64)
         return start
 
 
@@ -817,14 +814,14 @@ class _Tiles(NamedTuple):
         most = max(most, 4 * M) // M * M
 
         def waste(tiles: int) -> float:
-            return -(-total // tiles) * _up(tiles, M) / total
+            return -(-total // tiles) * up(tiles, M) / total
 
         # Whole rows of tiles if that wastes little: their pixels are read in long lines, and fewer twice.
         tiles = min(range(most, most // 2, -M), key=waste)
         aligned = min(range(most // TW * TW, 0, -TW), key=waste, default=tiles)
         if waste(aligned) < 1.05 * waste(tiles):
             tiles = aligned
-        return cls(total, (TH, TW), given_v, tiles, _up(tiles, M), -(-total // tiles))
+        return cls(total, (TH, TW), given_v, tiles, up(tiles, M), -(-total // tiles))
 
 
 class _Plan:
@@ -836,15 +833,15 @@ class _Plan:
         straight: bool, threads: int,
     ) -> None:  # fmt: skip
         L, (M, V) = simd.lanes("float32"), simd.tiles().gemm
-        padded, pitch = _padded(K), min(STRETCH, _up(C, L))
+        padded, pitch = _padded(K), min(STRETCH, up(C, L))
         panels, stretches = -(-padded // (V * L)), -(-C // STRETCH)
         T, (TH, TW), given_v, tiles, rows, blocks = _Tiles.of(N, output, C, K, threads)
         if given_v:
             wave = max(1, WAVE_BYTES // (36 * 4 * C * tiles)) * tiles
             waves = [(first, min(wave, T - first)) for first in range(0, T, wave)]
-            all_rows = _up(min(wave, T), tiles) - tiles + rows
+            all_rows = up(min(wave, T), tiles) - tiles + rows
             # Whole images, if they are small.
-            some = _up(4 * M, TH * TW) if TH * TW < TILES else 4 * M
+            some = up(4 * M, TH * TW) if TH * TW < TILES else 4 * M
             making = -(-all_rows // some)
         else:
             waves = [(0, T)]
@@ -873,7 +870,7 @@ class _Plan:
         at_pixels = scratch.add(0 if straight else (pixels + L) * chunk)
         factors = scratch.add(2 * V * L * L)
         results = scratch.add(max(16 * V * L, (16 * tiles + 8 + L) * L))
-        planes = scratch.add((_up(16 * tiles, L) + L) * L)
+        planes = scratch.add((up(16 * tiles, L) + L) * L)
         order = scratch.add(L)
         self._scratch_bytes = scratch.bytes
         itemsize = 4 if kind == "float32" else 2

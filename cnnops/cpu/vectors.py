@@ -28,12 +28,21 @@ _POINTED = {
 """What memory holds of each type, as numba knows it: half types as their bits."""
 
 
+KIND = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+"""Names of the types of activations in memory."""
+
+
 @lru_cache(None)
 def kind(dtype: torch.dtype) -> str | None:
     """The type's name where kernels read it as it is. float16 takes the CPU's own conversion."""
     if dtype == torch.float16 and not llvm.get_host_cpu_features().get("f16c", False):
         return None
-    return {**NAME, torch.bfloat16: "bfloat16", torch.float16: "float16"}[dtype]
+    return KIND.get(dtype) or NAME[dtype]
 
 
 def readable(t: torch.Tensor) -> torch.Tensor:
