@@ -204,42 +204,6 @@ def test_copy_by_minus_zero_changes_nothing(T: str) -> None:
 
 
 @lru_cache(None)
-def keep_larger(T: str, L: int, S: int) -> Task:
-    args = layout(f"{T}**2 int32* int64*2")
-
-    def test_keep_larger(address: int, index: int, scratch: int) -> None:
-        best, row, kept, count, place = unpack(address, args)
-        simd.keep_larger(L, S, best, kept, row, count, place)
-
-    return Task(test_keep_larger, args)
-
-
-@width
-@element
-@pytest.mark.parametrize("step", [1, 2])
-def test_keep_larger(
-    T: str, bits: int, step: int, edge: np.ndarray, rng: np.random.Generator
-) -> None:
-    """Ties keep what was there, NaN always wins, and lanes behind the count are left alone."""
-    L = lanes(T, bits)
-    for count in range(1, 2 * L + 2):
-        size = (count - 1) * step + 1
-        row = edge.view(T)[edge.view(T).size - size :]
-        row[:] = rng.integers(-2, 3, size)
-        row[rng.random(size) < 0.2] = np.nan
-        best = rng.integers(-2, 3, 3 * L).astype(T)
-        best[rng.random(3 * L) < 0.2] = np.nan
-        kept = np.arange(3 * L, dtype=np.int32)
-        expected, places = best.copy(), kept.copy()
-        for i in range(count):
-            if row[i * step] > best[i] or np.isnan(row[i * step]):
-                expected[i], places[i] = row[i * step], 99
-        keep_larger(T, L, step).run(1, 0, *map(address, (best, row, kept)), count, 99)
-        assert np.array_equal(best, expected, equal_nan=True)
-        assert np.array_equal(kept, places)
-
-
-@lru_cache(None)
 def sum_of(T: str) -> Task:
     args = layout(f"{T}* float64* int64*2")
 

@@ -14,6 +14,12 @@ import numpy as np
 
 from cnnops.shapes import ConvShape
 
+CACHE_BYTES = 512 * 1024
+"""What a task's scratch should fit into: a core's second-level cache."""
+
+SPLITS, PARTIAL_BYTES = 32, 32 * 1024 * 1024
+"""A weight gradient's sum is split into at most SPLITS parts, of at most PARTIAL_BYTES together."""
+
 
 class Axis(NamedTuple):
     """One axis of a correlation.

@@ -37,7 +37,18 @@ import torch
 from numba import njit
 
 from cnnops.cpu import simd
-from cnnops.cpu.conv_axes import NO_FRAME, Axis, Frame, axes_of, bytes_of, transposed, up
+from cnnops.cpu.conv_axes import (
+    CACHE_BYTES,
+    NO_FRAME,
+    PARTIAL_BYTES,
+    SPLITS,
+    Axis,
+    Frame,
+    axes_of,
+    bytes_of,
+    transposed,
+    up,
+)
 from cnnops.cpu.task import (
     NAME,
     Task,
@@ -54,15 +65,8 @@ from cnnops.cpu.task import (
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import ConvShape
 
-CACHE_BYTES = 512 * 1024
-"""What a task's scratch should fit into: a core's second-level cache."""
-
 STRETCH = 256
 """Most terms of an output that are added up one after the other: a long sum of such sums rounds less."""
-
-SPLITS = 32
-PARTIAL_BYTES = 32 * 1024 * 1024
-"""The weight gradient's sum is split into at most SPLITS parts, of at most PARTIAL_BYTES together."""
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------

@@ -81,22 +81,6 @@ def _computed(kind: str) -> str:
 # ---- vectors ----------------------------------------------------------------------------------------------
 
 
-def _transposed(emit: Vectors, rows: list[ir.Value]) -> list[ir.Value]:
-    """Columns of a square of vectors: its quarters change places, then each quarter's quarters, and so on."""
-    L = emit.lanes
-    rows, half = list(rows), L // 2
-    while half:
-        upper = [n + L - half if n & half else n for n in range(L)]
-        lower = [n + L if n & half else n + half for n in range(L)]
-        for n in range(L):
-            if not n & half:
-                pair = rows[n], rows[n + half]
-                rows[n] = emit.builder.shuffle_vector(*pair, ir.Constant(emit.words, upper))
-                rows[n + half] = emit.builder.shuffle_vector(*pair, ir.Constant(emit.words, lower))
-        half //= 2
-    return rows
-
-
 def _far(builder: ir.IRBuilder, base: ir.Value, *factors: ir.Value | int) -> ir.Value:
     """The place ``product of factors`` elements behind `base`."""
     offset = int_constant(1)
@@ -186,7 +170,7 @@ def _read_planes(typing_context, lanes, kind, to, places, source, plane, count, 
                 emit.read(builder.gep(start, [i]), mask)
                 for start, mask in zip(at, masks, strict=True)
             ]
-            for n, row in enumerate(_transposed(emit, rows)):
+            for n, row in enumerate(simd.turned(builder, rows)):
                 number = builder.add(i, int_constant(n))
                 place = builder.sext(builder.load(_far(builder, places, number)), simd._I64)
                 if some is not None:
@@ -241,7 +225,7 @@ def _write_planes(typing_context, lanes, kind, to, source, plane, count, channel
             masks = [None] * L if some is None else _square_masks(emit, some, channels)
             start = _far(builder, source, i, L)
             rows = [emit.load(_far(builder, start, n * L)) for n in range(L)]
-            for place, mask, row in zip(at, masks, _transposed(emit, rows), strict=True):
+            for place, mask, row in zip(at, masks, simd.turned(builder, rows), strict=True):
                 emit.write(row, builder.gep(place, [i]), mask)
 
         _squares(emit, count, channels, square)

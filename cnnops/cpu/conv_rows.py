@@ -26,7 +26,15 @@ import torch
 from numba import njit
 
 from cnnops.cpu import conv_axes, rows, simd, vectors
-from cnnops.cpu.conv_axes import axes_of, bytes_of, transposed, up
+from cnnops.cpu.conv_axes import (
+    CACHE_BYTES,
+    PARTIAL_BYTES,
+    SPLITS,
+    axes_of,
+    bytes_of,
+    transposed,
+    up,
+)
 from cnnops.cpu.task import (
     NAME,
     Task,
@@ -41,7 +49,6 @@ from cnnops.cpu.task import (
 from cnnops.epilogue import ACTIVATIONS, Epilogue
 from cnnops.shapes import ConvShape
 
-CACHE_BYTES = 512 * 1024
 STRETCH = 96
 """Most terms of an output that are added up one after the other: a long sum of such sums rounds less."""
 
@@ -960,9 +967,9 @@ class _WeightGradient:
                 if size * 4 > CACHE_BYTES // 2:
                     products += size / lanes * 6
                 for splits in {1, 2, 4, 8, 16, blocks}:
-                    if splits > min(blocks, 32) or splits * parts > max(groups, 64):
+                    if splits > min(blocks, SPLITS) or splits * parts > max(groups, 64):
                         continue
-                    if splits > 1 and size * parts * splits * 4 > 32 * 1024 * 1024:
+                    if splits > 1 and size * parts * splits * 4 > PARTIAL_BYTES:
                         continue
                     cycles = (products + copies + 300) * -(-blocks // splits)
                     cycles += size / lanes * (8 if splits == 1 else 4 + 2)

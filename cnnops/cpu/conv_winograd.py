@@ -285,18 +285,7 @@ def _turn(typing_context, lanes, kind, to, pitch, source, line, rows, count):
 
         def body(i, mask):
             block = [emit.read(builder.gep(place, [i]), mask) for place in lines]
-            # Quarters change places across the diagonal, then each quarter's quarters, down to elements.
-            half = L // 2
-            while half:
-                upper = ir.Constant(emit.words, [n + L - half if n & half else n for n in range(L)])
-                lower = ir.Constant(emit.words, [n + L if n & half else n + half for n in range(L)])
-                for n in range(L):
-                    if not n & half:
-                        pair = block[n], block[n + half]
-                        block[n] = builder.shuffle_vector(*pair, upper)
-                        block[n + half] = builder.shuffle_vector(*pair, lower)
-                half //= 2
-            for n, value in enumerate(block):
+            for n, value in enumerate(simd.turned(builder, block)):
                 at = builder.mul(builder.add(i, simd.int_constant(n)), pitch)
                 emit.store(value, builder.gep(to, [at]))
 

@@ -194,7 +194,6 @@ def turn(typing_context, lanes, kind, whole, to, pitch, source, stride, rows, le
     def generate(context, builder, signature, values):
         to, pitch, source, stride, rows, length = values[3:]
         emit = Vectors(builder, of, L)
-        index = ir.VectorType(ir.IntType(32), L)
         at = simd.int_constant
         last = builder.sub(rows, at(1))
         lines = []
@@ -205,19 +204,8 @@ def turn(typing_context, lanes, kind, whole, to, pitch, source, stride, rows, le
         mask = None if W else emit.first(rows)
 
         def transposed(i, part):
-            turned = [emit.read(builder.gep(line, [i]), part) for line in lines]
-            # Halves change places across the diagonal, then each half's halves, down to elements.
-            half = L // 2
-            while half:
-                upper = ir.Constant(index, [n + L - half if n & half else n for n in range(L)])
-                lower = ir.Constant(index, [n + L if n & half else n + half for n in range(L)])
-                for n in range(L):
-                    if not n & half:
-                        pair = turned[n], turned[n + half]
-                        turned[n] = builder.shuffle_vector(*pair, upper)
-                        turned[n + half] = builder.shuffle_vector(*pair, lower)
-                half //= 2
-            return turned
+            values = [emit.read(builder.gep(line, [i]), part) for line in lines]
+            return simd.turned(builder, values)
 
         def store(value, i):
             place = builder.gep(to, [builder.mul(i, pitch)])

@@ -406,6 +406,23 @@ def dot(
     return signature, generate
 
 
+def turned(builder: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
+    """Columns of a square of vectors: its quarters change places across the diagonal, then each quarter's
+    quarters, down to elements."""
+    L = len(rows)
+    rows, index, half = list(rows), ir.VectorType(ir.IntType(32), L), L // 2
+    while half:
+        upper = ir.Constant(index, [n + L - half if n & half else n for n in range(L)])
+        lower = ir.Constant(index, [n + L if n & half else n + half for n in range(L)])
+        for n in range(L):
+            if not n & half:
+                pair = rows[n], rows[n + half]
+                rows[n] = builder.shuffle_vector(*pair, upper)
+                rows[n + half] = builder.shuffle_vector(*pair, lower)
+        half //= 2
+    return rows
+
+
 @intrinsic(prefer_literal=True)
 def transpose(typing_context, lanes, to, pitch, source, offsets, length):
     """``to[i * pitch + n] = source[offsets[n] + i]`` for n < lanes, i < length rounded up to whole vectors.
@@ -417,7 +434,6 @@ def transpose(typing_context, lanes, to, pitch, source, offsets, length):
     def generate(context, builder, signature, values):
         to, pitch, source, offsets, length = values[1:]
         emit = Emit(builder, source.type.pointee, L)
-        index = ir.VectorType(ir.IntType(32), L)
         columns = [
             builder.gep(
                 source, [builder.sext(builder.load(builder.gep(offsets, [int_constant(n)])), _I64)]
@@ -426,18 +442,7 @@ def transpose(typing_context, lanes, to, pitch, source, offsets, length):
         ]
         loop = Loop(builder, int_constant(0), length, L, [])
         rows = [emit.load(builder.gep(column, [loop.index])) for column in columns]
-        # Quarters change places across the diagonal, then each quarter's quarters, down to elements.
-        half = L // 2
-        while half:
-            upper = ir.Constant(index, [n + L - half if n & half else n for n in range(L)])
-            lower = ir.Constant(index, [n + L if n & half else n + half for n in range(L)])
-            for n in range(L):
-                if not n & half:
-                    pair = rows[n], rows[n + half]
-                    rows[n] = builder.shuffle_vector(*pair, upper)
-                    rows[n + half] = builder.shuffle_vector(*pair, lower)
-            half //= 2
-        for n, row in enumerate(rows):
+        for n, row in enumerate(turned(builder, rows)):
             place = builder.mul(builder.add(loop.index, int_constant(n)), pitch)
             emit.store(row, builder.gep(to, [place]))
         loop.close([])
@@ -584,63 +589,6 @@ def finish(
 
     i64, element = types.int64, source.dtype
     signature = types.void(lanes, to, source, residual, i64, element, element, i64, i64)
-    return signature, generate
-
-
-@intrinsic(prefer_literal=True)
-def keep_larger(typing_context, lanes, step, best, kept, row, count, place):
-    """Where ``row[i * step]`` is larger than ``best[i]``, or NaN, it and `place` replace what was kept.
-
-    For i < count; `step` 1 or 2; `kept` int32. Best and kept are read and written in whole vectors, row is
-    not.
-    """
-    L, S = lanes.literal_value, step.literal_value
-
-    def generate(context, builder, signature, values):
-        best, kept, row, count, place = values[2:]
-        emit = Emit(builder, best.type.pointee, L)
-        numbers = ir.VectorType(ir.IntType(32), L)
-        places = splat(builder, builder.trunc(place, ir.IntType(32)), L)
-        rest = builder.and_(count, int_constant(L - 1))
-        whole = builder.sub(count, rest)
-
-        def update(i, load, part):
-            start = builder.gep(row, [builder.mul(i, int_constant(S))])
-            value = load(start, int_constant(0))
-            if S == 2:
-                # The second load starts one early, to end with the last element that is asked for.
-                early = load(builder.gep(start, [int_constant(L - 1)]), int_constant(L - 1))
-                lanes = [*range(0, L, 2), *range(L + 1, 2 * L, 2)]
-                order = ir.Constant(ir.VectorType(ir.IntType(32), L), lanes)
-                value = builder.shuffle_vector(value, early, order)
-            at = builder.gep(best, [i])
-            where = builder.bitcast(builder.gep(kept, [i]), numbers.as_pointer())
-            former = emit.load(at)
-            nan = builder.fcmp_unordered("uno", value, value)
-            wins = builder.or_(builder.fcmp_ordered(">", value, former), nan)
-            if part is not None:
-                wins = builder.and_(wins, part)
-            emit.store(builder.select(wins, value, former), at)
-            before = builder.load(where, align=4)
-            builder.store(builder.select(wins, places, before), where, align=4)
-
-        loop = Loop(builder, int_constant(0), whole, L, [])
-        update(loop.index, lambda place, skipped: emit.load(place), None)
-        loop.close([])
-        with builder.if_then(builder.icmp_signed("!=", rest, int_constant(0))):
-            # So many elements of the row belong to the lanes that are left.
-            reach = builder.sub(builder.mul(rest, int_constant(S)), int_constant(S - 1))
-            update(
-                whole,
-                lambda place, skipped: emit.load_some(
-                    place, emit.first(builder.sub(reach, skipped))
-                ),
-                emit.first(rest),
-            )
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    signature = types.void(lanes, step, best, types.CPointer(types.int32), row, i64, i64)
     return signature, generate
 
 
