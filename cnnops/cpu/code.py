@@ -32,6 +32,7 @@ from numba.core.registry import cpu_target
 from numba.core.runtime import rtsys
 
 from cnnops.cache import DiskCache, cache_dir, digest_of
+from cnnops.cpu import compiler
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 _IMPORT = re.compile(
@@ -146,15 +147,8 @@ def _context() -> Any:
 
 def _object_file(function: Callable[..., None], arguments: int) -> bytes:
     """The name of the compiled function, a line feed, and the object file that it is in."""
-    kernel = numba.cfunc(
-        types.void(*(types.int64,) * arguments),
-        nopython=True,
-        error_model="numpy",
-        boundscheck=False,
-        fastmath={"contract"},
-    )(function)
-    binary: bytes = kernel._library._get_compiled_object()
-    return b"\n".join((kernel.native_name.encode(), binary))
+    name, binary = compiler.kernel(function, types.void(*(types.int64,) * arguments))
+    return b"\n".join((name.encode(), binary))
 
 
 _engines: list[Any] = []

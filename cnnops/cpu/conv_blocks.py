@@ -34,9 +34,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
 from cnnops.cpu import simd
+from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import (
     CACHE_BYTES,
     NO_FRAME,
@@ -72,7 +72,7 @@ STRETCH = 256
 # ---- kernels ----------------------------------------------------------------------------------------------
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _copy_block(
     L, x, block, residues, C, F, Z, H, W, side, images, d0, h0, w0, sd, sh, sw, sizes, strides, frame
 ):  # fmt: skip
@@ -149,7 +149,7 @@ def _pack(T: str) -> Task:
     return Task(conv_pack, args)
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _finish(
     real, L, sums, none, residual, y, scale, shift, activation, images, count, side, yn, yw, following
 ):  # fmt: skip
@@ -278,7 +278,7 @@ def _correlate(T: str, L: int, M: int, V: int, framed: bool) -> Task:
     return Task(conv_correlate, args)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _add_products(
     L, M, V, lines, stack, block, places, tile, count, filters, columns, sums, pitch, former, edge, exact
 ):  # fmt: skip

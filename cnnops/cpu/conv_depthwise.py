@@ -34,10 +34,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from cnnops.cpu import simd, vectors
+from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import up
 from cnnops.cpu.simd import Loop, int_constant, splat
 from cnnops.cpu.task import Task, ahead, layout, pointer, strides, unpack
@@ -462,7 +463,7 @@ def _pack(kind: str, L: int) -> Task:
     return Task(depthwise_pack, args)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _bring_rows(
     L, kind, last, lines, pitch, places, source, size, strides, channels, ring, row, spare, former, top,
     flat,
@@ -488,7 +489,7 @@ def _bring_rows(
     return H - 1 if flat else top
 
 
-@njit(error_model="numpy", boundscheck=False, forceinline=True)
+@routine(forceinline=True)
 def _list_segments(L, placed, segments, depth, line, across, sizes, kernel, ring, row, strides):
     """The segments that one class of a row of outputs goes through, and their number. Along each axis they
     come as (start, stop, taps, places)."""

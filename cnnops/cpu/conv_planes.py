@@ -15,9 +15,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit
 
 from cnnops.cpu import rows, simd, vectors
+from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import bytes_of, up
 from cnnops.cpu.conv_rows import native_epilogue, vector
 from cnnops.cpu.task import Task, ahead, given, layout, native, pointer, unpack
@@ -31,7 +31,7 @@ LEAST = 150
 """Places of a plane from which on vectors along it are worth it: its end may leave lanes without work."""
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _products(L, M, W, w, filters, panel, C, start, y, outs, rest, rest_outs, K, whole, tail):
     """The sums of K filters for a panel of W places: to y, or to `rest` where y has no whole tile of them.
 

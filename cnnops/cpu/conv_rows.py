@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
 from cnnops.cpu import conv_axes, rows, simd, vectors
+from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import (
     CACHE_BYTES,
     PARTIAL_BYTES,
@@ -56,7 +56,7 @@ STRETCH = 96
 # ---- kernels ----------------------------------------------------------------------------------------------
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _copy_line(L, kind, x, to, pitch, C, count, xc, step, spare):
     """``to[j * pitch + c] = x[j * step + c * xc]`` for j < count, c < C.
 
@@ -81,7 +81,7 @@ def _copy_line(L, kind, x, to, pitch, C, count, xc, step, spare):
             rows.turn(L, kind, False, ahead(to, c), pitch, spare, count, some, count)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _copy_block(
     L, kind, x, block, spare, C, pitch, Z, H, W, images, d0, h0, w0, sd, sh, sw, sizes, along
 ):  # fmt: skip
@@ -112,7 +112,7 @@ def _copy_block(
                 )
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _products(L, M, W, x, places, count, taps, slices, w, start, y, outs):
     """All sums of W columns of filters for so many places, a stretch of the terms at a time."""
     for s in range(slices[0]):
@@ -126,7 +126,7 @@ def _products(L, M, W, x, places, count, taps, slices, w, start, y, outs):
             )  # fmt: skip
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _width(L, full, left):
     """Columns of the tile that comes next, of so many that are left."""
     return full if left >= full else min(left, 2 * L)
@@ -274,13 +274,13 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
     return Task(conv_rows, args)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _finish_line(L, to, line, residual, count, scale, shift, act, following):
     """`simd.finish`, compiled once for all of its callers."""
     simd.finish(L, to, line, residual, count, scale, shift, act, following)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _put(
     L, T, kind, same, y, residual, real_y, real_residual, residual_given, line, beside, halves,
     scale, shift, act, images, zs, ps, qs, yn, yd, yh, yw,
@@ -384,7 +384,7 @@ def _pack(T: str, L: int, V: int, U: int) -> Task:
     return Task(conv_rows_pack, args)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _copy_panel(L, kind, g, panel, K, width, images, zs, ps, qs, along, spare):
     """``panel [place] [width]`` from the K channels of g's places, zeros behind them."""
     yn, yk, yd, yh, yw = along
@@ -402,7 +402,7 @@ def _copy_panel(L, kind, g, panel, K, width, images, zs, ps, qs, along, spare):
                 _copy_line(L, kind, line, to, width, K, length, yk, yw, spare)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _deliver(L, T, sums, pitch, spare, grad_w, K, lines, side, stretch, C, along, picks):
     """Write at most `L` filters' gradients from ``sums [line] [side, C] [pitch]``, a line being `stretch`."""
     of_k, of_c, of_tap = along
@@ -420,7 +420,7 @@ def _deliver(L, T, sums, pitch, spare, grad_w, K, lines, side, stretch, C, along
                         to[k * of_k + (c + n) * of_c] = spare[k * L + n]
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _outer_products(L, M, W, block, places, panel, sums, taps, common):
     """``sums [line] [channel] [W]`` of a block's places, some places at a time."""
     count, chunk, started, lines, channels, wide, stretch, pitch = common

@@ -45,11 +45,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from cnnops.config import settings
 from cnnops.cpu import simd, vectors
+from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import up
 from cnnops.cpu.task import Task, ahead, given, layout, pointer, unpack
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
@@ -401,23 +402,19 @@ def _activate(typing_context, lanes, sums, line, lines, count, activation):
     def generate(context, builder, signature, values):
         sums, line, lines, count, activation = values[1:]
         emit = simd.Emit(builder, ir.FloatType(), L)
-        end = builder.append_basic_block("activated")
-        switch = builder.switch(activation, end)
-        for case, name in enumerate(ACTIVATIONS):
-            if name == "none":
-                continue
-            block = builder.append_basic_block(name)
-            switch.add_case(simd.int_constant(case), block)
-            builder.position_at_end(block)
+
+        def loops(function):
             outer = simd.Loop(builder, simd.int_constant(0), lines, 1, [])
             start = builder.gep(sums, [builder.mul(outer.index, line)])
             inner = simd.Loop(builder, simd.int_constant(0), count, L, [])
             place = builder.gep(start, [inner.index])
-            emit.store(simd._ACTIVATIONS[name](emit, emit.load(place)), place)
+            emit.store(function(emit.load(place)), place)
             inner.close([])
             outer.close([])
-            builder.branch(end)
-        builder.position_at_end(end)
+
+        none = simd.int_constant(ACTIVATIONS.index("none"))
+        with builder.if_then(builder.icmp_signed("!=", activation, none)):
+            simd.with_activation(emit, activation, loops)
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -429,7 +426,7 @@ def _activate(typing_context, lanes, sums, line, lines, count, activation):
 # The long steps are inlined by numba: as functions of their own each would be compiled twice.
 
 
-@njit(error_model="numpy", boundscheck=False, inline="always")
+@routine(inline="always")
 def _filters(L, kind, to, plane, width, w, wk, wc, wt, turned, rows, first, count, taps):
     """U of `rows` filters, at most a vector, for `count` channels from `first`: ``to [xi] [C] [width]``.
 
@@ -462,7 +459,7 @@ def _filters(L, kind, to, plane, width, w, wk, wc, wt, turned, rows, first, coun
             _transform_filter(L, at, plane, ahead(start, c * one), tap)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _part(t, end, TH, TW):
     """The tiles from the t-th on that form a rectangle, all before `end`: image, rows, columns."""
     image = t // (TH * TW)
@@ -474,7 +471,7 @@ def _part(t, end, TH, TW):
     return image, row, row + whole, 0, TW
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _set_places(places, top, left, h0, w0, H, W, sh, sw, nothing):
     """Where the 36 inputs of a tile lie: 6 by 6 from (top, left); (h0, w0) is at place 0."""
     for i in range(6):
@@ -485,7 +482,7 @@ def _set_places(places, top, left, h0, w0, H, W, sh, sw, nothing):
             places[6 * i + j] = (h - h0) * sh + (w - w0) * sw if inside else nothing
 
 
-@njit(error_model="numpy", boundscheck=False, inline="always")
+@routine(inline="always")
 def _inputs(
     L, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk, room
 ):  # fmt: skip
@@ -555,7 +552,7 @@ def _inputs(
                 to[k * plane + c // STRETCH * stretch + t * pitch + c % STRETCH] = 0
 
 
-@njit(error_model="numpy", boundscheck=False, inline="always")
+@routine(inline="always")
 def _outputs(
     L, kind, y, residual, sums, plane, pitch, first, count, k0, k1, scale, shift, activation,
     sizes, strides, room,
@@ -638,7 +635,7 @@ def _outputs(
         t += (row_end - row) * (column_end - column)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _multiply_panel(L, M, V, half, v, pitch_v, u, width, count, sums, pitch, tiles, more):
     """``sums (+)= V · U`` of one xi for one panel, `width` wide; overwritten where `more` is 0."""
     for m in range(0, tiles, M):

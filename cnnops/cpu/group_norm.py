@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
+from cnnops.cpu.compiler import routine
 from cnnops.cpu.norm import (
     _activate,
     _addresses,
@@ -79,7 +79,7 @@ FAR = 64
 # ---- kernels ----------------------------------------------------------------------------------------------
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+@routine(fastmath={"reassoc", "contract"})
 def _deviations(x, count, about):
     """The sums of ``x - about`` and of its squares."""
     first, second = 0.0, 0.0
@@ -90,7 +90,7 @@ def _deviations(x, count, about):
     return first, second
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _moments(exact, x, count):
     """Mean and biased variance of a row. `exact`: x is as wide as the sums, and two passes are worth it."""
     about = np.float64(x[0])
@@ -104,19 +104,19 @@ def _moments(exact, x, count):
     return mean, 0.0 if var < 0 else var  # rounding; NaN stays
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _normalise_plane(real, kind, x, y, count, high, scale, shift):
     for i in range(count):
         y[i] = _activate(real, kind, (x[i] - high) * scale + shift)
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _normalise_row(real, kind, x, y, count, weight, bias, high, low, rstd):
     for i in range(count):
         y[i] = _activate(real, kind, ((x[i] - high) * rstd - low) * weight[i] + bias[i])
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+@routine(fastmath={"reassoc", "contract"})
 def _plane_sums(real, kind, grad_y, x, count, high, scale, shift):
     """The sums of the gradient of the activation's input, and of its products with ``x - high``."""
     first, second = 0.0, 0.0
@@ -132,7 +132,7 @@ def _plane_sums(real, kind, grad_y, x, count, high, scale, shift):
     return first, second
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+@routine(fastmath={"reassoc", "contract"})
 def _row_sums(real, kind, grad_y, x, count, weight, bias, high, low, rstd):
     """As `_plane_sums`, of gradients times gamma."""
     first, second = 0.0, 0.0
@@ -149,7 +149,7 @@ def _row_sums(real, kind, grad_y, x, count, weight, bias, high, low, rstd):
     return first, second
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _plane_back(real, kind, grad_y, x, to, count, high, scale, shift, a, b):
     """``grad_x = scale * grad_z - a - (x - high) * b``."""
     for i in range(count):
@@ -157,7 +157,7 @@ def _plane_back(real, kind, grad_y, x, to, count, high, scale, shift, a, b):
         to[i] = grad_y[i] * _slope(real, kind, d * scale + shift) * scale - a - d * b
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _row_back(real, kind, grad_y, x, to, count, weight, bias, high, low, rstd, a, b):
     for i in range(count):
         d = x[i] - high
@@ -166,7 +166,7 @@ def _row_back(real, kind, grad_y, x, to, count, weight, bias, high, low, rstd, a
         to[i] = g * rstd - a - d * b
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _add_row(real, kind, grad_y, x, count, weight, bias, high, low, rstd, to_weight, to_bias):
     """Add a row's ``grad_z * xhat`` and ``grad_z`` to sums of a few rows."""
     for i in range(count):
@@ -176,7 +176,7 @@ def _add_row(real, kind, grad_y, x, count, weight, bias, high, low, rstd, to_wei
         to_weight[i] += g * xhat
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _add_deviations(x, count, step, n, about, first, second):
     for r in range(count):
         row = ahead(x, r * step)
@@ -186,7 +186,7 @@ def _add_deviations(x, count, step, n, about, first, second):
             second[i] += d * d
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _normalise_columns(real, kind, x, y, count, step, n, high, scale, shift):
     for r in range(count):
         row, to = ahead(x, r * step), ahead(y, r * step)
@@ -194,7 +194,7 @@ def _normalise_columns(real, kind, x, y, count, step, n, high, scale, shift):
             to[i] = _activate(real, kind, (row[i] - high[i]) * scale[i] + shift[i])
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _sloped(real, kind, grad_y, x, n, high, scale, shift, grad_z):
     """The gradient of the activation's input in one step of n channels: `grad_z`, or grad_y itself."""
     if kind == 0:
@@ -204,7 +204,7 @@ def _sloped(real, kind, grad_y, x, n, high, scale, shift, grad_z):
     return grad_z
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _add_products(real, kind, grad_y, x, count, step, n, high, scale, shift, grad_z, first, second):
     for r in range(count):
         row = ahead(x, r * step)
@@ -214,7 +214,7 @@ def _add_products(real, kind, grad_y, x, count, step, n, high, scale, shift, gra
             second[i] += g[i] * (row[i] - high[i])
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"contract"})
+@routine(fastmath={"contract"})
 def _columns_back(real, kind, grad_y, x, to, count, step, n, high, scale, shift, grad_z, a, b):
     for r in range(count):
         row, into = ahead(x, r * step), ahead(to, r * step)
@@ -223,13 +223,13 @@ def _columns_back(real, kind, grad_y, x, to, count, step, n, high, scale, shift,
             into[i] = g[i] * scale[i] - a[i] - (row[i] - high[i]) * b[i]
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _rest(mean, high):
     """What of a mean `high` does not hold."""
     return mean - high if math.isfinite(mean) else 0.0
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _constants(average, slope, low, rstd):
     """a and b of ``grad_x = rstd * gamma * grad_z - a - (x - high) * b``: from averages of ``gamma * grad_z``
     and of its products with ``x - high``."""

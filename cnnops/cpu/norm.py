@@ -23,9 +23,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from numba import njit
 
 from cnnops.cpu import norm_vectors, simd, vectors
+from cnnops.cpu.compiler import routine
 from cnnops.cpu.phases import done, wait
 from cnnops.cpu.task import (
     NAME,
@@ -58,7 +58,7 @@ PAST = 16 << 20
 # of the elements; both are known when a kernel is compiled, so that one branch remains.
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _activate(real, kind, z):
     if kind == 1:
         return real(0) if z <= real(0) else z
@@ -79,7 +79,7 @@ def _activate(real, kind, z):
     return z
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _slope(real, kind, z):
     """The activation's derivative at z; where there is none, PyTorch's choice."""
     if kind == 1:
@@ -107,19 +107,19 @@ def _slope(real, kind, z):
     return real(1)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _rest(mean, high):
     """What of a mean `high` does not hold."""
     return mean - high if math.isfinite(mean) else 0.0
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _clear(values, count):
     for i in range(count):
         values[i] = 0
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _added(values, count):
     """The sum of `count` sums, pair by pair: `count` a power of two."""
     while count > 1:
@@ -129,14 +129,14 @@ def _added(values, count):
     return values[0]
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _settled(off, var):
     """Whether sums about a number that is `off` the mean tell the variance: most digits of neither are lost,
     and squares stayed within float32's range."""
     return 1e-30 < var < 1e30 and off * off <= 16 * var
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _plane_moments(V, kind, exact, x, images, pitch, length, about, sums):
     """Sums of ``x - about`` and of their squares over a channel's planes; `sums` is scratch for 2 V."""
     _clear(sums, 2 * V)
@@ -151,7 +151,7 @@ def _plane_moments(V, kind, exact, x, images, pitch, length, about, sums):
     return _added(sums, V), _added(ahead(sums, V), V)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _plane_products(
     V, kind, act, form, grad_y, x, beside, grad_z, grad_x, images, pitch, length, table, sums, past
 ):  # fmt: skip
@@ -171,20 +171,20 @@ def _plane_products(
     return _added(sums, V), _added(ahead(sums, V), V)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _ahead(base, count):
     """As `ahead`, of a pointer that may be null and stays so."""
     return ahead(base, count if given(base) else 0)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _repeat(table, C, W):
     """A table of C channels, for rows of `W` elements: W // C rows of memory side by side."""
     for i in range(C, W):
         table[i] = table[i - C]
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _guess(V, kind, x, C, total, n, about):
     """For n channels from x on a number near the mean: the mean of four rows of `total`."""
     _clear(about, n)
@@ -194,7 +194,7 @@ def _guess(V, kind, x, C, total, n, about):
         about[i] /= 4
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _gather(partial, parts, room, C, W, c0, n, first, second):
     """The sums of n channels from c0 on: of all parts, in their order, and of the rows side by side."""
     _clear(first, n)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from cnnops.cpu import simd
+from cnnops.cpu.compiler import routine
 
 _I64 = ir.IntType(64)
 
@@ -56,7 +57,7 @@ def _give_way(typing_context):
     return types.void(), generate
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def wait(address, indices):
     """Until so many indices are done."""
     looked = 0

@@ -25,9 +25,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from numba import njit
 
 from cnnops.cpu import simd, vectors
+from cnnops.cpu.compiler import routine
 from cnnops.cpu.simd import sum_of
 from cnnops.cpu.task import (
     NAME,
@@ -50,19 +50,19 @@ from cnnops.shapes import PoolShape, UnpoolShape
 # ---- kernels ----------------------------------------------------------------------------------------------
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _first(start, step):
     """The first place of a window at `start`, with places `step` apart, that is not before the input."""
     return 0 if start >= 0 else (step - 1 - start) // step
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _steps(start, stop, step):
     """How many places `step` apart ``start … stop`` has. A division would cost as much as a short row."""
     return stop - start if step == 1 else (stop - start + step - 1) // step
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _keep_larger(best, kept, row, step, start, stop, place):
     """Let `place` of the windows ``start … stop`` win where its value, `step` apart in `row`, is larger."""
     for q in range(start, stop):
@@ -72,7 +72,7 @@ def _keep_larger(best, kept, row, step, start, stop, place):
             kept[q] = place
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _add(to, to_step, row, step, start, stop, inner):
     """``to[q * to_step] += row[q * step]`` for q in ``start … stop``, and the same for `inner` neighbours."""
     if inner > 1:
@@ -94,7 +94,7 @@ def _add(to, to_step, row, step, start, stop, inner):
             to[q * to_step] += row[q * step]
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _put(to, to_step, row, step, count, inner):
     """``to[q * to_step] = row[q * step]`` for q < count, and the same for `inner` neighbours."""
     if to_step == inner and step == inner:
@@ -106,7 +106,7 @@ def _put(to, to_step, row, step, count, inner):
                 to[q * to_step + i] = row[q * step + i]
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _clear(image, D, H, W, d, h, w, inner):
     """Zero for `inner` channels of an image with strides d, h and w."""
     if w == inner and (h == W * w or H == 1) and (d == H * W * w or D == 1):
@@ -358,7 +358,7 @@ def _max_tiles_bwd(kind: str, kept_type: str, L: int) -> Task:
     return Task(max_pool_tiles_bwd, args)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _inside(place, d, h, w, D, H, W, R, S, rd, rh, rw):
     """Whether the window at (d, h, w) has its `place` in the input. A window whose dilation passes over the
     whole input has none there; it kept a place all the same."""
@@ -435,7 +435,7 @@ def _max_kept(T: str, kept_type: str, backward: bool) -> Task:
     return Task(max_pool_kept, args)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _at(place, P, Q, d, h, w):
     """Where the `place` of a plane Z P Q, counted row by row, lies in memory."""
     if (h == Q * w or P == 1) and d == P * h:
@@ -479,7 +479,7 @@ def _unpool(T: str, backward: bool) -> Task:
     return Task(max_unpool, args)
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _set_widths(widths, along_w, Q, divisor, clipped):
     """What each window of a row counts along it."""
     for q in range(Q):
@@ -488,7 +488,7 @@ def _set_widths(widths, along_w, Q, divisor, clipped):
         widths[q] = 1 if divisor != 0 else max(w1 - w0, 1) if clipped else size_w
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _divide(line, inner, Q, by, widths, along_d, along_h, divisor, clipped, adaptive):
     """The sums of a row of windows, `inner` channels of each, become averages; `by` has room for three.
 
@@ -515,7 +515,7 @@ def _divide(line, inner, Q, by, widths, along_d, along_h, divisor, clipped, adap
                 mean[i] /= size
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def _add_row(L, T, to, row, step, count):
     """``to[q] += row[q * step]`` for q < count; whole vectors of `to` are written."""
     if step == 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import platform
 from functools import partial
-from itertools import product
 from typing import NamedTuple
 
 from llvmlite import ir
@@ -19,7 +18,6 @@ from numba.extending import intrinsic
 
 from cnnops.cpu import simd
 from cnnops.cpu.vectors import Vectors
-from cnnops.epilogue import ACTIVATIONS
 
 ROWS, OUTER_ROWS = 6, 4
 """Rows of a tile of `multiply`, and of `outer`, where channels come in fours."""
@@ -245,7 +243,6 @@ def finish(
         to, source, residual, count, scale, shift, activation = values[2:]
         emit = Vectors(builder, of, L)
         plain = simd.Emit(builder, emit.element, L)
-        at = simd.int_constant
 
         def given(pointer):
             return builder.icmp_unsigned("!=", pointer, ir.Constant(pointer.type, None))
@@ -260,20 +257,17 @@ def finish(
             z = emit.multiply_add(load(source), factor, load(shift))
             if beside:
                 z = builder.fadd(z, emit.read(builder.gep(residual, [i]), mask))
-            emit.write(function(emit, z), builder.gep(to, [i]), mask)
+            emit.write(function(z), builder.gep(to, [i]), mask)
 
         scaled = given(scale)
-        there = builder.zext(given(residual), ir.IntType(64))
-        end = builder.append_basic_block("finished")
-        switch = builder.switch(builder.add(builder.shl(activation, at(1)), there), end)
-        functions = [simd._ACTIVATIONS[name] for name in ACTIVATIONS]
-        for case, (function, beside) in enumerate(product(functions, (False, True))):
-            block = builder.append_basic_block("case")
-            switch.add_case(at(case), block)
-            builder.position_at_end(block)
-            emit.over(count, partial(update, function, beside))
-            builder.branch(end)
-        builder.position_at_end(end)
+
+        def loops(function):
+            with builder.if_else(given(residual)) as branches:
+                for beside, branch in zip((True, False), branches, strict=True):
+                    with branch:
+                        emit.over(count, partial(update, function, beside))
+
+        simd.with_activation(plain, activation, loops)
         return context.get_dummy_value()
 
     i64 = types.int64

@@ -18,16 +18,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import lru_cache
-from itertools import product
 
 import llvmlite.binding as llvm
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.polynomial import Chebyshev, Polynomial
 
+from cnnops.cpu.compiler import routine
 from cnnops.epilogue import ACTIVATIONS
 
 WIDTHS = (128, 256, 512)
@@ -152,7 +152,11 @@ class Emit:
 
     def clamp(self, z: ir.Value, low: float, high: float) -> ir.Value:
         """z, or the nearer one of two numbers where z is not between them; NaN stays."""
-        select, least, most = self.builder.select, self.constant(low), self.constant(high)
+        return self.between(z, self.constant(low), self.constant(high))
+
+    def between(self, z: ir.Value, least: ir.Value, most: ir.Value) -> ir.Value:
+        """As `clamp`, by two vectors."""
+        select = self.builder.select
         z = select(self.above(z, least), z, select(self._is_nan(z), z, least))
         return select(self.above(z, most), most, z)
 
@@ -534,6 +538,51 @@ _ACTIVATIONS: dict[str, Callable[[Emit, ir.Value], ir.Value]] = {
     "sigmoid": lambda emit, z: _sigmoid(emit, z, emit.constant(1.0)),
     "tanh": lambda emit, z: emit.tanh(z),
 }
+_LIMITS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+"""Activations that are limits of what passes."""
+
+
+def _function(emit: Emit, name: str) -> ir.Function:
+    """An activation of one vector as a function, one for all who call it."""
+    kind = ir.FunctionType(emit.vector, [emit.vector])
+    function = declared(emit.builder.module, f"cnnops.{name}.{emit._suffix}", kind)
+    if function.is_declaration:
+        function.linkage = "linkonce_odr"
+        function.attributes.add("noinline")
+        builder = ir.IRBuilder(function.append_basic_block())
+        within = Emit(builder, emit.element, emit.lanes)
+        builder.ret(_ACTIVATIONS[name](within, function.args[0]))
+    return function
+
+
+def with_activation(
+    emit: Emit, activation: ir.Value, body: Callable[[Callable[[ir.Value], ir.Value]], None]
+) -> None:
+    """Write ``body(act)`` twice, for an index into `ACTIVATIONS` that is known at run time: for limits, which
+    are compared with, and for others, which are called. A body for each would be compiled for seconds."""
+    builder = emit.builder
+
+    def chosen(values):
+        """The value that `activation` names."""
+        *others, (_, result) = values.items()
+        for name, value in others:
+            this = builder.icmp_signed("==", activation, int_constant(ACTIVATIONS.index(name)))
+            result = builder.select(this, value, result)
+        return result
+
+    limits = [{name: emit.constant(_LIMITS[name][side]) for name in _LIMITS} for side in range(2)]
+    called = {name: _function(emit, name) for name in ACTIVATIONS if name not in _LIMITS}
+    limited = ir.Constant(ir.IntType(1), 0)
+    for name in _LIMITS:
+        this = builder.icmp_signed("==", activation, int_constant(ACTIVATIONS.index(name)))
+        limited = builder.or_(limited, this)
+    with builder.if_else(limited) as (then, otherwise):
+        with then:
+            low, high = map(chosen, limits)
+            body(lambda z: emit.between(z, low, high))
+        with otherwise:
+            function = chosen(called)
+            body(lambda z: builder.call(function, [z]))
 
 
 @intrinsic(prefer_literal=True)
@@ -563,28 +612,26 @@ def finish(
                 place = builder.gep(residual, [i])
                 z = builder.fadd(z, load(place))
                 emit.prefetch(builder.gep(place, [following]))
-            y, place = function(emit, z), builder.gep(to, [i])
+            y, place = function(z), builder.gep(to, [i])
             if mask is None:
                 emit.store(y, place)
             else:
                 emit.store_some(y, place, mask)
 
-        functions = [_ACTIVATIONS[name] for name in ACTIVATIONS]
         null = ir.Constant(residual.type, None)
-        there = builder.zext(builder.icmp_unsigned("!=", residual, null), _I64)
-        end = builder.append_basic_block("finished")
-        switch = builder.switch(builder.add(builder.shl(activation, int_constant(1)), there), end)
-        for case, (function, given) in enumerate(product(functions, (False, True))):
-            block = builder.append_basic_block("case")
-            switch.add_case(int_constant(case), block)
-            builder.position_at_end(block)
-            loop = Loop(builder, int_constant(0), whole, L, [])
-            update(function, given, loop.index, None)
-            loop.close([])
-            with builder.if_then(builder.icmp_signed("!=", rest, int_constant(0))):
-                update(function, given, whole, emit.first(rest))
-            builder.branch(end)
-        builder.position_at_end(end)
+        there = builder.icmp_unsigned("!=", residual, null)
+
+        def loops(function):
+            with builder.if_else(there) as branches:
+                for given, branch in zip((True, False), branches, strict=True):
+                    with branch:
+                        loop = Loop(builder, int_constant(0), whole, L, [])
+                        update(function, given, loop.index, None)
+                        loop.close([])
+                        with builder.if_then(builder.icmp_signed("!=", rest, int_constant(0))):
+                            update(function, given, whole, emit.first(rest))
+
+        with_activation(emit, activation, loops)
         return context.get_dummy_value()
 
     i64, element = types.int64, source.dtype
@@ -592,7 +639,7 @@ def finish(
     return signature, generate
 
 
-@njit(error_model="numpy", boundscheck=False, fastmath={"reassoc", "contract"})
+@routine(fastmath={"reassoc", "contract"})
 def sum_of(values, count, stride):
     """The sum of `count` values, `stride` apart, in float64 whatever their type."""
     total = 0.0

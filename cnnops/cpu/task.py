@@ -26,11 +26,12 @@ from functools import lru_cache
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cnnops.cpu import code
+from cnnops.cpu.compiler import routine
 
 SERIAL_WORK = 30_000
 """Below so many estimated cycles a second thread costs more than it brings."""
@@ -161,7 +162,7 @@ def given(typing_context, base):
     return types.boolean(base), generate
 
 
-@njit(error_model="numpy", boundscheck=False)
+@routine
 def inside(first, step, size, count):
     """The i in ``0 … count`` with ``0 <= first + i * step < size``, as start and stop."""
     start = min(max((step - 1 - first) // step, 0), count)
