@@ -17,7 +17,8 @@ class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, without the usage before it, and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes by torchrun one will do
+            print(f"{self.prog}: {message}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -48,6 +49,10 @@ def _parser(command: str | None = None) -> _Parser:
         default=Path("cnnops_demo.png"),
         help="the picture (default: %(default)s)",
     )
+    train = commands.add_parser(
+        "train", help="train a network on digits, MNIST or a folder of images"
+    )
+    evaluate = commands.add_parser("eval", help="the accuracy of a network that was trained")
     tune = commands.add_parser(
         "tune", help="measure which kernel is the fastest for a model's layers"
     )
@@ -63,6 +68,11 @@ def _parser(command: str | None = None) -> _Parser:
     commands.add_parser(
         "bench", add_help=False, help="what benchmarks have found: tables, plots, comparisons"
     )
+    if command in ("train", "eval"):
+        from cnnops.training import arguments
+
+        arguments.add_train(train)
+        arguments.add_eval(evaluate)
     if command == "tune":
         from cnnops import tuning
 
@@ -128,6 +138,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(line, flush=True)
         elif options.command == "demo":
             return _demo(parser, options)
+        elif options.command == "train":
+            from cnnops.training import command as training
+
+            return training.train(options)
+        elif options.command == "eval":
+            from cnnops.training import command as training
+
+            return training.evaluate(options)
         elif options.command == "tune":
             from cnnops import tuning
 

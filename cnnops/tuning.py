@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import math
 import sys
 import time
@@ -512,7 +511,7 @@ def _bar(problems: int, wanted: bool) -> Iterator[Callable[[str], None]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``cnnops tune``."""
     parser.add_argument(
-        "model", metavar="MODEL", help="name in cnnops.models, or package.module:factory"
+        "model", metavar="MODEL", help="name in cnnops.models, or package.module:callable"
     )
     parser.add_argument(
         "--input",
@@ -562,26 +561,10 @@ def _prepared(options: argparse.Namespace) -> tuple[torch.nn.Module, Tensor]:
 
 
 def _model(name: str) -> torch.nn.Module:
-    from cnnops.models import MODELS
+    from cnnops.models import named  # networks are built on this package, which imports this module
 
-    factory: Any = MODELS.get(name)
-    if factory is None:
-        module, colon, attribute = name.partition(":")
-        if not colon:
-            raise ValueError(
-                f"MODEL: expected module:factory or one of {', '.join(MODELS)}, got {name!r}"
-            )
-        sys.path.insert(0, "")  # a file beside you, as `python -m` would find it
-        try:
-            factory = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"MODEL {name!r}: {error}") from error
-        finally:
-            sys.path.remove("")
-    model = factory()
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"MODEL {name!r}: expected a torch.nn.Module, got {type(model).__name__}")
-    return model
+    with named.at_home():
+        return named.make(name, named.find(name))
 
 
 def _size(text: str | None, model: torch.nn.Module) -> tuple[int, ...]:

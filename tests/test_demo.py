@@ -20,8 +20,9 @@ from torch import nn
 
 import cnnops
 from cnnops import data, demo, info
-from cnnops.demo import figure, training
+from cnnops.demo import figure
 from cnnops.models import MODELS
+from cnnops.training.record import Record
 
 pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install 'cnnops[demo]'")
 pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install 'cnnops[demo]'")
@@ -77,14 +78,14 @@ def test_kernels_are_compared_with_all_bits() -> None:
     model, images = MODELS["lenet5"](), torch.randn(2, 1, 28, 28)
     stock = MODELS["lenet5"](layers=nn)
     stock.load_state_dict(model.state_dict())
-    reference = training.evaluate(stock, images)
+    reference = demo.logits_of(stock, images)
     backends = torch.backends.cudnn.conv, torch.backends.mkldnn.conv
     former = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
             backend.fp32_precision = "tf32"
         with cnnops.engine("emulate"):
-            rough = training.evaluate(model, images)
+            rough = demo.logits_of(model, images)
         assert (rough - reference).norm() > demo.TOLERANCE * reference.norm()
         assert demo._check_kernels(Console(file=io.StringIO()), model, images, reference)
         assert [backend.fp32_precision for backend in backends] == ["tf32", "tf32"]
@@ -154,20 +155,20 @@ def test_engine_is_chosen_by_what_works(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("CNNOPS_ENGINE", raising=False)
     monkeypatch.setattr(info, "gpu", lambda: "a GPU")
     monkeypatch.setattr(info, "unavailable", lambda engine: None)
-    assert prepared(None).engine == "cuda"
-    assert prepared("aten").engine == "aten"
+    assert prepared(None).recipe.engine == "cuda"
+    assert prepared("aten").recipe.engine == "aten"
     monkeypatch.setattr(info, "unavailable", lambda engine: "CuPy is missing: pip install it")
     plan = prepared(None)
-    assert (plan.engine, plan.note) == (
+    assert (plan.recipe.engine, plan.note) == (
         "cpu",
         "the GPU is left out: CuPy is missing: pip install it",
     )
     with pytest.raises(ValueError, match="engine 'cuda': CuPy is missing"):
         prepared("cuda")
     monkeypatch.setattr(info, "gpu", lambda: "")
-    assert (prepared(None).engine, prepared(None).note) == ("cpu", "")
+    assert (prepared(None).recipe.engine, prepared(None).note) == ("cpu", "")
     monkeypatch.setenv("CNNOPS_ENGINE", "aten")
-    assert prepared(None).engine == "aten" and prepared("cpu").engine == "cpu"
+    assert prepared(None).recipe.engine == "aten" and prepared("cpu").recipe.engine == "cpu"
     monkeypatch.setenv("CNNOPS_ENGINE", "emulate")
     with pytest.raises(ValueError, match="expected one of cuda, cpu, aten, got 'emulate'"):
         prepared(None)
@@ -185,50 +186,7 @@ def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             prepared("cpu")
 
 
-# ---- training --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def few() -> data.Digits:
-    digits = data.scikit_digits()
-    return data.Digits(
-        "few", digits.train_images[:70], digits.train_labels[:70], digits.test_images[:9],
-        digits.test_labels[:9],
-    )  # fmt: skip
-
-
-def trained(
-    few: data.Digits, seed: int, console: Console
-) -> tuple[list[torch.Tensor], training.History]:
-    model, history = training.train("lenet5-original", few, 2, seed, torch.device("cpu"), console)
-    return [p.detach() for p in model.parameters()], history
-
-
-def test_training_is_decided_by_the_seed(few: data.Digits) -> None:
-    quiet = Console(file=io.StringIO())
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    (one, history), (two, _), (other, _) = (trained(few, seed, quiet) for seed in (5, 5, 6))
-    assert all(map(torch.equal, one, two)) and not any(map(torch.equal, one, other))
-    assert torch.equal(torch.get_rng_state(), state), "the caller's random numbers are left alone"
-    assert torch.get_num_threads() == threads
-    # 70 images are two batches of 32 and one of 6.
-    assert (len(history.losses), len(history.seconds), len(history.accuracies)) == (6, 2, 2)
-
-
-def test_a_terminal_gets_a_bar_and_a_pipe_does_not(few: data.Digits) -> None:
-    for terminal in (True, False):
-        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
-        trained(few, 0, console)
-        assert ("━" in console.file.getvalue()) is terminal
-        assert console.file.getvalue().count("epoch") == 2
-
-
-def test_original_form_sees_a_border_of_zeros() -> None:
-    small = torch.rand(2, 1, 28, 28)
-    assert training.fit(small, MODELS["lenet5"](layers=nn)) is small
-    large = training.fit(small, MODELS["lenet5-original"](layers=nn))
-    assert large.shape == (2, 1, 32, 32)
-    assert torch.equal(large[..., 2:30, 2:30], small) and large.sum() == small.sum()
+# ---- good manners ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
@@ -256,9 +214,9 @@ def test_control_c_ends_cleanly(tmp_path: Path) -> None:
 
 
 def draw(path: Path) -> None:
-    history = training.History([1.0, 0.5, 0.2, 0.1], [1.0, 1.0], [0.5, 0.8])
+    record = Record([1.0, 0.5, 0.2, 0.1], [0.1] * 4, [2, 4], [0.5, 0.8], [1.0, 1.0], [64, 64])
     truth = torch.arange(10).repeat(2)
-    figure.save(path, "title", history, torch.randn(6, 1, 5, 5), truth.roll(1), truth)
+    figure.save(path, "title", record, torch.randn(6, 1, 5, 5), truth.roll(1), truth)
 
 
 def test_picture_is_one_png(tmp_path: Path) -> None:

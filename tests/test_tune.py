@@ -803,9 +803,9 @@ def test_command(
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("lenet6",), "MODEL: expected module:factory or one of lenet5, .* got 'lenet6'"),
-        (("no_such_module:net",), "MODEL 'no_such_module:net': No module named 'no_such_module'"),
-        (("math:net",), "MODEL 'math:net': module 'math' has no attribute 'net'"),
+        (("lenet6",), "MODEL: expected package.module:callable or one of lenet5, .* got 'lenet6'"),
+        (("no_such_module:net",), "MODEL 'no_such_module:net': ModuleNotFoundError: No module"),
+        (("math:net",), "MODEL 'math:net': AttributeError: module 'math' has no attribute 'net'"),
         (("builtins:dict",), "MODEL 'builtins:dict': expected a torch.nn.Module, got dict"),
         (("torch.nn:Identity",), "--input: expected N,C,H,W for a model that does not say"),
         (("lenet5", "--input", "1,0,x"), "--input: expected positive sizes .*, got '1,0,x'"),

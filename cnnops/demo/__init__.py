@@ -20,15 +20,20 @@ import torch
 from torch import Tensor, nn
 
 import cnnops
-from cnnops import data, info
+from cnnops import info
+from cnnops.data import DataError, DataSet
+from cnnops.data.digits import idx_files, scikit
 from cnnops.demo import figure
-from cnnops.demo.training import evaluate, train
-from cnnops.models import LENETS, LeNet
+from cnnops.files import check_writable
+from cnnops.models import LENETS
+from cnnops.training import network
+from cnnops.training.loop import Training
+from cnnops.training.plan import Recipe, checked, choose_engine
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-ENGINES = ("cuda", "cpu", "aten")
+PEAK_RATE = {"lenet5": 2e-3, "lenet5-original": 8e-3}
 TOLERANCE = 1e-4
 """Largest ``|ours - stock| / |stock|`` (norms over all logits) that counts as agreement in float32."""
 CHECKED_DIGITS = 16
@@ -38,11 +43,8 @@ CHECKED_DIGITS = 16
 class Plan:
     """All that a run needs, checked. `note` tells why the engine is not the one a user may expect."""
 
-    engine: str
-    model: str
-    epochs: int
-    digits: data.Digits
-    seed: int
+    recipe: Recipe
+    digits: DataSet
     out: Path
     note: str = ""
 
@@ -54,76 +56,69 @@ def prepare(
 
     `engine` None is the one ``CNNOPS_ENGINE`` names, else cuda where it works, else cpu. `folder` None is
     scikit-learn's digits. `epochs` None is 12 on those; MNIST has forty times the images, so 3 there.
+
+    On the CPU one thread does it all: a batch is too little work to share, and threads on a busy machine
+    would mostly wait for one another. It also makes the result the same for any number of cores.
     """
     if model not in LENETS:
         raise ValueError(f"--model: expected one of {', '.join(LENETS)}, got {model!r}")
-    if epochs is not None and epochs < 1:
-        raise ValueError(f"--epochs: expected at least 1, got {epochs}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed: expected 0 to 2**63 - 1, got {seed}")
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(f"--out: expected a file in a folder that exists, got {out}")
-    if not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise ValueError(f"--out: expected a place that can be written, got {out}")
+    chosen, note = choose_engine(engine or os.environ.get("CNNOPS_ENGINE"))
+    if epochs is None:
+        epochs = 3 if folder else 12
+    size = LENETS[model].input_size
+    recipe = checked(
+        Recipe(
+            model, str(folder or ""), epochs, rate=PEAK_RATE[model], engine=chosen, seed=seed,
+            channels=1, size=size,
+        )
+    )  # fmt: skip
+    check_writable(out, "--out")
     for name in ("matplotlib",) if folder else ("matplotlib", "sklearn"):
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"the demo needs {name}: pip install 'cnnops[demo]'")
-    chosen, note = _choose_engine(engine or os.environ.get("CNNOPS_ENGINE"))
-    digits = data.mnist(folder) if folder else data.scikit_digits()
-    return Plan(chosen, model, epochs or (3 if folder else 12), digits, seed, out, note)
-
-
-def _choose_engine(wish: str | None) -> tuple[str, str]:
-    """The engine to train with, and a note where a GPU is there but cannot be used."""
-    if wish and wish not in ENGINES:
-        raise ValueError(f"--engine: expected one of {', '.join(ENGINES)}, got {wish!r}")
-    reason = info.unavailable("cuda")
-    if wish == "cuda" and reason is not None:
-        raise ValueError(f"engine 'cuda': {reason}")
-    if wish:
-        return wish, ""
-    if reason is None:
-        return "cuda", ""
-    return "cpu", f"the GPU is left out: {reason}" if info.gpu() else ""
+    if folder and not folder.is_dir():
+        raise DataError(f"data: expected a folder with MNIST's files, got {folder}")
+    return Plan(recipe, idx_files(folder, 1, size) if folder else scikit(1, size), out, note)
 
 
 def run(plan: Plan, console: Console) -> bool:
-    """Tell the whole story; True when every comparison agreed."""
-    digits, start = plan.digits, info.kernel_counts()
+    """Tell the whole story; True when every comparison agreed. Raises ValueError where it cannot draw."""
+    recipe, digits, start = plan.recipe, plan.digits, info.kernel_counts()
     console.print(
-        f"{plan.model} on {digits.source}: {len(digits.train_labels)} to learn from, "
-        f"{len(digits.test_labels)} to test on; engine {plan.engine}, seed {plan.seed}"
+        f"{recipe.model} on {digits.source}: {len(digits.train)} to learn from, "
+        f"{len(digits.test)} to test on; engine {recipe.engine}, seed {recipe.seed}"
     )
     if plan.note:
         console.print(plan.note)
 
+    images, truth = digits.test.images(torch.arange(len(digits.test))), digits.test.labels
+    training = Training(recipe, digits)
+    model, record = training.model, training.record
     # "error": were a layer to fall back to PyTorch, the comparison below would hold PyTorch against itself.
-    with cnnops.engine(plan.engine), cnnops.fallback("error"):
-        model, history = train(
-            plan.model, digits, plan.epochs, plan.seed, _device(plan.engine), console
-        )
-        with _all_bits():
-            logits = evaluate(model, digits.test_images)
+    with cnnops.fallback("error"):
+        training.run(console)
+        with _all_bits(), cnnops.engine(recipe.engine):
+            logits = logits_of(model, images)
     predicted = logits.argmax(1)
-    hits = int((predicted == digits.test_labels).sum())
-    later = statistics.median(history.seconds[1:] or history.seconds)
+    hits = int((predicted == truth).sum())
+    later = statistics.median(record.seconds[1:] or record.seconds)
     console.print(
         f"\ntest accuracy   {100 * hits / len(predicted):.2f} % ({hits} of {len(predicted)})"
-        f" after {sum(history.seconds):.1f} s of training"
-        f"\ntime per epoch  {later:.2f} s (the first {history.seconds[0]:.2f} s)"
+        f" after {sum(record.seconds):.1f} s of training"
+        f"\ntime per epoch  {later:.2f} s (the first {record.seconds[0]:.2f} s)"
     )
 
-    stock = LENETS[plan.model](layers=nn)
+    stock = LENETS[recipe.model](layers=nn)
     stock.load_state_dict(model.state_dict())
-    reference = evaluate(stock, digits.test_images)
+    reference = logits_of(stock, images)
     agreed = _compare(
         console, "stock PyTorch", "the same weights in torch.nn's layers", logits, reference
     )
-    agreed &= _check_kernels(
-        console, model, digits.test_images[:CHECKED_DIGITS], reference[:CHECKED_DIGITS]
-    )
+    agreed &= _check_kernels(console, model, images[:CHECKED_DIGITS], reference[:CHECKED_DIGITS])
 
-    figure.save(plan.out, plan.model, history, model.conv1.weight, predicted, digits.test_labels)
+    filters = network.first_filters(model)
+    assert filters is not None
+    figure.save(plan.out, recipe.model, record, filters, predicted, truth)
     console.print(
         f"\nsaved {plan.out.resolve()}: loss curve, first-layer filters, confusion matrix"
     )
@@ -131,8 +126,11 @@ def run(plan: Plan, console: Console) -> bool:
     return agreed
 
 
-def _device(engine: str) -> torch.device:
-    return torch.device("cuda" if engine == "cuda" else "cpu")
+@torch.no_grad()
+def logits_of(model: nn.Module, images: Tensor, batch: int = 256) -> Tensor:
+    """The model's logits ``N x 10`` for images ``N x 1 x H x W``, on the CPU."""
+    device = next(model.parameters()).device
+    return torch.cat([model(x.to(device)).cpu() for x in images.split(batch)])
 
 
 @contextmanager
@@ -161,7 +159,7 @@ def _compare(console: Console, label: str, what: str, logits: Tensor, reference:
     return agreed
 
 
-def _check_kernels(console: Console, model: LeNet, images: Tensor, reference: Tensor) -> bool:
+def _check_kernels(console: Console, model: nn.Module, images: Tensor, reference: Tensor) -> bool:
     """Send `images` through the CUDA kernels, on the GPU or else under the emulator, and compare."""
     engine = next((e for e in ("cuda", "emulate") if info.unavailable(e) is None), None)
     if engine is None:
@@ -169,7 +167,7 @@ def _check_kernels(console: Console, model: LeNet, images: Tensor, reference: Te
         return True
     where = "on the GPU" if engine == "cuda" else "under the emulator"
     with _all_bits(), cnnops.engine(engine), cnnops.fallback("error"):
-        logits = evaluate(model.to(_device(engine)), images)
+        logits = logits_of(model.to("cuda" if engine == "cuda" else "cpu"), images)
     return _compare(
         console, "CUDA kernels", f"{len(images)} test digits {where}", logits, reference
     )

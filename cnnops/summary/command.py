@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from cnnops.models import named
 from cnnops.ops import DTYPES
 from cnnops.summary import GPUS, Summary, figure, summary
 from cnnops.tuned import dtype_name
@@ -91,24 +89,13 @@ def _run(options: argparse.Namespace) -> str:
         size = _sizes("input_size", options.input, "sizes as in 3,224,224")
     if options.plot is not None:
         figure.check(options.plot)
-    with _at_home():
+    with named.at_home():
         model = _model(options.model)
         found = summary(model, size, batch=batch, dtype=dtype, gpu=options.gpu)
     text = FORMATS[options.format](found)
     if options.plot is not None:
         found.plot(options.plot)
     return text
-
-
-@contextmanager
-def _at_home() -> Iterator[None]:
-    """Where code of the user's runs: modules beside it are found, and what it prints goes to stderr."""
-    sys.path.insert(0, "")
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-    finally:
-        sys.path.remove("")
 
 
 def _sizes(name: str, text: str, wanted: str, count: int | None = None) -> tuple[int, ...]:
@@ -120,45 +107,13 @@ def _sizes(name: str, text: str, wanted: str, count: int | None = None) -> tuple
 
 
 def _model(name: str) -> torch.nn.Module:
-    """A model by its name. Raises ValueError where that leads to none."""
-    from cnnops.models import MODELS
+    """A model by its name, without memory for its weights, unless building it needs their values.
 
-    factory: Any = MODELS.get(name)
-    if factory is None:
-        module, colon, attribute = name.partition(":")
-        if not (module and colon and attribute):
-            raise ValueError(
-                f"MODEL: expected package.module:callable or one of {', '.join(MODELS)}, got {name!r}"
-            )
-        factory = _imported(name, module, attribute)
-    model = factory if isinstance(factory, torch.nn.Module) else _built(name, factory)
-    if not isinstance(model, torch.nn.Module):
-        raise ValueError(f"MODEL {name!r}: expected a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _imported(name: str, module: str, attribute: str) -> Any:
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # the user's own code runs here
-        raise ValueError(f"MODEL {name!r}: {_said(error)}") from error
-    if not callable(found):
-        raise ValueError(f"MODEL {name!r}: expected a callable, got {type(found).__name__}")
-    return found
-
-
-def _built(name: str, factory: Any) -> Any:
-    """The model, without memory for its weights, unless building it needs their values."""
+    Raises ValueError where the name leads to none.
+    """
+    factory = named.find(name)
     try:
         with torch.device("meta"):
-            return factory()
-    except Exception:  # meta tensors have no values: only without them is it known to be a mistake
-        try:
-            return factory()
-        except Exception as error:
-            raise ValueError(f"MODEL {name!r}: {_said(error)}") from error
-
-
-def _said(error: Exception) -> str:
-    line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+            return named.make(name, factory)
+    except ValueError:  # meta tensors have no values: only without them is it known to be a mistake
+        return named.make(name, factory)
