@@ -69,8 +69,10 @@ def kernel_counts() -> KernelCounts:
 
 
 def cached_kernels() -> dict[str, tuple[Path, int]]:
-    """For every engine that compiles: where its compiled kernels lie, and how many there are."""
+    """For every engine that compiles: where its compiled kernels lie, and how many there are. Beside them
+    "ahead", where ``cnnops compile --arch`` has made some: those of the newest NVRTC."""
     from cnnops.cpu import code
+    from cnnops.cuda import jit
 
     compiled = cache_dir()
     places = {
@@ -78,6 +80,8 @@ def cached_kernels() -> dict[str, tuple[Path, int]]:
         "emulate": (compiled / "emulator", "*.so"),
         "cpu": (code.cache_path(), "*.o"),
     }
+    for name in jit.ahead_folders()[:1]:
+        places["ahead"] = (compiled / name, "*.cubin")
     return {
         engine: (folder, sum(1 for _ in folder.glob(pattern)))
         for engine, (folder, pattern) in places.items()

@@ -1,162 +1,179 @@
 """``cnnops compile``: every kernel that some networks need, compiled before anybody waits for it.
 
-Which variant of a kernel a layer needs is decided by the layer's sizes, so the networks themselves say: each
-runs at its own image size, as it is and fused, in training and at inference, while kernels are compiled but
-do not run. Its parameters are memory that nobody has written. For batches of other sizes the network does not
-run again: each of its problems is posed once more.
+Which variant of a kernel a layer needs is decided by the layer's sizes, so the networks themselves say
+(`cnnops.problems`). For the CPU engine each problem is then posed to its kernel, which is compiled and does
+not run. For a GPU, which need not be there, the launchers plan each problem's launches on tensors without
+data as they would on that GPU, and NVRTC compiles what they name.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
-import cnnops
-from cnnops import registry
-from cnnops.epilogue import Epilogue
+from cnnops import registry, system, tuned
+from cnnops.cache import cache_dir
 from cnnops.models import MODELS
-from cnnops.registry import Choice
-from cnnops.shapes import LayerShape, Shape
+from cnnops.problems import Network, Precision, Problem, written_down
+from cnnops.registry import CONV
 from cnnops.tuned import dtype_name
 
-DTYPES = (torch.float32, torch.bfloat16)
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
 BATCHES = (1, 32)
 """One image, and enough of them that more would be cut up in the same way."""
 
-_SEEN_AT = 2
-"""The batch that networks run with: one that training's batch norm takes at every size."""
+DTYPES = {"cpu": (torch.float32, torch.bfloat16),
+          "cuda": (torch.float32, torch.float16, torch.bfloat16)}  # fmt: skip
+"""Types of elements that kernels are compiled for unless others are named."""
 
+LAYOUTS = (False, True)
+"""Whether images are channels-last."""
 
-# ---- problems --------------------------------------------------------------------------------------------
-
-
-def _at(shape: Shape, batch: int) -> Shape:
-    """The problem with another batch."""
-    if isinstance(shape, LayerShape):
-        return replace(shape, outer=(shape.outer[0] // _SEEN_AT * batch, *shape.outer[1:]))
-    return replace(shape, N=shape.N // _SEEN_AT * batch)
-
-
-def _sizes(shape: Shape) -> tuple[Sequence[int], Sequence[int]]:
-    return shape.x_size, getattr(shape, "y_size", shape.x_size)
-
-
-def _like(t: Any, before: Shape, after: Shape) -> Any:
-    """An unwritten tensor in the place of `t`, whose first axis may be the batch."""
-    if isinstance(t, Epilogue):
-        return Epilogue(*(_like(part, before, after) for part in t))
-    if not isinstance(t, Tensor):
-        return t
-    for old, new in zip(_sizes(before), _sizes(after), strict=True):
-        if tuple(t.shape) == tuple(old):
-            return t.new_empty_strided(tuple(new), t.stride())
-    return t
-
-
-def _observer(batches: Sequence[int]) -> registry.Observer:
-    """Poses every problem of the CPU engine that is new, at all batches."""
-    seen: set[tuple[Any, ...]] = set()
-
-    def observe(choice: Choice, _: str, shape: Shape, dtype: torch.dtype) -> Callable[..., None]:
-        def pose(shape: Shape, *arguments: Any) -> None:
-            layout = tuple(a.stride() if isinstance(a, Tensor) else a for a in arguments)
-            if (key := (choice.op, shape, dtype, layout)) in seen:
-                return
-            seen.add(key)
-            for batch in batches:
-                at = _at(shape, batch)
-                choice.function(at, *(_like(a, shape, at) for a in arguments))
-
-        return pose if choice.engine == "cpu" else choice.function
-
-    return observe
-
-
-# ---- networks --------------------------------------------------------------------------------------------
-
-
-@lru_cache(1)
-def _forms(name: str) -> dict[str, nn.Module]:
-    """The network as it is, fused for training, and fused for inference. Parameters have no memory yet: to
-    draw them takes seconds, and so does fusing, which is done once for all types."""
-    with torch.device("meta"):
-        network = MODELS[name]()
-        for_training = cnnops.convert(copy.deepcopy(network), fuse_training=True).model
-        for_inference = cnnops.fuse(network.eval()).model
-    return {"plain": network, "training": for_training, "inference": for_inference}
-
-
-def _run(name: str, dtype: torch.dtype, layout: torch.memory_format) -> None:
-    for use, form in _forms(name).items():
-        network = copy.deepcopy(form).to(dtype).to(memory_format=layout)  # type: ignore[call-overload]
-        network = network.to_empty(device="cpu")
-        filters = next(p for p in network.parameters() if p.dim() == 4)
-        size = (_SEEN_AT, filters.shape[1], *MODELS[name].input_size)
-        x = torch.zeros(size, dtype=dtype).contiguous(memory_format=layout)
-        if use != "inference":
-            network.train()
-            network(x).sum().backward()
-        if use != "training":
-            with torch.no_grad():
-                network.eval()(x)
+Advance = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What `compile_cpu` has done."""
+    """What has been done: kernels compiled and their bytes, kernels found, seconds."""
 
     compiled: int
     loaded: int
+    bytes: int
     seconds: float
 
     def __str__(self) -> str:
-        return f"{self.compiled} kernels compiled, {self.loaded} found in the cache, {self.seconds:.1f} s"
+        return (
+            f"{self.compiled} kernels compiled, {self.loaded} found in the cache, "
+            f"{self.bytes / 1e6:.1f} MB, {self.seconds:.1f} s"
+        )
+
+
+# ---- for this CPU ----------------------------------------------------------------------------------------
 
 
 def compile_cpu(
-    models: Sequence[str],
+    networks: Sequence[Network],
     batches: Sequence[int] = BATCHES,
-    advance: Callable[[str], None] = lambda text: None,
+    dtypes: Sequence[torch.dtype] = DTYPES["cpu"],
+    advance: Advance = lambda text: None,
 ) -> Compiled:
-    """Compile the kernels of the CPU engine that these networks of `cnnops.models` need, in float32 and
-    bfloat16, contiguous and channels-last, in training and at inference. `advance` is called with a line
-    after each of `steps(models)`."""
+    """Compile the kernels of the CPU engine that these networks need, contiguous and channels-last, in
+    training and at inference. `advance` is called with a line after each network, type and layout."""
     from cnnops.cpu import code, task
 
     began, before = time.perf_counter(), code.stats()
-    with (
-        task.compiling_only(),
-        registry.observed(_observer(batches)),
-        cnnops.engine("cpu"),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")  # of what has not been computed
-        for name, dtype, layout in steps(models):
-            _run(name, dtype, layout)
-            advance(f"{name}, {dtype_name(dtype)}: {code.stats()['compiled']} compiled")
+    size = code.bytes_made()
+    posed: set[Problem] = set()
+    with task.compiling_only():
+        for network, dtype, channels_last in product(networks, dtypes, LAYOUTS):
+            with written_down("cpu") as problems:
+                network.run(Precision(dtype), channels_last)
+            new = [problem for problem in problems if problem not in posed]
+            for at in (problem.at(batch) for problem in new for batch in batches):
+                choice = registry.own_choice(at.op, "cpu", at.shape, at.dtype)
+                if choice.engine == "cpu":
+                    choice.function(at.shape, *at.tensors("cpu"))
+            posed |= problems.keys()
+            advance(f"{network.name}, {dtype_name(dtype)}: {code.stats()['compiled']} compiled")
     counts = code.stats()
     return Compiled(
         counts["compiled"] - before["compiled"],
         counts["loaded_from_cache"] - before["loaded_from_cache"],
+        code.bytes_made() - size,
         time.perf_counter() - began,
     )
 
 
-def steps(models: Sequence[str]) -> list[tuple[str, torch.dtype, torch.memory_format]]:
-    return list(product(models, DTYPES, LAYOUTS))
+# ---- for a GPU -------------------------------------------------------------------------------------------
+
+
+def problems_of(network: Network, dtypes: Sequence[torch.dtype]) -> dict[Problem, None]:
+    """The problems of a network on GPUs: contiguous and channels-last, and types of 16 bits as parameters'
+    types and under autocast."""
+    precisions = [Precision(dtype) for dtype in dtypes]
+    precisions += [Precision(dtype, True) for dtype in dtypes if dtype.itemsize == 2]
+    with written_down("emulate") as problems:
+        for precision, channels_last in product(precisions, LAYOUTS):
+            network.run(precision, channels_last)
+    return problems
+
+
+def kernels_of(
+    problems: Iterable[Problem], batches: Sequence[int], arch: str
+) -> list[tuple[str, tuple[tuple[str, str | int], ...]]]:
+    """Sources and constants of all kernels that a GPU of this architecture launches for the problems: float32
+    multiplied as it is and as TF32, chosen by arithmetic and by each table of `cnnops.tune` that is in force
+    here for some GPU."""
+    from cnnops.cuda.launch import trace
+    from cnnops.cuda.target import Target, standing_for
+
+    tables = [tuned.only(), *(tuned.assuming(gpu) for gpu in tuned.gpus_known())]
+    with standing_for(Target.of_arch(arch)), trace(run=False) as launches:
+        for table in tables:
+            with table:
+                for problem, batch in product(problems, batches):
+                    _plan(problem.at(batch))
+    return sorted({(launch.kernel.source, launch.kernel.constants) for launch in launches})
+
+
+def _plan(problem: Problem) -> None:
+    """Have the launches of a problem planned."""
+    both = problem.dtype == torch.float32 and problem.op in CONV
+    for tf32 in (False, True) if both else (False,):
+        choice = registry.own_choice(problem.op, "emulate", problem.shape, problem.dtype, tf32)
+        if choice.engine == "emulate":
+            choice.function(problem.shape, *problem.tensors("meta"))
+
+
+def compile_cuda(
+    networks: Sequence[Network],
+    architectures: Sequence[str],
+    batches: Sequence[int] = BATCHES,
+    dtypes: Sequence[torch.dtype] = DTYPES["cuda"],
+    started: Callable[[int], Advance] = lambda total: lambda text: None,
+) -> Compiled:
+    """Compile the CUDA kernels that these networks need on GPUs of these architectures ("80", "90a"), on all
+    cores of this machine. ``started(total)`` is called when it is known how many there are, and what it
+    returns with a line after each.
+
+    Raises ValueError where a network fails, CompileError where NVRTC refuses a kernel, OSError where the
+    cache directory cannot be written.
+    """
+    from cnnops.cuda import jit
+    from cnnops.cuda.kernel import Kernel
+
+    began = time.perf_counter()
+    jit.expect_to_keep()
+    problems: dict[Problem, None] = {}
+    for network in networks:
+        problems |= problems_of(network, dtypes)
+    wanted = [
+        (Kernel(source, "", constants), arch)
+        for arch in architectures
+        for source, constants in kernels_of(problems, batches, arch)
+    ]
+    advance, sizes = started(len(wanted)), []
+    with ThreadPoolExecutor(system.cores()) as pool:
+        try:
+            tasks = {pool.submit(jit.compile_ahead, *kernel): kernel for kernel in wanted}
+            for done in as_completed(tasks):
+                sizes.append(done.result())
+                kernel, arch = tasks[done]
+                advance(f"{kernel.source} for sm_{arch}")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    compiled = sum(size > 0 for size in sizes)
+    seconds = time.perf_counter() - began
+    return Compiled(compiled, len(sizes) - compiled, sum(sizes), seconds)
 
 
 # ---- command line ----------------------------------------------------------------------------------------
@@ -164,51 +181,125 @@ def steps(models: Sequence[str]) -> list[tuple[str, torch.dtype, torch.memory_fo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``cnnops compile``."""
-    parser.add_argument(
-        "models", nargs="*", metavar="MODEL", help="names in cnnops.models (default: all of them)"
+    add = parser.add_argument
+    parser.description = (
+        "Compiles the kernels of networks into the cache directory (CNNOPS_CACHE_DIR), in training and at "
+        "inference, contiguous and channels-last. With --arch no GPU is needed: kernels depend on a GPU's "
+        "architecture alone, so that one set serves all GPUs of it, however many multiprocessors they have. "
+        "Processes that find the directory compile nothing, whichever NVRTC they have, or none; they may run "
+        "as another user, if root owns the directory and they can read it."
     )
-    parser.add_argument("--cpu", action="store_true", help="the kernels of the CPU engine")
-    parser.add_argument(
+    what = "names in cnnops.models, or package.module:callable (default: all of cnnops.models)"
+    add("models", nargs="*", metavar="MODEL", help=what)
+    add("--model", nargs="+", action="extend", default=[], metavar="MODEL", help="the same")
+    add("--cpu", action="store_true", help="the kernels of the engine cpu, for this CPU")
+    add(
+        "--arch",
+        nargs="+",
+        default=[],
+        metavar="ARCH",
+        help="the CUDA kernels for GPUs of these architectures: 80 (A100), 86, 89, 90a (H100, H200), …",
+    )
+    add(
         "--batch",
         metavar="N,…",
         default=",".join(map(str, BATCHES)),
         help="numbers of images (default: %(default)s)",
     )
+    add(
+        "--dtype",
+        metavar="DTYPE,…",
+        help="types of elements (default: float32,bfloat16 with --cpu, and float16 with --arch)",
+    )
+    add(
+        "--input",
+        metavar="C,H,W",
+        help="size of an image, for models that do not say (default: what each model says)",
+    )
 
 
 def main(options: argparse.Namespace) -> int:
-    """Run ``cnnops compile``; its exit code: 0, 1 where nothing can be kept, or 2 for bad input."""
+    """Run ``cnnops compile``; its exit code: 0, 1 where a compiler is missing or refuses a kernel, or nothing
+    can be kept, or 2 for bad input."""
     try:
-        models, batches = _checked(options)
-    except ValueError as error:
+        done = _run(options)
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"cnnops compile: {error}", file=sys.stderr)
-        return 2
-    from cnnops.cpu import code
-
-    if not code.is_kept():
-        print("cnnops compile: the cache directory cannot be written", file=sys.stderr)
-        return 1
-    with _bar(len(steps(models))) as advance:
-        done = compile_cpu(models, batches, advance)
-    print(f"{done}: {code.cache_path()}")
+        return 2 if isinstance(error, ValueError) else 1
+    for compiled, path in done:
+        print(f"{compiled}: {path}")
     return 0
 
 
-def _checked(options: argparse.Namespace) -> tuple[list[str], list[int]]:
-    if not options.cpu:
-        raise ValueError("expected --cpu: kernels of other engines are compiled when first used")
-    for name in options.models:
-        if name not in MODELS:
-            raise ValueError(f"MODEL: expected one of {', '.join(MODELS)}, got {name!r}")
-    parts = options.batch.split(",")
+def _run(options: argparse.Namespace) -> list[tuple[Compiled, Path]]:
+    """What has been compiled, and where it is. All that the command line says is checked before."""
+    if not options.cpu and not options.arch:
+        raise ValueError("expected --cpu, --arch or both, got neither")
+    batches = _numbers("--batch", options.batch, "positive numbers as in 1,32")
+    dtypes = _dtypes(options.dtype)
+    size = None
+    if options.input is not None:
+        size = _numbers("--input", options.input, "sizes as in 3,224,224")
+    architectures = _architectures(options.arch)
+    names = dict.fromkeys([*options.models, *options.model] or MODELS)
+    networks = [Network.of(name, size) for name in names]
+    done = []
+    if options.cpu:
+        done.append(_run_cpu(networks, batches, dtypes or DTYPES["cpu"]))
+    if architectures:
+        with _bar() as started:
+            compiled = compile_cuda(
+                networks, architectures, batches, dtypes or DTYPES["cuda"], started
+            )
+        done.append((compiled, cache_dir()))
+    return done
+
+
+def _run_cpu(
+    networks: Sequence[Network], batches: Sequence[int], dtypes: Sequence[torch.dtype]
+) -> tuple[Compiled, Path]:
+    from cnnops.cpu import code
+
+    if not code.is_kept():
+        raise OSError("the cache directory cannot be written")
+    with _bar() as started:
+        advance = started(len(networks) * len(dtypes) * len(LAYOUTS))
+        return compile_cpu(networks, batches, dtypes, advance), code.cache_path()
+
+
+def _numbers(name: str, text: str, wanted: str) -> tuple[int, ...]:
+    parts = text.split(",")
     if not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
-        raise ValueError(f"--batch: expected positive numbers as in 1,32, got {options.batch!r}")
-    return options.models or list(MODELS), [int(part) for part in parts]
+        raise ValueError(f"{name}: expected {wanted}, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _dtypes(text: str | None) -> tuple[torch.dtype, ...]:
+    """The types named; () for None."""
+    known = {dtype_name(dtype): dtype for dtype in DTYPES["cuda"]}
+    names = text.split(",") if text is not None else []
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--dtype: expected some of {','.join(known)}, got {text!r}")
+    return tuple(known[name] for name in dict.fromkeys(names))
+
+
+def _architectures(names: Sequence[str]) -> list[str]:
+    """Raises ValueError for one that NVRTC does not know, or that no process looks for."""
+    if not names:
+        return []
+    from cnnops.cuda import jit
+
+    known = jit.architectures()
+    for name in names:
+        if name not in known:
+            raise ValueError(f"--arch: expected some of {' '.join(known)}, got {name!r}")
+    return list(dict.fromkeys(names))
 
 
 @contextmanager
-def _bar(steps: int) -> Iterator[Callable[[str], None]]:
-    """A progress bar on stderr, if that is a terminal."""
+def _bar() -> Iterator[Callable[[int], Advance]]:
+    """What draws a progress bar for so many steps on stderr, if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -220,5 +311,10 @@ def _bar(steps: int) -> Iterator[Callable[[str], None]]:
         TextColumn("{task.description}"),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=steps)
-        yield lambda text: progress.update(task, advance=1, description=text)
+        task = progress.add_task("", total=None)
+
+        def started(total: int) -> Advance:
+            progress.update(task, total=total)
+            return lambda text: progress.update(task, advance=1, description=text)
+
+        yield started

@@ -171,16 +171,35 @@ def algorithm(name: str | None) -> Setting:
 
 
 def engine_for(device: torch.device) -> str:
-    """The engine in force for tensors on `device`.
+    """The engine in force for tensors on `device`. Where no engine was chosen by name and `cuda` cannot work,
+    for want of CuPy or by a broken one, that is "aten" for a GPU's tensors, which is said once.
 
-    Raises RuntimeError when the engine chosen by name cannot take tensors of that device.
+    Raises RuntimeError when the engine chosen by name cannot take tensors of that device, UnsupportedError
+    when `cuda` cannot work and the fallback to PyTorch is switched off.
     """
     chosen, kind = settings.engine, device.type
     if not chosen:
+        if kind == "cuda" and not torch.compiler.is_compiling():
+            return _engine_of_gpus()
         return kind if kind in ("cuda", "cpu") else "aten"
     if chosen != "aten" and kind != (needs := "cuda" if chosen == "cuda" else "cpu"):
         raise RuntimeError(f"engine {chosen!r}: expected tensors on {needs}, got {device}")
     return chosen
+
+
+@lru_cache(None)
+def _engine_of_gpus() -> str:
+    from cnnops.cuda import jit
+
+    reason = jit.unavailable() if torch.cuda.is_available() else None
+    if reason is None:
+        return "cuda"
+    message = f"engine 'cuda' does not work here: {reason}"
+    if settings.fallback == "error":
+        raise UnsupportedError(message)
+    if settings.fallback != "silent":
+        _warn_once(f"{message}; PyTorch's own ops run instead. Tensors on a CPU keep engine 'cpu'")
+    return "aten"
 
 
 @dataclass(frozen=True)
@@ -306,6 +325,14 @@ def _choose(
     return _Measured(
         op, engine, row, tuple(passed_over), shape=shape, dtype=dtype, rows=tuple(supported)
     )
+
+
+def own_choice(
+    op: str, engine: str, shape: Shape, dtype: torch.dtype, tf32: bool = False
+) -> Choice:
+    """Which of this package's kernels runs for this problem in `engine`, or "aten" where none takes it.
+    `tf32`: whether float32 may be multiplied as TF32."""
+    return _choose(op, engine, settings.algorithm, shape, dtype, "own", tf32)
 
 
 @lru_cache(256)

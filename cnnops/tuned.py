@@ -27,9 +27,10 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -344,7 +345,33 @@ def device_name(engine: str, index: int = 0) -> str:
     """
     if _FAMILY[engine] == "cpu":
         return f"{system.cpu_model()}, {torch.get_num_threads()} threads"
+    if _assumed is not None:
+        return _assumed
     return torch.cuda.get_device_name(index) if torch.cuda.is_available() else "emulator"
+
+
+@contextmanager
+def assuming(gpu: str) -> Iterator[None]:
+    """Within the block, tables are looked up as on a GPU of this name."""
+    global _assumed
+    former, _assumed = _assumed, gpu
+    forget()
+    try:
+        yield
+    finally:
+        _assumed = former
+        forget()
+
+
+def gpus_known() -> list[str]:
+    """The GPUs that there are tables of, for the kernels as they are."""
+    found: set[str] = set()
+    for path in chain.from_iterable(paths for _, paths in _places()):
+        with suppress(OSError, ValueError):
+            header = read(path).header
+            if (header["engine"], header["digest"]) == ("cuda", digest("cuda")):
+                found.add(header["device"])
+    return sorted(found)
 
 
 def _slug(device: str) -> str:
@@ -393,6 +420,7 @@ _Known = dict[tuple[str, str, str], dict[str, _Batches]]
 _lock = threading.RLock()
 _tables: dict[str, _Known] = {}
 _only: tuple[Path, ...] | None = None
+_assumed: str | None = None
 _forgetters: list[Callable[[], None]] = []
 
 

@@ -21,7 +21,7 @@ from cases.base import needs_emulator
 from igemm import BFLOAT, FLOAT, HALF, PASSES, Problem, tf32
 
 import cnnops
-from cnnops.cuda import conv_igemm, emulate, jit, tensor_map
+from cnnops.cuda import conv_igemm, emulate, jit, target, tensor_map
 from cnnops.cuda import conv_igemm_sm90 as sm90
 from cnnops.cuda.conv_igemm_sm90 import TILES, Tile
 from cnnops.cuda.kernel import Launch
@@ -277,9 +277,9 @@ def test_other_gpus_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     for capability in ((8, 0), (9, 0), (10, 0), (12, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        sm90.multiprocessors.cache_clear()
+        target.of_gpu.cache_clear()
         assert sm90.multiprocessors(torch.device("cuda:0")) == (114 if capability == (9, 0) else 0)
-    sm90.multiprocessors.cache_clear()
+    target.of_gpu.cache_clear()
     problem = S((1, 64, 9, 9), (64, 64, 3, 3))
     x, w, y = problem.tensors()
     monkeypatch.setattr(sm90, "multiprocessors", lambda device: 0)
@@ -396,16 +396,17 @@ def test_maps_are_kept_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tensor_map, "encoded", encode)
     monkeypatch.setattr(jit, "_by_value", lambda content: content)
+    monkeypatch.setattr(jit, "_make_current", lambda index: None)
     with trace(run=False) as launches:
         conv_igemm.conv_fprop(problem.shape, x, w, None, y)
     plan = product(launches)
     tensors = (x, w, None, None, None, y, None)
     for _ in range(3):
         pointers = [0 if t is None else t.data_ptr() for t in tensors]
-        assert len(jit._tensor_maps(plan, tensors, pointers)) == 3
+        assert len(jit._tensor_maps(plan, tensors, pointers, 0)) == 3
     assert [name for name, _ in encoded] == ["x", "w", "y"]
     for i in range(jit.MOST_ADDRESSES + 5):
-        jit._tensor_maps(plan, tensors, [i])
+        jit._tensor_maps(plan, tensors, [i], 0)
     assert len(plan.encoded) <= jit.MOST_ADDRESSES
     assert not [v for maps in plan.encoded.values() for v in maps if isinstance(v, torch.Tensor)]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -13,12 +15,13 @@ from torch import Tensor
 
 import cnnops
 from cnnops.cuda import batch_norm, emulate
-from cnnops.cuda.batch_norm import AMPERE, HOPPER
 from cnnops.cuda.kernel import Launch
 from cnnops.cuda.launch import trace
+from cnnops.cuda.target import Target, standing_for
 from cnnops.functional import batch_norm_act
 from cnnops.shapes import NormShape
 
+HOPPER, AMPERE = (batch_norm._device_of(Target.of_arch(arch)) for arch in ("90a", "80"))
 FORMS = ("split", "held/1", "held/2", "held/4", "held/8")
 
 
@@ -170,13 +173,13 @@ def test_forms_of_layers(
 
 @pytest.mark.parametrize(("size", "layout", "floats", "halves"), LAYERS)
 def test_no_clusters_before_hopper(
-    size: tuple[int, ...], layout: str, floats: Any, halves: Any, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, ...], layout: str, floats: Any, halves: Any
 ) -> None:
-    monkeypatch.setattr(batch_norm, "EMULATED", AMPERE)
-    for dtype in (torch.float32, torch.bfloat16):
-        for plans in planned(size, dtype, layout):
-            assert all(p.cluster == 1 and p.shared_bytes <= AMPERE.shared for p in plans)
-            assert not any(p.kernel.entry in batch_norm.ARCHITECTURES for p in plans)
+    with standing_for(Target.of_arch("80")):
+        found = [planned(size, dtype, layout) for dtype in (torch.float32, torch.bfloat16)]
+    for plans in chain(*found):
+        assert all(p.cluster == 1 and p.shared_bytes <= AMPERE.shared for p in plans)
+        assert not any(p.kernel.entry in batch_norm.ARCHITECTURES for p in plans)
 
 
 def test_launches_of_two_passes() -> None:
@@ -246,18 +249,22 @@ def test_backward_without_sums_is_one_pass(activation: str) -> None:
 # ---- variants --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("device", [HOPPER, AMPERE])
-def test_variants_are_other_forms(
-    device: batch_norm.Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(batch_norm, "EMULATED", device)
+@pytest.fixture(params=["80", "90a"])
+def target(request: pytest.FixtureRequest) -> Iterator[Target]:
+    """What tensors stand for."""
+    target = Target.of_arch(request.param)
+    with standing_for(target):
+        yield target
+
+
+def test_variants_are_other_forms(target: Target) -> None:
     x = torch.empty(2, 64, 56, 56)
     shape, vectors = NormShape.of(x.shape), [torch.empty(64) for _ in range(4)]
     train = (x, *vectors[:2], None, *vectors[2:], 0.1, 1e-5, "relu", x, *vectors[:2])
     bwd = (x, x, *vectors[:2], None, None, *vectors[2:], "relu", True, x, *vectors[:2], None)
     for op, arguments in (("batch_norm_train", train), ("batch_norm_bwd", bwd)):
         names = batch_norm.variants(op, shape, *arguments)
-        assert "split" in names and ("held/8" in names) == device.clusters
+        assert "split" in names and ("held/8" in names) == (target.arch == "90a")
         seen = set()
         for name in ("", *names, "", "held/3", "held"):
             with batch_norm.forced(name), trace(run=False) as launches:

@@ -96,7 +96,12 @@ def batch_norm_train(
     y: Tensor, mean: Tensor, rstd: Tensor,
 ) -> None:  # fmt: skip
     # Per-channel tensors go in as wide as mean and rstd come out, or a half type would round both.
-    gamma, beta, average, variance = _to(mean.dtype, weight, bias, running_mean, running_var)
+    gamma, beta = _to(mean.dtype, weight, bias)
+    # Where memory may yet run out, copies are moved, and become the running statistics in the end.
+    asks_more = activation != "none" or residual is not None
+    average, variance = (
+        None if t is None else t.to(mean.dtype, copy=asks_more) for t in (running_mean, running_var)
+    )
     z, batch_mean, batch_rstd = aten.native_batch_norm(
         _addend(x, residual), gamma, beta, average, variance, True, momentum, eps
     )

@@ -184,6 +184,11 @@ def stats() -> dict[str, int]:
     return {name: int(counts[name]) for name in ("compiled", "loaded_from_cache")}
 
 
+def bytes_made() -> int:
+    """Bytes of the entries that this process has written."""
+    return int(_cache.stats()["bytes_written"])
+
+
 def is_kept() -> bool:
     """Whether later processes find what this one compiles."""
     try:

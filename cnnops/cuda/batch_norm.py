@@ -32,6 +32,7 @@ from cnnops.cuda.kernel import (
     launch_of,
 )
 from cnnops.cuda.launch import launch
+from cnnops.cuda.target import Target, target_of
 from cnnops.shapes import NormShape, Shape
 
 SOURCE = "batch_norm.cu"
@@ -78,12 +79,8 @@ class Device(NamedTuple):
     clusters: bool
 
 
-HOPPER = Device(227 << 10, True)
-AMPERE = Device(163 << 10, False)
 SHARED_KIB = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227, (11, 0): 227}
 """Most shared memory of a block, by compute capability; others have 99."""
-EMULATED = HOPPER
-"""What tensors on a CPU are for."""
 
 
 Layout = tuple[tuple[int, ...], int]
@@ -179,13 +176,13 @@ def supports(op: str, shape: Shape, dtype: torch.dtype) -> str | None:
 
 
 @lru_cache(None)
-def _device_of(index: int) -> Device:
-    capability = torch.cuda.get_device_capability(index)
+def _device_of(target: Target) -> Device:
+    capability = target.capability
     return Device(SHARED_KIB.get(capability, 99) << 10, capability >= (9, 0))
 
 
 def _device(tensor: Tensor) -> Device:
-    return _device_of(tensor.get_device()) if tensor.is_cuda else EMULATED
+    return _device_of(target_of(tensor.device))
 
 
 # ---- layouts ---------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 from cnnops.cuda.implicit_gemm import (
-    SMS,
     Axis,
     Params,
     Plan,
@@ -23,6 +22,7 @@ from cnnops.cuda.implicit_gemm import (
     plan_of,
 )
 from cnnops.cuda.kernel import ELEMENT, INT32_MAX, FastDiv, launch_of
+from cnnops.cuda.target import target_of
 from cnnops.cuda.tensor_map import Swizzle, TensorMap, im2col, tiled
 
 SOURCE = "conv_igemm_sm90.cu"
@@ -96,16 +96,12 @@ the others are for results that are narrow, or too few.
 """
 
 
-@lru_cache(64)
 def multiprocessors(device: torch.device) -> int:
-    """Those of an H100 or H200, or of what stands for one, the emulator and tensors without data; 0 of any
-    other GPU, where the kernel may not be chosen.
+    """Those of an H100 or H200, or of what stands for one; 0 of any other GPU, where the kernel may not be
+    chosen.
     """
-    if device.type != "cuda":
-        return SMS
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return 0
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    target = target_of(device)
+    return target.multiprocessors if target.capability == (9, 0) else 0
 
 
 class Stage(NamedTuple):

@@ -218,8 +218,10 @@ def _update(
     """Move the running statistics towards the batch's averages of mean and unbiased variance."""
     # var + eps is what rstd tells, and all that an evaluation by the same eps asks for.
     var = (rstd.double().pow(-2) - eps).clamp(min=0) * (count / (count - 1))
-    for running, found in ((running_mean, mean.double()), (running_var, var)):
-        running.copy_((1 - momentum) * running.double() + momentum * found.mean(0))
+    pairs = ((running_mean, mean.double()), (running_var, var))
+    moved = [(1 - momentum) * old.double() + momentum * found.mean(0) for old, found in pairs]
+    for (running, _), result in zip(pairs, moved, strict=True):  # memory can run out no more
+        running.copy_(result)
 
 
 # ---- autograd -------------------------------------------------------------------------------------------

@@ -125,11 +125,17 @@ def batch_norm_given(
 def update_running(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, unbiased: Tensor, momentum: float
 ) -> None:  # fmt: skip
-    """Moves running statistics towards those of a batch, in place, in the batch's dtype."""
+    """Moves running statistics towards those of a batch, in place, in the batch's dtype: all of them, or
+    where memory runs out none."""
+    pairs = ((running_mean, mean), (running_var, unbiased))
     with torch.no_grad():
-        for running, value in ((running_mean, mean), (running_var, unbiased)):
-            if running is not None:
-                running.copy_((1 - momentum) * running.to(value.dtype) + momentum * value)
+        moved = [
+            (running, (1 - momentum) * running.to(value.dtype) + momentum * value)
+            for running, value in pairs
+            if running is not None
+        ]
+        for running, result in moved:
+            running.copy_(result)
 
 
 # ---- autograd -------------------------------------------------------------------------------------------

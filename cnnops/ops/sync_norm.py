@@ -81,8 +81,9 @@ def _forward(
     mean, var = mean64.to(wide), var64.to(wide)
     vectors = (None if t is None else t.to(wide) for t in (weight, bias))
     y = batch_norm_infer(x, *vectors, residual, mean, var, eps, activation, engine)
+    rstd = torch.rsqrt(var64 + eps).to(wide)
     update_running(running_mean, running_var, mean64, var64 * (total / (total - 1)), momentum)
-    return y, mean, torch.rsqrt(var64 + eps).to(wide), total
+    return y, mean, rstd, total
 
 
 def _merged(values: int, mean: Tensor, var: Tensor, group: Any) -> tuple[Tensor, Tensor, Tensor]:
