@@ -1,12 +1,12 @@
 # Two commands for a newcomer, `make demo` and `make test`: each makes .venv, installs what it needs
-# there, and runs. README.md shows the same as plain commands.
+# there, and runs. docs/guide/install.md shows the same as plain commands.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Tests run side by side, each with threads of its own: on busy cores those must wait without spinning.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: help demo test bench bench-cpu check clean
+.PHONY: help demo test bench bench-cpu check docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make bench   cnnops beside torch on this machine: a few layers, and the host's share of a call"
 	@echo "make bench-cpu  the CPU engine beside torch on all layers and networks: 25 minutes, into results/"
 	@echo "make check   what to run before a commit: ruff, mypy, the quick tests"
+	@echo "make docs    the documentation, into build/docs/index.html; warnings are errors"
 	@echo "make clean   remove what builds and tools left, but not $(VENV) nor compiled kernels"
 
 demo: $(VENV)/.with-demo
@@ -26,11 +27,11 @@ test: $(VENV)/.with-test
 	$(PYTEST)
 
 # One process: what is timed may not share the cores.
-bench: $(VENV)/.with-test
+bench: $(VENV)/.with-bench
 	$(BIN)/python -m pytest bench -q -p no:xdist --benchmark-only --benchmark-quiet \
 	  --benchmark-max-time=0.5 --benchmark-min-rounds=7 --benchmark-warmup=on --benchmark-disable-gc
 
-bench-cpu: $(VENV)/.with-test
+bench-cpu: $(VENV)/.with-bench
 	$(BIN)/python bench/lab.py --cpu --out results
 
 check: $(VENV)/.with-dev
@@ -38,6 +39,12 @@ check: $(VENV)/.with-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(PYTEST) -q -m "not slow"
+
+docs: $(VENV)/.with-docs
+	$(BIN)/python docs/drawings --check
+	$(BIN)/python docs/budgets.py --check
+	$(BIN)/sphinx-build -q -E -W --keep-going docs build/docs
+	$(BIN)/python docs/check.py build/docs
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis

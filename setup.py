@@ -7,13 +7,15 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 DEMO = ["scikit-learn>=1.3", "matplotlib>=3.8"]
+BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8"]
+DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 TEST = [
     *DEMO,
-    "pytest>=8",
-    "pytest-benchmark>=4",
+    *BENCH,
     "pytest-xdist>=3.5",
     "hypothesis>=6.100",
     "setuptools>=70",  # a test builds the wheel
+    "pyyaml>=6",  # tests read the workflow, the issue forms and the citation
     "transformers>=5",  # networks that others wrote, built from configurations: nothing is downloaded
     # NVRTC compiles every kernel in the tests; neither a GPU nor a driver is needed for that.
     "cuda-bindings>=12.8; sys_platform == 'linux'",
@@ -62,8 +64,10 @@ setup(
         "cuda12": ["cupy-cuda12x[ctk]>=14", "cuda-core[cu12]>=1"],
         "cuda13": ["cupy-cuda13x[ctk]>=14", "cuda-core[cu13]>=1"],
         "demo": DEMO,
+        "bench": BENCH,
+        "docs": DOCS,
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.9", "mypy>=1.11", "build>=1.2"],
+        "dev": [*TEST, *DOCS, "ruff>=0.9", "mypy>=1.11", "pre-commit>=3", "build>=1.2", "twine>=6"],
     },
     entry_points={"console_scripts": ["cnnops = cnnops.__main__:main"]},
     zip_safe=False,

@@ -97,16 +97,29 @@ def speed_up(rows: Sequence[Measured]) -> float | None:
     return theirs / mine if mine and theirs else None
 
 
-def by_part(run: Run) -> list[list[str]]:
-    """Speed-ups of a CPU's parts as cells, the first line the head; [] where `run` tells of none."""
+def _by_part(run: Run) -> dict[Part, list[Measured]]:
+    """The float32 rows and networks of a CPU's run by the part that they belong to, in the table's order."""
     found: dict[Part, list[Measured]] = {}
     for measured in run.measured if run.machine["kind"] == "cpu" else ():
         if measured.dtype == "float32" and (part := _part(measured)):
             found.setdefault(part, []).append(measured)
+    return {part: found[part] for part in sorted(found, key=PARTS.index)}
+
+
+def _problems(rows: Sequence[Measured]) -> dict[tuple[str, ...], float | None]:
+    return {p.key: speed_up(p.rows) for p in groups(rows, "suite", "name")}
+
+
+def ratios_by_part(run: Run) -> dict[str, list[float | None]]:
+    """The speed-up of every problem of a CPU's parts; {} where `run` tells of none."""
+    return {part.name: list(_problems(rows).values()) for part, rows in _by_part(run).items()}
+
+
+def by_part(run: Run) -> list[list[str]]:
+    """Speed-ups of a CPU's parts as cells, the first line the head; [] where `run` tells of none."""
     lines = []
-    for part in sorted(found, key=PARTS.index):
-        rows = found[part]
-        problems = {p.key: speed_up(p.rows) for p in groups(rows, "suite", "name")}
+    for part, rows in _by_part(run).items():
+        problems = _problems(rows)
         compared = {key: ratio for key, ratio in problems.items() if ratio is not None}
         layouts = {group.key: group.against_best() for group in groups(rows, "layout")}
         means = geomean(problems.values()), *(layouts.get((layout,)) for layout in LAYOUTS)

@@ -1,9 +1,10 @@
-"""What is shown of benchmark results: README's table, a summary, plots, an HTML page, two runs compared.
+"""What is shown of benchmark results: tables of documents, a summary, plots, an HTML page, two runs compared.
 
     python bench/report.py                     # the newest run in short: failures, worst rows, means
     python bench/report.py --report            # everything, in one file
     python bench/report.py --png plots/        # the plots alone
-    python bench/report.py --readme            # write README's table; --check: exit 1 where it is stale
+    python bench/report.py --readme            # write README's table and figure and docs/speed.md;
+                                               # --check: exit 1 where they are stale
     python bench/report.py --compare A B       # two result files; exit 1 where cnnops became slower
 
 Reads what `lab.py` left in bench/results/, and needs neither torch nor a GPU. A speed-up is another's time
@@ -26,8 +27,9 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # a script's own folder stands there otherwise
 
 from bench.compare import print_comparison  # noqa: E402
+from bench.figure import is_fresh, svg  # noqa: E402
 from bench.page import page  # noqa: E402
-from bench.parts import CAPTION, by_part, by_size  # noqa: E402
+from bench.parts import CAPTION, LAYOUTS, by_part, by_size  # noqa: E402
 from bench.plots import plots  # noqa: E402
 from bench.runs import (  # noqa: E402
     CNNOPS,
@@ -54,9 +56,11 @@ from bench.runs import (  # noqa: E402
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["console", "duration", "failed", "load", "main", "readme", "table"]
+__all__ = ["console", "duration", "failed", "load", "main", "readme", "speed", "table"]
 
-README, PAGE = ROOT / "README.md", "cnnops_bench.html"
+PAGE = "cnnops_bench.html"
+README, SPEED, FIGURE = Path("README.md"), Path("docs/speed.md"), Path("docs/speed.svg")
+"""Documents of a checkout that show results."""
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MOST_LINES = 40
 """A table in the console is cut after so many."""
@@ -96,24 +100,61 @@ def _markdown(cell: str) -> str:
     return re.sub(r"([\\`*|<>])", r"\\\1", cell)
 
 
+def short(run: Run) -> str:
+    """`run` in one table, the parts of a CPU's, the suites of a GPU's; the layouts stand in `table`."""
+    cells = by_part(run)
+    kept = [n for n, name in enumerate(cells[0]) if name not in LAYOUTS] if cells else []
+    cells = [[line[n] for n in kept] for line in cells] or summary(run.rows, ("suite",), run.rivals)
+    return f"{stamp(run)}\n\n{_lines(cells, (cells[0][0], 'worst', 'worst row'))}\n"
+
+
 def readme(text: str, found: Sequence[Run]) -> str:
-    """`text` with what is between its markers made new: a table for the newest of `found` on every device.
+    """README's `text` with what is between its markers made new: in short, the newest of `found` on every
+    device.
 
     Raises ValueError where `text` has not one pair of markers.
     """
+    shown = newest_of_each_device(found)
+    return _between(text, shown, [short(run) for run in shown])
+
+
+def speed(text: str, found: Sequence[Run]) -> str:
+    """The same for docs/speed.md: all tables."""
+    shown = newest_of_each_device(found)
+    tables = [table(run) for run in shown]
+    return _between(text, shown, [*tables, f"{LEGEND}\n"] if tables else [])
+
+
+def _between(text: str, shown: Sequence[Run], parts: Sequence[str]) -> str:
+    """`text` with the parts between its markers, and in front of them what was not measured."""
     if not (text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)):
         raise ValueError(
             f"expected one {BEGIN} and one {END} behind it, "
             f"got {text.count(BEGIN)} and {text.count(END)}"
         )
-    shown = newest_of_each_device(found)
-    parts = [table(run) for run in shown]
-    if all(run.machine["kind"] != "gpu" for run in shown):
-        parts.insert(0, "Speed: not measured on a GPU yet.\n")
-    if shown:
-        parts.append(f"{LEGEND}\n")
+    none = all(run.machine["kind"] != "gpu" for run in shown)
+    said = ["Speed: not measured on a GPU yet.\n"] if none else []
     before, after = text.partition(BEGIN)[0], text.partition(END)[2]
-    return f"{before}{BEGIN}\n" + "\n".join(parts) + f"{END}{after}"
+    return f"{before}{BEGIN}\n" + "\n".join([*said, *parts]) + f"{END}{after}"
+
+
+def _documents(root: Path, found: Sequence[Run], write: bool) -> bool:
+    """Renew the documents of a checkout, or only compare them; whether any is stale now."""
+    shown, stale = newest_of_each_device(found), []
+    for place, renew in ((README, readme), (SPEED, speed)):
+        text = (root / place).read_text(encoding="utf-8")
+        if (renewed := renew(text, found)) != text:
+            stale.append(place)
+            if write:
+                (root / place).write_text(renewed, encoding="utf-8")
+    if not is_fresh(root / FIGURE, shown):
+        stale.append(FIGURE)
+        if write:
+            (root / FIGURE).write_text(svg(shown), encoding="utf-8")
+    for place in stale:
+        said = "" if write else ": stale; python bench/report.py --readme renews it"
+        print(f"{'saved ' * write}{root / place}{said}")
+    return bool(stale) and not write
 
 
 # ---- console ---------------------------------------------------------------------------------------------
@@ -191,8 +232,9 @@ def _parser() -> _Parser:
     option("--report", dest="html", metavar="FILE", nargs="?", const=PAGE,
            help=f"write everything as one page ({PAGE})")  # fmt: skip
     option("--png", metavar="DIR", help="write the plots of each device's newest run")
-    option("--readme", metavar="FILE", nargs="?", const=README, help="renew the table in README.md")
-    option("--check", metavar="FILE", nargs="?", const=README, help="exit 1 where it is stale")
+    option("--readme", metavar="DIR", nargs="?", const=ROOT,
+           help="renew the tables and the figure of README.md and docs/speed.md in a checkout")  # fmt: skip
+    option("--check", metavar="DIR", nargs="?", const=ROOT, help="exit 1 where these are stale")
     option("--compare", metavar=("A", "B"), nargs=2, help="two result files: exit 1 if B is slower")
     parser.add_argument(
         "--force", action="store_true", help="compare different devices all the same"
@@ -201,7 +243,7 @@ def _parser() -> _Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; its exit code: 0, 1 for a regression or a stale README, 2 for bad input."""
+    """Run the command line; its exit code: 0, 1 for a regression or a stale document, 2 for bad input."""
     parser = _parser()
     options = parser.parse_args(argv)
     try:
@@ -218,8 +260,9 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--report: expected a file in a folder that exists, got {options.html}")
     every = runs(options.results)
     found = [run for run in every if not run.dry]
-    if found and (options.html or options.png) and find_spec("matplotlib") is None:
-        raise ValueError("plots need matplotlib: pip install 'cnnops[demo]'")
+    draws = options.html or options.png or options.readme
+    if found and draws and find_spec("matplotlib") is None:
+        raise ValueError("plots need matplotlib: pip install 'cnnops[bench]'")
     if not found:
         print(f"{'only dry runs' if every else 'no results'} in {options.results}: {NEVER}")
     if options.html:
@@ -232,18 +275,9 @@ def _run(options: argparse.Namespace) -> int:
                 path = options.png / f"{run.path.stem}-{name}.png"
                 path.write_bytes(picture)
                 print(f"saved {path}")
-    stale = False
-    for path in filter(None, (options.readme, options.check)):
-        text = path.read_text(encoding="utf-8")
-        renewed = readme(text, found)
-        if path == options.readme and renewed != text:
-            path.write_text(renewed, encoding="utf-8")
-            print(f"saved {path}")
-        elif renewed != text:
-            print(
-                f"{path}: the benchmark table is stale; python bench/report.py --readme renews it"
-            )
-            stale = True
+    if options.readme:
+        _documents(options.readme, found, write=True)
+    stale = bool(options.check) and _documents(options.check, found, write=False)
     if found and not (options.html or options.png or options.readme or options.check):
         console(found[-1])
     return 1 if stale else 0

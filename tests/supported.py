@@ -1,4 +1,4 @@
-"""The table of what is supported in README.md: ``python -m tests.supported`` rewrites it.
+"""The table of docs/supported.md: ``python -m tests.supported`` rewrites it.
 
 Nothing of it is typed by hand. Every row of `cases` is computed once, forward and backward, while the
 functions of `cnnops.functional` and the operations that they choose are watched: so the table tells for each
@@ -27,7 +27,7 @@ import cnnops
 import cnnops.functional as C
 from cnnops import registry, tuned
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs/supported.md"
 COMMAND = "python -m tests.supported"
 BEGIN = f"<!-- written by {COMMAND} -->"
 END = "<!-- end -->"
@@ -120,16 +120,16 @@ def _types(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(str(d).removeprefix("torch.") for d in dtypes))
 
 
-def table_of_readme() -> list[str]:
-    text = README.read_text()
-    assert BEGIN in text and END in text, f"README.md has no table: {COMMAND}"
+def table_of_page() -> list[str]:
+    text = PAGE.read_text()
+    assert BEGIN in text and END in text, f"{PAGE.name} has no table: {COMMAND}"
     return text.partition(BEGIN)[2].partition(END)[0].strip().splitlines()
 
 
 def rewrite() -> None:
-    before, _, rest = README.read_text().partition(BEGIN)
+    before, _, rest = PAGE.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
-    README.write_text(before + "\n".join([BEGIN, "", *table(), "", END]) + after)
+    PAGE.write_text(before + "\n".join([BEGIN, "", *table(), "", END]) + after)
 
 
 if __name__ == "__main__":

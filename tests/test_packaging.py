@@ -18,11 +18,16 @@ import cnnops
 from cnnops import info
 
 pytest.importorskip("setuptools", reason="setuptools is missing: pip install 'cnnops[test]'")
+yaml = pytest.importorskip("yaml", reason="pyyaml is missing: pip install 'cnnops[test]'")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = (
+    ".ci",
+    ".github",
+    ".pre-commit-config.yaml",
     "bench",
     "cnnops",
+    "docs",
     "kernels",
     "tests",
     "setup.py",
@@ -30,7 +35,8 @@ SHIPPED = (
     "MANIFEST.in",
     "Makefile",
 )
-DOCUMENTS = ("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md")
+DOCUMENTS = ("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff")
+EXTRAS = {"cuda12", "cuda13", "demo", "bench", "docs", "test", "dev"}
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +84,18 @@ def test_sdist_can_make_the_wheel_again(
     with tarfile.open(path) as archive:
         archive.extractall(tmp_path, filter="data")
     (tree,) = tmp_path.iterdir()
-    for name in files_below("tests") | set(DOCUMENTS):
+    for name in files_below("tests") | files_below("docs") | set(DOCUMENTS):
         assert (tree / name).is_file(), name
     program = "from setuptools import build_meta as b; b.build_wheel('..')"
     subprocess.run([sys.executable, "-c", program], cwd=tree, check=True, capture_output=True)
     (again,) = tmp_path.glob("*.whl")
     assert set(zipfile.ZipFile(again).namelist()) == set(wheel.namelist())
+
+
+def test_wheel_is_for_every_machine(built: Path) -> None:
+    """Kernels are compiled where they run: the wheel has none of anybody's machine code."""
+    (path,) = built.glob("*.whl")
+    assert path.name == f"cnnops-{cnnops.__version__}-py3-none-any.whl"
 
 
 def test_metadata(wheel: zipfile.ZipFile) -> None:
@@ -92,6 +104,7 @@ def test_metadata(wheel: zipfile.ZipFile) -> None:
     assert f"\nVersion: {cnnops.__version__}\n" in metadata
     assert "\nRequires-Python: >=3.11\n" in metadata
     assert "\nRequires-Dist: torch<2.14,>=2.11\n" in metadata
+    assert set(re.findall(r"^Provides-Extra: (.+)$", metadata, re.MULTILINE)) == EXTRAS
     for major in ("12", "13"):
         assert f"cupy-cuda{major}x[ctk]" in metadata and f"cuda-core[cu{major}]" in metadata
     entry_points = wheel.read(name.replace("METADATA", "entry_points.txt")).decode()
@@ -122,6 +135,63 @@ def test_wheel_works_away_from_the_checkout(wheel: zipfile.ZipFile, tmp_path: Pa
         text=True,
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """`cnnops.__version__`; CITATION.cff repeats it, and a heading of CHANGELOG.md (see test_readme.py)."""
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == cnnops.__version__
+    written = f'"{cnnops.__version__}"'
+    for name in ("setup.py", "pyproject.toml", "docs/conf.py"):
+        assert written not in (ROOT / name).read_text(), f"{name} states the version, too"
+
+
+def test_citation() -> None:
+    """What the Citation File Format 1.2.0 asks for."""
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert found["cff-version"] == "1.2.0" and found["type"] == "software"
+    assert all(
+        isinstance(found[key], str) and found[key] for key in ("message", "title", "version")
+    )
+    assert all(author.get("name") or author.get("family-names") for author in found["authors"])
+    assert found["license"] == "BSD-3-Clause" and (ROOT / "LICENSE").is_file()
+
+
+def test_workflow_runs_what_the_checkout_has() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    cpu, gpu = workflow["jobs"]["cpu"], workflow["jobs"]["gpu"]
+    assert cpu["strategy"]["matrix"]["python"] == ["3.11", "3.12"]
+    assert "self-hosted" in gpu["runs-on"] and "label" in gpu["if"]
+    makefile = (ROOT / "Makefile").read_text()
+    commands = [step["run"] for job in (cpu, gpu) for step in job["steps"] if "run" in step]
+    assert ".ci/run" in commands and "make test" in commands
+    for command in commands:
+        words = command.split()
+        if words[0] == "make":
+            assert re.search(rf"^{words[1]}:", makefile, re.MULTILINE), command
+        for path in (word for word in words if word.startswith((".ci/", "bench/"))):
+            assert (ROOT / path).is_file(), command
+
+
+def test_issue_forms_ask_for_what_is_needed() -> None:
+    forms = {
+        path.stem: yaml.safe_load(path.read_text())
+        for path in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")
+    }
+    for name in ("bug", "performance"):
+        form = forms[name]
+        assert form["name"] and form["description"]
+        fields = {field["id"]: field for field in form["body"] if field["type"] != "markdown"}
+        assert "cnnops info" in fields["info"]["attributes"]["label"]
+        assert all(field["validations"]["required"] for field in fields.values())
+    assert {"code", "expected", "got"} <= {field.get("id") for field in forms["bug"]["body"]}
+    assert "lab.py" in str(forms["performance"]) and "cnnops tune" in str(forms["performance"])
+
+
+def test_pre_commit_runs_the_tools_of_the_extra() -> None:
+    found = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repo in found["repos"] for hook in repo["hooks"]]
+    assert {hook["entry"].split()[0] for hook in hooks} == {"ruff", "mypy"}
+    assert all(repo["repo"] == "local" for repo in found["repos"])
 
 
 # Top-level modules by the distribution that brings them, where the names differ.

@@ -1,6 +1,6 @@
 """What bench/report.py makes of result files: exact numbers, honest gaps, plots, a page, a comparison.
 
-The functions lie in runs.py, plots.py, page.py and compare.py beside it.
+The functions lie in runs.py, plots.py, figure.py, page.py and compare.py beside it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from bench import compare, page, parts, plots, report, runs
+from bench import compare, figure, page, parts, plots, report, runs
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {
@@ -267,20 +267,45 @@ def test_table_names_what_was_not_measured(tmp_path: Path) -> None:
 PAGE = f"# cnnops\n\n{report.BEGIN}\nsomething old\n{report.END}\n\n## Licence\n"
 
 
-def test_readme(run: runs.Run, tmp_path: Path) -> None:
-    text = report.readme(PAGE, [run])
-    assert text.startswith(f"# cnnops\n\n{report.BEGIN}\n{STAMP}\n\n| suite |")
+def test_speed_page(run: runs.Run, tmp_path: Path) -> None:
+    text = report.speed(PAGE, [run])
+    assert text.startswith(f"# cnnops\n\n{report.BEGIN}\n{STAMP}\n\n| suite | type |")
     assert text.endswith(f"\n{report.END}\n\n## Licence\n") and "something old" not in text
-    assert report.readme(text, [run]) == text
+    assert report.speed(text, [run]) == text
     assert "not measured on a GPU yet" not in text
 
     cpu = runs.load(write(tmp_path / "cpu.json", ROWS, CPU))
-    alone, both = report.readme(PAGE, [cpu]), report.readme(PAGE, [run, cpu])
+    alone, both = report.speed(PAGE, [cpu]), report.speed(PAGE, [run, cpu])
     assert "not measured on a GPU yet" in alone and "AMD EPYC" in alone
     assert "not measured on a GPU yet" not in both and both.index("H100") < both.index("EPYC")
-    assert report.readme(PAGE, []) == PAGE.replace(
+    assert report.speed(PAGE, []) == PAGE.replace(
         "something old", "Speed: not measured on a GPU yet."
     )
+
+
+def test_readme(run: runs.Run, tmp_path: Path) -> None:
+    """One table a device: the suites of a GPU's run, the parts of a CPU's without its layouts."""
+    text = report.readme(PAGE, [run])
+    assert text.startswith(f"# cnnops\n\n{report.BEGIN}\n{STAMP}\n\n| suite | rows |")
+    assert report.readme(text, [run]) == text and text.count("\n| --- |") == 1
+    cpu = runs.load(write(tmp_path / "cpu.json", ROWS, CPU))
+    alone = report.readme(PAGE, [cpu])
+    assert "Speed: not measured on a GPU yet." in alone
+    assert "| part | problems | speed-up | worst |" in alone and "channels_last" not in alone
+    assert report.readme(PAGE, []) == report.speed(PAGE, [])
+
+
+def test_figure_says_what_it_shows(run: runs.Run, tmp_path: Path) -> None:
+    cpu = runs.load(write(tmp_path / "cpu.json", ROWS, CPU))
+    assert figure.lines(run) == {"resnet50": [2.0, 0.5, 0.5]}
+    (part,) = [found for name, found in figure.lines(cpu).items() if "fprop" in name]
+    assert part == [2.0, 0.5]
+    path = tmp_path / "speed.svg"
+    assert not figure.is_fresh(path, [run]) and figure.is_fresh(path, [])
+    pytest.importorskip("matplotlib")
+    path.write_text(figure.svg([run, cpu]), encoding="utf-8")
+    assert figure.is_fresh(path, [run, cpu]) and not figure.is_fresh(path, [cpu])
+    assert figure.svg([run, cpu]) == path.read_text(encoding="utf-8"), "the same every time"
 
 
 @pytest.mark.parametrize(
@@ -291,9 +316,8 @@ def test_readme_without_one_pair_of_markers(text: str) -> None:
         report.readme(text, [])
 
 
-def test_the_readme_is_fresh() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert report.readme(text, runs.runs()) == text, "python bench/report.py --readme renews it"
+def test_the_documents_are_fresh() -> None:
+    assert report.main(["--check"]) == 0, "python bench/report.py --readme renews them"
 
 
 def test_console(run: runs.Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -514,8 +538,8 @@ def test_every_plot_names_device_and_commit(tmp_path: Path) -> None:
     run = runs.load(write(tmp_path / "run.json", ROWS + SWEEP))
     figures = dict(plots.figures(run))
     assert len(figures) == 3
-    for figure in figures.values():
-        assert STAMP in words(figure)
+    for drawn in figures.values():
+        assert STAMP in words(drawn)
     bars = figures["speedup-resnet50-float32-contiguous"]
     assert {"eager", "compile"} <= set(words(bars).splitlines()), "the rivals are named"
     fprop = bars.axes[0]
@@ -731,17 +755,26 @@ def test_a_slower_rival_is_no_regression(
 
 
 def test_readme_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    readme, results = tmp_path / "README.md", tmp_path / "results"
-    readme.write_text(PAGE)
+    pytest.importorskip("matplotlib")
+    root, results = tmp_path / "checkout", tmp_path / "results"
+    documents = root / report.README, root / report.SPEED
+    (root / "docs").mkdir(parents=True)
     results.mkdir()
+    for document in documents:
+        document.write_text(PAGE)
     write(results / "run.json", ROWS)
     common = ["--results", str(results)]
-    assert report.main([*common, "--check", str(readme)]) == 1
-    assert "stale" in capsys.readouterr().out and readme.read_text() == PAGE
-    assert report.main([*common, "--readme", str(readme)]) == 0 and STAMP in readme.read_text()
-    assert report.main([*common, "--check", str(readme)]) == 0
+    assert report.main([*common, "--check", str(root)]) == 1
+    assert "stale" in capsys.readouterr().out
+    assert all(document.read_text() == PAGE for document in documents)
+    assert report.main([*common, "--readme", str(root)]) == 0
+    assert all(STAMP in document.read_text() for document in documents)
+    assert report.main([*common, "--check", str(root)]) == 0
+    (root / report.FIGURE).unlink()
+    assert report.main([*common, "--check", str(root)]) == 1
+    assert report.main([*common, "--readme", str(root)]) == 0
     write(results / "newer.json", ROWS[:2], GPU | {"date": "2027-01-01T00:00:00Z"})
-    assert report.main([*common, "--check", str(readme)]) == 1
+    assert report.main([*common, "--check", str(root)]) == 1
 
 
 def test_html_and_png_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -785,12 +818,11 @@ def test_console_of_a_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = write(tmp_path / "good.json", ROWS), tmp_path / "bad.json"
     other = write(tmp_path / "other.json", ROWS, CPU)
-    bare = tmp_path / "README.md"
-    bare.write_text("no markers")
+    (tmp_path / "README.md").write_text("no markers")
     for arguments in (
         ["--compare", str(good), str(tmp_path / "none.json")],
         ["--compare", str(good), str(other)],
-        ["--results", str(tmp_path), "--readme", str(bare)],
+        ["--results", str(tmp_path), "--readme", str(tmp_path)],
         ["--results", str(tmp_path), "--report", str(tmp_path / "no/such/folder.html")],
         ["--nonsense"],
     ):

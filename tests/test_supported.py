@@ -1,12 +1,12 @@
-"""The README's table of what is supported is what the registry and the rows say."""
+"""The table of docs/supported.md is what the registry and the rows say."""
 
 from __future__ import annotations
 
 import supported
 
 
-def test_the_table_in_the_readme_is_the_one_of_now() -> None:
-    assert supported.table_of_readme() == supported.table(), f"run: {supported.COMMAND}"
+def test_the_table_of_the_page_is_the_one_of_now() -> None:
+    assert supported.table_of_page() == supported.table(), f"run: {supported.COMMAND}"
 
 
 def test_every_function_has_rows() -> None:

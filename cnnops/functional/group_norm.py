@@ -28,7 +28,8 @@ def group_norm(
 ) -> Tensor:
     """Group normalisation, as ``F.group_norm(input, num_groups, weight, bias, eps)``.
 
-    `group_norm_act` without activation.
+    input ``N C *``, weight and bias ``C``: `group_norm_act` without activation, with its dtypes, statistics
+    and errors.
     """
     return group_norm_act(input, num_groups, weight, bias, eps, "none")
 
@@ -41,7 +42,7 @@ def group_norm_act(
     eps: float = 1e-5,
     activation: str = "relu",
 ) -> Tensor:
-    """Group normalisation and activation in one pass over memory:
+    """Group normalisation (Wu and He, arXiv:1803.08494) and activation in one pass over memory:
     ``act(F.group_norm(input, num_groups, weight, bias, eps))``.
 
     input ``N C *``, weight and bias ``C``, both of the input's dtype or both float32 beside a half-type
@@ -66,7 +67,8 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Layer normalisation, as ``F.layer_norm(input, normalized_shape, weight, bias, eps)``.
+    """Layer normalisation (Ba, Kiros and Hinton, arXiv:1607.06450), as ``F.layer_norm(input,
+    normalized_shape, weight, bias, eps)``.
 
     input ``* normalized_shape``; weight and bias of size `normalized_shape`, both of the input's dtype or
     both float32 beside a half-type input. Mean and biased variance are those of the last
@@ -89,7 +91,8 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Instance normalisation, as ``F.instance_norm(input, running_mean, running_var, weight, bias, …)``.
+    """Instance normalisation (Ulyanov, Vedaldi and Lempitsky, arXiv:1607.08022), as ``F.instance_norm(input,
+    running_mean, running_var, weight, bias, …)``.
 
     input ``N C *``, the other tensors ``C``. With `use_input_stats`, mean and biased variance are those of
     every image's channel, and running statistics, where given, become

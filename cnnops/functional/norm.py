@@ -20,7 +20,8 @@ def batch_norm(
 ) -> Tensor:
     """Batch normalisation, as ``F.batch_norm(input, running_mean, running_var, weight, bias, …)``.
 
-    `batch_norm_act` without residual and activation.
+    input ``N C *``, all others ``C``: `batch_norm_act` without residual and activation, with its dtypes,
+    statistics and errors.
     """
     return batch_norm_act(
         input, running_mean, running_var, weight, bias, training, momentum, eps, None, "none"
@@ -39,8 +40,8 @@ def batch_norm_act(
     residual: Tensor | None = None,
     activation: str = "relu",
 ) -> Tensor:
-    """Batch normalisation, residual addition and activation in one pass over memory:
-    ``act(F.batch_norm(input, …) + residual)``.
+    """Batch normalisation (Ioffe and Szegedy, arXiv:1502.03167), residual addition and activation in one pass
+    over memory: ``act(F.batch_norm(input, …) + residual)``.
 
     input ``N C *``, residual of the same size and dtype; the other tensors ``C``, all of the input's dtype,
     or all float32 beside a half-type input. When `training`, mean and biased variance of each channel come

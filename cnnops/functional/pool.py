@@ -30,7 +30,7 @@ def max_pool1d(
     ceil_mode: bool = False,
     return_indices: bool = False,
 ) -> Any:
-    """1-D max pooling of ``N C W`` or ``C W``: see `max_pool2d`."""
+    """1-D max pooling of ``N C W`` or ``C W`` to ``N C Q``: see `max_pool2d`."""
     x, alone = _batch(input, 1)
     maxima = ops.max_pool(x, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     return _pair(alone, *maxima)

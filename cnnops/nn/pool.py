@@ -118,42 +118,54 @@ class LPPool3d(nn.LPPool3d):
 
 
 class AdaptiveAvgPool1d(nn.AdaptiveAvgPool1d):
-    """``torch.nn.AdaptiveAvgPool1d``; see `cnnops.functional.adaptive_avg_pool1d`."""
+    """``torch.nn.AdaptiveAvgPool1d``: input ``N C W`` or ``C W``; see
+    `cnnops.functional.adaptive_avg_pool1d`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.adaptive_avg_pool1d(input, self.output_size)
 
 
 class AdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """``torch.nn.AdaptiveAvgPool2d``; see `cnnops.functional.adaptive_avg_pool2d`."""
+    """``torch.nn.AdaptiveAvgPool2d``: input ``N C H W`` or ``C H W``; see
+    `cnnops.functional.adaptive_avg_pool2d`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.adaptive_avg_pool2d(input, self.output_size)  # type: ignore[arg-type]
 
 
 class AdaptiveAvgPool3d(nn.AdaptiveAvgPool3d):
-    """``torch.nn.AdaptiveAvgPool3d``; see `cnnops.functional.adaptive_avg_pool3d`."""
+    """``torch.nn.AdaptiveAvgPool3d``: input ``N C D H W`` or ``C D H W``; see
+    `cnnops.functional.adaptive_avg_pool3d`.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.adaptive_avg_pool3d(input, self.output_size)  # type: ignore[arg-type]
 
 
 class AdaptiveMaxPool1d(nn.AdaptiveMaxPool1d):
-    """``torch.nn.AdaptiveMaxPool1d``; see `cnnops.functional.adaptive_max_pool1d`."""
+    """``torch.nn.AdaptiveMaxPool1d``: input ``N C W`` or ``C W``; see
+    `cnnops.functional.adaptive_max_pool1d`.
+    """
 
     def forward(self, input: Tensor) -> Any:
         return functional.adaptive_max_pool1d(input, self.output_size, self.return_indices)
 
 
 class AdaptiveMaxPool2d(nn.AdaptiveMaxPool2d):
-    """``torch.nn.AdaptiveMaxPool2d``; see `cnnops.functional.adaptive_max_pool2d`."""
+    """``torch.nn.AdaptiveMaxPool2d``: input ``N C H W`` or ``C H W``; see
+    `cnnops.functional.adaptive_max_pool2d`.
+    """
 
     def forward(self, input: Tensor) -> Any:
         return functional.adaptive_max_pool2d(input, self.output_size, self.return_indices)  # type: ignore[arg-type]
 
 
 class AdaptiveMaxPool3d(nn.AdaptiveMaxPool3d):
-    """``torch.nn.AdaptiveMaxPool3d``; see `cnnops.functional.adaptive_max_pool3d`."""
+    """``torch.nn.AdaptiveMaxPool3d``: input ``N C D H W`` or ``C D H W``; see
+    `cnnops.functional.adaptive_max_pool3d`.
+    """
 
     def forward(self, input: Tensor) -> Any:
         return functional.adaptive_max_pool3d(input, self.output_size, self.return_indices)  # type: ignore[arg-type]
