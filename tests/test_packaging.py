@@ -196,6 +196,7 @@ def test_pre_commit_runs_the_tools_of_the_extra() -> None:
 
 # Top-level modules by the distribution that brings them, where the names differ.
 DISTRIBUTIONS = {
+    "PIL": "pillow",
     "cuda": "cuda-core",
     "cupy": "cupy-cuda13x",
     "llvmlite": "numba",

@@ -105,7 +105,7 @@ RUNTIME_FLAGS = (
 )  # fmt: skip
 
 KERNEL_FLAGS = (
-    "-std=c++17", "-O2", "-fPIC", "-fno-plt",
+    "-std=c++17", "-O1", "-fPIC", "-fno-plt",
     "-fno-strict-aliasing",  # kernels move 16 bytes of anything through reinterpret_cast
     "-ffp-contract=fast",  # as NVRTC's -fmad=true
     "-fno-exceptions", "-fno-rtti", "-fsigned-char",
