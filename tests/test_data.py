@@ -34,6 +34,30 @@ def refused(path: Path | None, message: str, channels: int = 3) -> None:
 # ---- scikit-learn's digits -------------------------------------------------------------------------------
 
 
+def test_scikit_digits_are_split_once_and_for_all() -> None:
+    digits = data.load(None, 1, (28, 28), 0)
+    train, test = (part.images(torch.arange(len(part))) for part in (digits.train, digits.test))
+    assert train.shape == (1438, 1, 28, 28) and len(digits.train.labels) == 1438
+    assert test.shape == (359, 1, 28, 28) and len(digits.test.labels) == 359
+    assert train.dtype == torch.float32 and digits.train.labels.dtype == torch.int64
+    assert train.min() == 0 and train.max() == 1
+    assert torch.bincount(digits.test.labels, minlength=10).tolist() == [
+        35, 37, 35, 37, 36, 36, 36, 36, 35, 36
+    ]  # fmt: skip
+
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    first = np.argsort(raw.target, kind="stable")[4::5].min()
+    # Bilinear from 8 to 28: the places that lie between four pixels' centres mix just those.
+    pixels = torch.from_numpy(raw.images[first] / 16).float()
+    at = [(i + 0.5) * 8 / 28 - 0.5 for i in (6, 13)]
+    (top, left), (b, r) = map(int, at), (at[0] % 1, at[1] % 1)
+    four = pixels[top : top + 2, left : left + 2]
+    mixed = torch.tensor([1 - b, b]) @ four @ torch.tensor([1 - r, r])
+    torch.testing.assert_close(test[0, 0, 6, 13], mixed)
+
+
 def test_digits_come_in_any_channels_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install 'cnnops[demo]'")
     plain = data.load(None, 1, (28, 28), 0)
@@ -136,6 +160,68 @@ def test_truncated_mnist_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray
         refused(tmp_path, f"{file}.gz: expected ")
     file.with_name(f"{file.name}.gz").unlink()
     refused(tmp_path, "expected t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz in")
+
+
+@pytest.mark.parametrize("place", ["raw", "MNIST/raw"])
+def test_mnist_is_found_as_others_pack_it(
+    tmp_path: Path, arrays: dict[str, np.ndarray], place: str
+) -> None:
+    (tmp_path / place).mkdir(parents=True)
+    for name, array in arrays.items():
+        (tmp_path / place / name.replace("-idx", ".idx")).write_bytes(idx(array))
+    found = data.load(tmp_path, 1, (28, 28), 0)
+    raw = torch.from_numpy(arrays["t10k-images-idx3-ubyte"])
+    assert torch.equal(found.test.images(torch.arange(8))[:, 0], raw.float() / 255)
+
+
+DAMAGE = {
+    "magic": (
+        "train-images-idx3-ubyte",
+        lambda b: b"\0\0\x0d" + b[3:],
+        "idx file of bytes with rank 3",
+    ),
+    "empty": ("train-images-idx3-ubyte", lambda b: b"", "idx file of bytes with rank 3, got  at"),
+    "cut": (
+        "t10k-images-idx3-ubyte",
+        lambda b: b[:-1],
+        "expected 6272 bytes for (8, 28, 28), got 6271",
+    ),
+    "longer": ("t10k-labels-idx1-ubyte", lambda b: b + b"\0", "expected 8 bytes for (8,), got 9"),
+    "side": (
+        "train-images-idx3-ubyte",
+        lambda b: idx(np.zeros((40, 27, 28), np.uint8)),
+        "train images: expected 28x28, got 27x28",
+    ),
+    "fewer labels": (
+        "train-labels-idx1-ubyte",
+        lambda b: idx(np.zeros(39, np.uint8)),
+        "got 40 images and 39 labels",
+    ),
+    "label": ("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "expected 0 to 9, got 10"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_mnist_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], case: str) -> None:
+    for name, array in arrays.items():
+        (tmp_path / name).write_bytes(idx(array))
+    name, damage, message = DAMAGE[case]
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    refused(tmp_path, message)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"not gzip", gzip.compress(idx(np.zeros(40, np.uint8)))[:-9]],
+    ids=["not_gzip", "cut_short"],
+)
+def test_damaged_gzip_is_refused(
+    tmp_path: Path, arrays: dict[str, np.ndarray], content: bytes
+) -> None:
+    for name, array in arrays.items():
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(content)
+    refused(tmp_path, f"{tmp_path / 'train-labels-idx1-ubyte.gz'}: expected a readable file, got")
 
 
 # ---- folders of images -----------------------------------------------------------------------------------

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import re
 import signal
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from cases import needs_emulator
 from torch import nn
 
 import cnnops
-from cnnops import data, demo, info
+from cnnops import demo, info
 from cnnops.demo import figure
 from cnnops.models import MODELS
 from cnnops.training.record import Record
@@ -242,118 +239,3 @@ def test_interrupted_drawing_leaves_the_former_picture(
     with pytest.raises(KeyboardInterrupt):
         draw(path)
     assert path.read_bytes() == b"former" and [p.name for p in tmp_path.iterdir()] == ["demo.png"]
-
-
-# ---- data ------------------------------------------------------------------------------------------------
-
-
-def test_scikit_digits_are_split_once_and_for_all() -> None:
-    digits = data.scikit_digits()
-    assert digits.train_images.shape == (1438, 1, 28, 28) and len(digits.train_labels) == 1438
-    assert digits.test_images.shape == (359, 1, 28, 28) and len(digits.test_labels) == 359
-    assert digits.train_images.dtype == torch.float32 and digits.train_labels.dtype == torch.int64
-    assert digits.train_images.min() == 0 and digits.train_images.max() == 1
-    assert torch.bincount(digits.test_labels, minlength=10).tolist() == [
-        35, 37, 35, 37, 36, 36, 36, 36, 35, 36
-    ]  # fmt: skip
-
-    from sklearn.datasets import load_digits
-
-    raw = load_digits()
-    first = np.argsort(raw.target, kind="stable")[4::5].min()
-    # Bilinear from 8 to 28: the places that lie between four pixels' centres mix just those.
-    pixels = torch.from_numpy(raw.images[first] / 16).float()
-    at = [(i + 0.5) * 8 / 28 - 0.5 for i in (6, 13)]
-    (top, left), (b, r) = map(int, at), (at[0] % 1, at[1] % 1)
-    four = pixels[top : top + 2, left : left + 2]
-    mixed = torch.tensor([1 - b, b]) @ four @ torch.tensor([1 - r, r])
-    torch.testing.assert_close(digits.test_images[0, 0, 6, 13], mixed)
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">4B{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.tobytes()
-
-
-@pytest.fixture
-def mnist_files() -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return {
-        f"{part}-{kind}": rng.integers(0, high, (n, *size), dtype=np.uint8)
-        for part, n in (("train", 40), ("t10k", 8))
-        for kind, high, size in (
-            ("images-idx3-ubyte", 256, (28, 28)),
-            ("labels-idx1-ubyte", 10, ()),
-        )
-    }
-
-
-@pytest.mark.parametrize("place", ["", "raw", "MNIST/raw"])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dotted", [False, True])
-def test_mnist_is_read(
-    tmp_path: Path, mnist_files: dict[str, np.ndarray], place: str, packed: bool, dotted: bool
-) -> None:
-    (tmp_path / place).mkdir(parents=True, exist_ok=True)
-    for name, array in mnist_files.items():
-        name = name.replace("-idx", ".idx") if dotted else name
-        content = gzip.compress(idx(array)) if packed else idx(array)
-        (tmp_path / place / (name + ".gz" * packed)).write_bytes(content)
-    digits = data.mnist(tmp_path)
-    images, labels = mnist_files["train-images-idx3-ubyte"], mnist_files["train-labels-idx1-ubyte"]
-    assert torch.equal(digits.train_images[:, 0], torch.from_numpy(images) / 255)
-    assert torch.equal(digits.train_labels, torch.from_numpy(labels).long())
-    assert digits.test_images.shape == (8, 1, 28, 28) and len(digits.test_labels) == 8
-
-
-DAMAGE = {
-    "magic": (
-        "train-images-idx3-ubyte",
-        lambda b: b"\0\0\x0d" + b[3:],
-        "idx file of bytes with rank 3",
-    ),
-    "empty": ("train-images-idx3-ubyte", lambda b: b"", "idx file of bytes with rank 3, got  at"),
-    "cut": (
-        "t10k-images-idx3-ubyte",
-        lambda b: b[:-1],
-        "expected 6272 bytes for (8, 28, 28), got 6271",
-    ),
-    "longer": ("t10k-labels-idx1-ubyte", lambda b: b + b"\0", "expected 8 bytes for (8,), got 9"),
-    "side": (
-        "train-images-idx3-ubyte",
-        lambda b: idx(np.zeros((40, 27, 28), np.uint8)),
-        "train images: expected 28x28, got 27x28",
-    ),
-    "fewer labels": (
-        "train-labels-idx1-ubyte",
-        lambda b: idx(np.zeros(39, np.uint8)),
-        "got 40 images and 39 labels",
-    ),
-    "label": ("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "expected 0 to 9, got 10"),
-}
-
-
-@pytest.mark.parametrize("case", DAMAGE)
-def test_damaged_mnist_is_refused(
-    tmp_path: Path, mnist_files: dict[str, np.ndarray], case: str
-) -> None:
-    for name, array in mnist_files.items():
-        (tmp_path / name).write_bytes(idx(array))
-    name, damage, message = DAMAGE[case]
-    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
-    with pytest.raises(data.DataError, match=re.escape(message)):
-        data.mnist(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"not gzip", gzip.compress(idx(np.zeros(40, np.uint8)))[:-9]],
-    ids=["not_gzip", "cut_short"],
-)
-def test_damaged_gzip_is_refused(
-    tmp_path: Path, mnist_files: dict[str, np.ndarray], content: bytes
-) -> None:
-    for name, array in mnist_files.items():
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
-    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(content)
-    with pytest.raises(data.DataError, match=r"train-labels.*expected a readable file, got"):
-        data.mnist(tmp_path)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from cnnops.data.digits import SIDE, Digits, has_idx_files, idx_files, mnist, scikit, scikit_digits
+from cnnops.data.digits import SIDE, has_idx_files, idx_files, scikit
 from cnnops.data.folder import image_folder
 from cnnops.data.sets import DataError, DataSet, Split
 
-__all__ = ["SIDE", "DataError", "DataSet", "Digits", "Split", "load", "mnist", "scikit_digits"]
+__all__ = ["SIDE", "DataError", "DataSet", "Split", "load"]
 
 
 def load(folder: Path | None, channels: int, size: tuple[int, int], seed: int) -> DataSet:

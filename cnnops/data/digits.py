@@ -7,13 +7,11 @@ import math
 import os
 import struct
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from cnnops.data.sets import DataError, DataSet, InMemory
 
@@ -117,33 +115,3 @@ def _idx(folder: Path, name: str) -> NDArray[np.uint8]:
             f"{path}: expected {math.prod(size)} bytes for {size}, got {len(content) - start}"
         )
     return np.frombuffer(content, np.uint8, offset=start).reshape(size).copy()
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Images and labels, split once and for all into what is learned from and what is tested on."""
-
-    source: str
-    train_images: Tensor
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-
-
-def scikit_digits() -> Digits:
-    """What `scikit` loads, all of it in tensors: float32 ``N x 1 x 28 x 28`` and int64 ``N``."""
-    return _all(scikit())
-
-
-def mnist(folder: Path) -> Digits:
-    """What `idx_files` loads, all of it in tensors: float32 ``N x 1 x 28 x 28`` and int64 ``N``."""
-    if not folder.is_dir():
-        raise DataError(f"data: expected a folder with MNIST's files, got {folder}")
-    return _all(idx_files(folder))
-
-
-def _all(found: DataSet) -> Digits:
-    train, test = (
-        (part.images(torch.arange(len(part))), part.labels) for part in (found.train, found.test)
-    )
-    return Digits(found.source, *train, *test)
