@@ -426,6 +426,7 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> tuple[_Function, list[tuple[int, in
     driver = types.SimpleNamespace(funcSetAttribute=lambda *a: attributes.append(a))
     cuda = types.ModuleType("cupy.cuda")
     cuda.driver = driver  # type: ignore[attr-defined]
+    cuda.runtime = types.SimpleNamespace(setDevice=lambda index: None)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cupy", types.ModuleType("cupy"))
     monkeypatch.setitem(sys.modules, "cupy.cuda", cuda)
     monkeypatch.setattr(jit, "_function", lambda kernel, shared, index: function)

@@ -423,10 +423,8 @@ def _activate(typing_context, lanes, sums, line, lines, count, activation):
 
 # ---- steps of a task --------------------------------------------------------------------------------------
 
-# The long steps are inlined by numba: as functions of their own each would be compiled twice.
 
-
-@routine(inline="always")
+@routine
 def _filters(L, kind, to, plane, width, w, wk, wc, wt, turned, rows, first, count, taps):
     """U of `rows` filters, at most a vector, for `count` channels from `first`: ``to [xi] [C] [width]``.
 
@@ -482,7 +480,7 @@ def _set_places(places, top, left, h0, w0, H, W, sh, sw, nothing):
             places[6 * i + j] = (h - h0) * sh + (w - w0) * sw if inside else nothing
 
 
-@routine(inline="always")
+@routine
 def _inputs(
     L, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk, room
 ):  # fmt: skip
@@ -552,7 +550,7 @@ def _inputs(
                 to[k * plane + c // STRETCH * stretch + t * pitch + c % STRETCH] = 0
 
 
-@routine(inline="always")
+@routine
 def _outputs(
     L, kind, y, residual, sums, plane, pitch, first, count, k0, k1, scale, shift, activation,
     sizes, strides, room,
