@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-DEMO = ["scikit-learn>=1.3", "matplotlib>=3.8", "pillow>=10"]
+DEMO = ["scikit-learn>=1.3", "matplotlib>=3.8", "pillow>=10.1"]
 BENCH = ["pytest>=8", "pytest-benchmark>=4", "matplotlib>=3.8"]
 DOCS = ["sphinx>=8", "myst-parser>=4", "furo>=2024.8.6"]
 TEST = [

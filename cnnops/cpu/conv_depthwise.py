@@ -71,9 +71,6 @@ SPLITS = 64
 FLAT = 32 * 1024
 """Most elements of a plane of `L` channels that is held in scratch as a whole."""
 
-_CLAMPS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
-"""Activations that are limits of what passes."""
-
 
 def _computed(kind: str) -> str:
     return "float64" if kind == "float64" else "float32"
@@ -1038,14 +1035,14 @@ class _Correlation:
             w.data_ptr(), 0 if scale is None else scale.data_ptr(), packed.data_ptr(), *self._pack_values,
             scratch_bytes=8 * (self._packed_size // self._pack_count + 64),
         )  # fmt: skip
-        limits = _CLAMPS.get(activation) if residual is None else None
+        limits = simd.LIMITS.get(activation) if residual is None else None
         from_x, from_y = strides(x), strides(y)
         (flat_x, flat_y), (W, Q) = self._flat, self._sizes
         self._task(limits is None).run(
             self._count, self._work,
             x.data_ptr(), y.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
             0 if residual is None else residual.data_ptr(), ACTIVATIONS.index(activation),
-            *(limits or _CLAMPS["none"]), *self._values,
+            *(limits or simd.LIMITS["none"]), *self._values,
             flat_x and from_x[3] == W, flat_y and from_y[3] == Q, *from_x, *from_y,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip

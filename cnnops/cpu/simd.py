@@ -538,7 +538,7 @@ _ACTIVATIONS: dict[str, Callable[[Emit, ir.Value], ir.Value]] = {
     "sigmoid": lambda emit, z: _sigmoid(emit, z, emit.constant(1.0)),
     "tanh": lambda emit, z: emit.tanh(z),
 }
-_LIMITS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
+LIMITS = {"none": (-math.inf, math.inf), "relu": (0.0, math.inf), "relu6": (0.0, 6.0)}
 """Activations that are limits of what passes."""
 
 
@@ -570,10 +570,10 @@ def with_activation(
             result = builder.select(this, value, result)
         return result
 
-    limits = [{name: emit.constant(_LIMITS[name][side]) for name in _LIMITS} for side in range(2)]
-    called = {name: _function(emit, name) for name in ACTIVATIONS if name not in _LIMITS}
+    limits = [{name: emit.constant(LIMITS[name][side]) for name in LIMITS} for side in range(2)]
+    called = {name: _function(emit, name) for name in ACTIVATIONS if name not in LIMITS}
     limited = ir.Constant(ir.IntType(1), 0)
-    for name in _LIMITS:
+    for name in LIMITS:
         this = builder.icmp_signed("==", activation, int_constant(ACTIVATIONS.index(name)))
         limited = builder.or_(limited, this)
     with builder.if_else(limited) as (then, otherwise):
