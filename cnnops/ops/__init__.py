@@ -30,7 +30,7 @@ from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from cnnops import registry
+from cnnops import huge_pages, registry
 from cnnops.ops.vmap import Rule, one_by_one
 from cnnops.shapes import Shape
 
@@ -178,10 +178,21 @@ def empty(
     size: Sequence[int], like: Tensor, channels_last: bool = False, dtype: torch.dtype | None = None
 ) -> Tensor:
     """An uninitialised tensor of `like`'s device, and its dtype unless one is given."""
-    strides = new_strides(size, channels_last)
+    return empty_strided(size, new_strides(size, channels_last), like, dtype)
+
+
+def empty_strided(
+    size: Sequence[int], strides: Sequence[int], like: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
+    """`empty` with strides of one's own."""
     if dtype is None:
-        return like.new_empty_strided(size, strides)
-    return like.new_empty_strided(size, strides, dtype=dtype)
+        t = like.new_empty_strided(size, strides)
+    else:
+        t = like.new_empty_strided(size, strides, dtype=dtype)
+    # Fake tensors are of another type; they have no memory, and must not be asked for sizes.
+    if type(t) is Tensor and t.numel() >= huge_pages.LEAST and t.is_cpu:
+        huge_pages.use_for(t)
+    return t
 
 
 def call(function: type[Function], op: Callable[..., Any], *arguments: Any) -> Any:

@@ -34,6 +34,7 @@ from cnnops.ops import (
     channels_last_strides,
     define,
     empty,
+    empty_strided,
     expect_same,
     new_strides,
 )
@@ -460,7 +461,7 @@ def _conv_fprop(
 ) -> Tensor:  # fmt: skip
     shape, strides = problem(x, w, bias, stride, padding, dilation, groups, padding_mode)
     expect_same(x, x.dtype, weight=w, bias=bias)
-    y = x.new_empty_strided(shape.y_size, strides)
+    y = empty_strided(shape.y_size, strides, x)
     if x.numel():
         run("conv_fprop", engine, shape, x.dtype, x, w, bias, y)
     elif bias is not None:

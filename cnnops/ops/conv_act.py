@@ -27,6 +27,7 @@ from cnnops.ops import (
     call,
     define,
     empty,
+    empty_strided,
     expect_same,
     is_transformed,
     may_need_gradient,
@@ -262,7 +263,7 @@ def _conv_moments(
     *geometry, engine = arguments
     shape, strides = plain.problem(x, w, bias, *geometry)
     expect_same(x, x.dtype, weight=w, bias=bias)
-    y = x.new_empty_strided(shape.y_size, strides)
+    y = empty_strided(shape.y_size, strides, x)
     mean, var = (empty((shape.K,), x, dtype=norm.statistics_dtype(x)) for _ in range(2))
     if x.numel():
         run("conv_fprop", engine, shape, x.dtype, x, w, bias, y, Epilogue(mean=mean, var=var))
