@@ -96,9 +96,9 @@ def _checked_switch(value: str) -> bool:
 
 
 def winograd(allowed: bool) -> Setting:
-    """Whether the cpu engine may compute convolutions of 3 by 3 taps by Winograd's algorithm (Lavin and Gray,
-    arXiv:1509.09308), which it does where that is faster: forward and input gradient, two to three times as
-    fast from 64 channels on. On from the start unless ``CNNOPS_WINOGRAD=0`` is set.
+    """Whether the cpu engine may compute convolutions of 3 by 3 and 5 by 5 taps by Winograd's algorithm
+    (Lavin and Gray, arXiv:1509.09308), which it does where that is faster: forward and input gradient, two to
+    three times as fast from 64 channels on. On from the start unless ``CNNOPS_WINOGRAD=0`` is set.
 
     Its results are further from the exact ones than a direct convolution's: in float32 by 7e-7 of the norm
     instead of 3e-7, and no single one by more than some 5e-6 of their standard deviation. A NaN or an

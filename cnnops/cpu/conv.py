@@ -3,7 +3,7 @@
 Each has several forms, one module each; what a call takes depends on shape, type and memory alone:
 
     conv_depthwise  one filter a channel, of that channel alone
-    conv_winograd   3x3 taps a step apart: a quarter of the multiplications
+    conv_winograd   3x3 and 5x5 taps a step apart: a quarter, and a third, of the multiplications
     conv_rows       channels last: what most convolutions are fastest as, whatever their memory
     conv_planes     one tap, and channels in planes
     conv_blocks     channels in planes: results of few channels, padding modes other than zeros, dense layers
@@ -59,9 +59,12 @@ def form(
         C, K = K, C
         if not channels_last and max(shape.stride) > 1:
             return conv_blocks
-    grain = rows.grain(simd.lanes("float64" if dtype == torch.float64 else "float32"))
-    # Vectors run along K, and there are not many lanes without a filter.
-    return conv_rows if 2 * up(K, grain) <= 3 * K else conv_blocks
+    # Vectors of conv_rows run along K: with too many lanes without a filter it takes longer. Planes must be
+    # turned for it first, channels for conv_blocks; there one tap would not make up for that.
+    vectors_k = up(K, rows.grain(simd.lanes("float64" if dtype == torch.float64 else "float32")))
+    if channels_last:
+        return conv_rows if vectors_k <= 2 * K or max(shape.kernel) == 1 else conv_blocks
+    return conv_rows if 10 * vectors_k <= 13 * K else conv_blocks
 
 
 @lru_cache(1024)

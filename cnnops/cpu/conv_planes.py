@@ -47,7 +47,7 @@ def _products(L, M, W, w, filters, panel, C, start, y, outs, rest, rest_outs, K,
                 lines = tail
             rows.multiply(
                 L, M, W, ahead(w, c), lines, taps, 1, min(STRETCH, C - c), ahead(panel, c * W),
-                start, to, there, c,
+                start, to, there, W, c,
             )  # fmt: skip
 
 

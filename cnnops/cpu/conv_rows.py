@@ -113,8 +113,9 @@ def _copy_block(
 
 
 @routine
-def _products(L, M, W, x, places, count, taps, slices, w, start, y, outs):
-    """All sums of W columns of filters for so many places, a stretch of the terms at a time."""
+def _products(L, M, W, x, places, count, taps, slices, w, start, y, outs, columns):
+    """All sums of W columns of filters, of which so many are wanted, for so many places, a stretch of the
+    terms at a time."""
     for s in range(slices[0]):
         slice = ahead(slices, 1 + 5 * s)
         first, some, c, length, j = slice[0], slice[1], slice[2], slice[3], slice[4]
@@ -122,14 +123,8 @@ def _products(L, M, W, x, places, count, taps, slices, w, start, y, outs):
         for m in range(0, count, M):
             rows.multiply(
                 L, M, W, ahead(x, c), ahead(places, m), ahead(taps, first), some, length, filters,
-                start, y, ahead(outs, m), s,
+                start, y, ahead(outs, m), columns, s,
             )  # fmt: skip
-
-
-@routine
-def _width(L, full, left):
-    """Columns of the tile that comes next, of so many that are left."""
-    return full if left >= full else min(left, 2 * L)
 
 
 @lru_cache(None)
@@ -137,9 +132,9 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64 {T}**4 int64**2 int64*54")
     real, itemsize = np.float64 if T == "float64" else np.float32, bytes_of(T)
-    full, half = V * L, U < L
-    # Widths of tiles: of whole ones, and of up to two vectors for what is left, in halves of a vector.
-    W1, W2, W3, W4, W8 = L // 2, L, L + L // 2, 2 * L, full
+    full, half, M2 = V * L, U < L, 2 * M
+    # Widths of tiles, see `rows.padded`; in halves of a vector.
+    W1, W2, W3, W4, W6, W8 = L // 2, L, L + L // 2, 2 * L, 3 * L, full
 
     def conv_rows(address: int, index: int, scratch: int) -> None:
         """One block of outputs, for one share of one group's filters."""
@@ -167,8 +162,9 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
         count = images * zs * ps * qs
 
         places = pointer(scratch + tables_at, "int64")
-        room = (Bi * Bd * Bh * Bw + M - 1) // M * M
-        to_y, to_sums = ahead(places, room + M), ahead(places, 2 * room + 2 * M)
+        twice = 2 * M
+        room = (Bi * Bd * Bh * Bw + twice - 1) // twice * twice
+        to_y, to_sums = ahead(places, room + twice), ahead(places, 2 * (room + twice))
         sums = pointer(scratch + sums_at, T)
         d0, h0, w0 = z0 * step_d * sd + low_d, p0 * step_h * sh + low_h, q0 * step_w * sw + low_w
         x = vectors.elements(x_, kind)
@@ -200,16 +196,17 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
         result = pointer(y_ + origin * itemsize, T)
         # A last tile that is not whole has its last place several times, the others' sums go nowhere.
         beyond = (scratch + unused_at - y_ - origin * itemsize) // itemsize
-        for number in range(count, (count + M - 1) // M * M):
+        behind = (count + twice - 1) // twice * twice
+        for number in range(count, behind):
             to_y[number] = beyond
             to_sums[number] = number * full
-        for number in range(count, (count + M - 1) // M * M + M):
+        for number in range(count, behind + twice):
             places[number] = places[count - 1]
 
         residual = ahead(vectors.elements(residual_, kind), origin)
         real_residual = pointer(residual_ + origin * itemsize, T)
         null = vectors.elements(0, kind)
-        padded = (K + U - 1) // U * U
+        padded = rows.padded(K, L, full, U)
         packed = ahead(w, group * padded * J)
         line, beside = pointer(scratch + line_at, T), pointer(scratch + beside_at, T)
         halves = vectors.elements(scratch + halves_at, kind)
@@ -217,28 +214,62 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
         behind = part * share
         while behind < last:
             k = behind
-            width = _width(L, full, padded - k)
+            width = min(full, padded - k)
             behind += width
             filters, begin = ahead(packed, k * J), ahead(start, group * padded + k)
             some = min(width, K - k)
             if direct_y:
-                to, outs = ahead(result, k), to_y
+                to, outs, columns = ahead(result, k), to_y, some
             else:
-                to, outs = sums, to_sums
+                to, outs, columns = sums, to_sums, width
             if width == full:
-                _products(L, M, W8, block, places, count, taps, slices, filters, begin, to, outs)
-            elif width == W4:
-                _products(L, M, W4, block, places, count, taps, slices, filters, begin, to, outs)
+                _products(
+                    L, M, W8, block, places, count, taps, slices, filters, begin, to, outs, columns
+                )
             elif width == W2:
-                _products(L, M, W2, block, places, count, taps, slices, filters, begin, to, outs)
+                _products(
+                    L, M2, W2, block, places, count, taps, slices, filters, begin, to, outs, columns
+                )
+            elif V > 2 and width == W4:
+                _products(
+                    L, M, W4, block, places, count, taps, slices, filters, begin, to, outs, columns
+                )
+            elif V > 3 and width == W6:
+                _products(
+                    L, M, W6, block, places, count, taps, slices, filters, begin, to, outs, columns
+                )
             elif half:
                 if width == W3:
                     _products(
-                        L, M, W3, block, places, count, taps, slices, filters, begin, to, outs
+                        L,
+                        M,
+                        W3,
+                        block,
+                        places,
+                        count,
+                        taps,
+                        slices,
+                        filters,
+                        begin,
+                        to,
+                        outs,
+                        columns,
                     )
                 else:
                     _products(
-                        L, M, W1, block, places, count, taps, slices, filters, begin, to, outs
+                        L,
+                        M2,
+                        W1,
+                        block,
+                        places,
+                        count,
+                        taps,
+                        slices,
+                        filters,
+                        begin,
+                        to,
+                        outs,
+                        columns,
                     )
             if direct_y and activation < 0:
                 continue
@@ -337,12 +368,10 @@ def _pack(T: str, L: int, V: int, U: int) -> Task:
         w, packed, taps, K, C, T_, S_, of_group, of_k, of_c, of_tap, J = unpack(address, args)
         if J == 0:
             return
-        padded = (K + U - 1) // U * U
-        blocks = padded // full + (padded % full + 2 * L - 1) // (2 * L)
-        group, k0 = index // blocks, 0
-        for _ in range(index % blocks):
-            k0 += _width(L, full, padded - k0)
-        width = _width(L, full, padded - k0)
+        padded = rows.padded(K, L, full, U)
+        blocks = (padded + full - 1) // full
+        group, k0 = index // blocks, index % blocks * full
+        width = min(full, padded - k0)
         to = ahead(packed, (group * padded + k0) * J)
         spare = pointer(scratch, T)
         source = ahead(w, group * of_group + k0 * of_k)
@@ -437,9 +466,9 @@ def _outer_products(L, M, W, block, places, panel, sums, taps, common):
 def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64*2 {T}**2 int64**2 int64*57")
-    full, half = V * L, U < L
-    # Widths of tiles: of whole ones, and of up to two vectors for what is left, in halves of a vector.
-    W1, W2, W3, W4, W8 = L // 2, L, L + L // 2, 2 * L, full
+    full, half, M2 = V * L, U < L, 2 * M
+    # Widths of tiles, see `rows.padded`; in halves of a vector.
+    W1, W2, W3, W4, W6, W8 = L // 2, L, L + L // 2, 2 * L, 3 * L, full
 
     def conv_rows_weights(address: int, index: int, scratch: int) -> None:
         """A share of the places, for a share of one group's filters and channels: ``sums [tap, C] [K]``."""
@@ -459,7 +488,7 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
         split = rest // groups
         channels, filters = min(share_c, C - c0), min(share_k, K - k0)
         pitch = (share_k + L - 1) // L * L
-        stretch = (side * share_c + M - 1) // M * M
+        stretch = (side * share_c + 2 * M - 1) // (2 * M) * (2 * M)
         wide = channels + pad
         if splits > 1:
             sums = ahead(partial, index * lines * stretch * pitch)
@@ -499,10 +528,10 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
                             places[at] = i * an + z * ad + p * ah + q * aw
                             at += 1
             start = n0 * yn + z0 * yd + p0 * yh + q0 * yw
-            behind, whole = 0, (filters + U - 1) // U * U
+            behind, whole = 0, rows.padded(filters, L, full, U)
             while behind < whole:
                 k = behind
-                width = _width(L, full, whole - k)
+                width = min(full, whole - k)
                 behind += width
                 sums_here = ahead(sums, k)
                 common = (count, chunk, started, lines, side * channels, wide, stretch, pitch)
@@ -512,15 +541,17 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
                 )  # fmt: skip
                 if width == full:
                     _outer_products(L, M, W8, block, places, panel, sums_here, taps, common)
-                elif width == W4:
-                    _outer_products(L, M, W4, block, places, panel, sums_here, taps, common)
                 elif width == W2:
-                    _outer_products(L, M, W2, block, places, panel, sums_here, taps, common)
+                    _outer_products(L, M2, W2, block, places, panel, sums_here, taps, common)
+                elif V > 2 and width == W4:
+                    _outer_products(L, M2, W4, block, places, panel, sums_here, taps, common)
+                elif V > 3 and width == W6:
+                    _outer_products(L, M, W6, block, places, panel, sums_here, taps, common)
                 elif half:
                     if width == W3:
-                        _outer_products(L, M, W3, block, places, panel, sums_here, taps, common)
+                        _outer_products(L, M2, W3, block, places, panel, sums_here, taps, common)
                     else:
-                        _outer_products(L, M, W1, block, places, panel, sums_here, taps, common)
+                        _outer_products(L, M2, W1, block, places, panel, sums_here, taps, common)
             started += 1
         if started == 0:
             for j in range(lines * stretch * pitch):
@@ -547,7 +578,7 @@ def _add_splits(T: str, L: int, M: int) -> Task:
             of_group, of_k, of_c, of_tap,
         ) = unpack(address, args)  # fmt: skip
         pitch = (share_k + L - 1) // L * L
-        stretch = (side * share_c + M - 1) // M * M
+        stretch = (side * share_c + 2 * M - 1) // (2 * M) * (2 * M)
         k = index % (pitch // L) * L
         rest = index // (pitch // L)
         c0 = rest % parts_c * share_c
@@ -702,14 +733,14 @@ class _Correlation:
         T = "float64" if x.kind == "float64" else "float32"
         lanes, itemsize = simd.lanes(T), bytes_of(T)
         M, V, grain = rows.ROWS, rows.vectors_a_tile(), rows.grain(lanes)
-        full, padded = V * lanes, up(K, grain)
+        full = V * lanes
+        padded = rows.padded.py_func(K, lanes, full, grain)
         taps = math.prod(len(axis.taps) for axis in axes)
         self._channels, self._padded = groups * K, groups * padded
         self._real = torch.float64 if T == "float64" else torch.float32
         self._direct_x = (
             x.kind == T and x.channels and taps == 1 and all(axis.inside for axis in axes)
         )
-        self._direct_y = y.kind == T and y.channels and K % grain == 0
         # Neighbouring taps of a block's row are neighbours in memory.
         w_taps = axes[2].taps
         merged = not self._direct_x and w_taps == tuple(range(len(w_taps)))
@@ -717,6 +748,9 @@ class _Correlation:
         length = C * side
         self._axes, J = axes, taps * C
         slices = self._slices(taps // side if side else 0, length)
+        # A vector of which y has a part is written in place once, not again and again.
+        whole = K == padded or len(slices) == 1
+        self._direct_y = y.kind == T and y.channels and whole
         cycles, block, parts = self._weigh(x, y, N, groups, C, K, J, len(slices), lanes, threads)
         Z, H, W = block.inputs(axes)
         tap_offsets = [
@@ -730,10 +764,10 @@ class _Correlation:
         blocks_n, *blocks_zpq = block.counts(N, axes)
         share = up(up(K, full) // full, parts) // parts * full
         parts = -(-K // share)
-        room = up(block.places, M)
+        room = up(block.places, 2 * M)
         sizes = [
             0 if self._direct_x else (block.images * Z * H * W * C + lanes) * itemsize,
-            3 * (room + M) * 8,
+            3 * (room + 2 * M) * 8,
             lanes * (W + lanes) * itemsize,
             0 if self._direct_y else room * full * itemsize,
             lanes * (room + lanes) * itemsize,
@@ -770,7 +804,7 @@ class _Correlation:
         picks = product(*(axis.picks for axis in axes))
         self._picks = np.array([(t * R + r) * S + s for t, r, s in picks] or [0], np.int64)
         self._pack = _pack(T, lanes, V, grain)
-        self._pack_count = groups * (padded // full + -(-(padded % full) // (2 * lanes)))
+        self._pack_count = groups * -(-padded // full)
         places = math.prod(kernel)
         self._pack_scratch = max(lanes, 256 // places * places + places) * lanes * itemsize
         self._pack_values = (self._picks.ctypes.data, K, C, taps, places, *along, J)
@@ -799,6 +833,7 @@ class _Correlation:
         """The fastest block and number of parts by estimated cycles, and that estimate, a thread."""
         M, V, grain = rows.ROWS, rows.vectors_a_tile(), rows.grain(lanes)
         full, blocks_k = V * lanes, -(-K // (V * lanes))
+        padded = rows.padded.py_func(K, lanes, full, grain)
         best: tuple[float, _Block, int] | None = None
         for block in _blocks(N, self._axes, 1024):
             places = block.places
@@ -814,7 +849,7 @@ class _Correlation:
             room = ((places if self._direct_x else inputs) * C + places * full) * 4
             for parts in {min(blocks_k, e) for e in (1, 2, 3, 4, 6, 8, 16, 32)}:
                 share = -(-blocks_k // parts)
-                width = min(share * full, up(K, grain))
+                width = min(share * full, padded)
                 products = tiles * M * J * width / lanes + tiles * share * slices * 70
                 if room > CACHE_BYTES:
                     products *= 1.0 + 0.03 * room / CACHE_BYTES
@@ -896,10 +931,10 @@ class _WeightGradient:
         # Places a multiple of a power of two apart would share few lines of the first-level cache.
         pad = 64 // itemsize if side == 1 and share_c * itemsize % 512 == 0 else 0
         Z, H, W = block.inputs(axes)
-        stretch, pitch = up(side * share_c, M), up(share_k, lanes)
+        stretch, pitch = up(side * share_c, 2 * M), up(share_k, lanes)
         sums = lines * stretch * pitch
         sizes = [
-            (block.images * Z * H * W * (share_c + pad) + lanes + M) * itemsize,
+            (block.images * Z * H * W * (share_c + pad) + lanes + 2 * M) * itemsize,
             block.places * 8,
             (block.places + 1) * full * itemsize,
             sums * itemsize if splits == 1 else 0,

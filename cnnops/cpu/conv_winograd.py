@@ -1,8 +1,8 @@
-"""Winograd's convolution F(4x4, 3x3): 36 products where a direct convolution of 16 outputs has 144.
+"""Winograd's convolutions F(4x4, 3x3) and F(2x2, 5x5): 36 products where direct ones have 144 and 100.
 
-A tile of 4 by 4 outputs comes from 6 by 6 inputs d and, for each pair of channels, a filter g, as
-``Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A``. The sum over channels is taken before Aᵀ and A, so that ⊙ becomes 36
-matrix products ``M[xi] = V[xi] · U[xi]``, of [tiles, C] and [C, K]:
+A tile of E by E outputs comes from 6 by 6 inputs d and, for each pair of channels, a filter g of R by R taps,
+E + R = 7, as ``Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A``, with one B for either R. The sum over channels is taken
+before Aᵀ and A, so that ⊙ becomes 36 matrix products ``M[xi] = V[xi] · U[xi]``, of [tiles, C] and [C, K]:
 
     V = Bᵀ d B    [xi] [stretch of C] [tile] [C]        a stretch is `STRETCH` channels
     U = G g Gᵀ    [panel] [xi] [C] [K]                  a panel is as many filters as a tile of registers
@@ -22,14 +22,16 @@ of which are added. Errors of float32 results from normally distributed numbers,
 largest, relative to the results' standard deviation:
 
     C                              64                256               512
-    these points             6.3e-7  5.3e-6    6.7e-7  4.3e-6    7.2e-7  4.9e-6
-    0, ±1, ±2, ∞             1.3e-6  1.6e-5    1.4e-6  1.3e-5    1.5e-6  1.4e-5
-    direct convolution       2.7e-7  2.4e-6    2.8e-7  1.6e-6    2.9e-7  1.7e-6
+    3x3, these points        6.3e-7  5.3e-6    6.7e-7  4.3e-6    7.2e-7  4.9e-6
+    3x3, 0, ±1, ±2, ∞        1.3e-6  1.6e-5    1.4e-6  1.3e-5    1.5e-6  1.4e-5
+    3x3, direct convolution  2.7e-7  2.4e-6    2.8e-7  1.6e-6    2.9e-7  1.7e-6
+    5x5, these points        7.0e-7  3.6e-6    7.5e-7  4.0e-6    8.0e-7  4.5e-6
+    5x5, direct convolution  1.8e-7  1.0e-6    2.3e-7  1.5e-6    2.7e-7  2.2e-6
 
 Half types are computed in float32 and rounded once, at the end.
 
-NaN and infinity. A number that is not finite may reach all 16 outputs of each tile that reads it, where a
-direct convolution has it in the 9 that see it. Those always get it, an infinity perhaps as NaN, for it meets
+NaN and infinity. A number that is not finite may reach all outputs of each tile that reads it, where a
+direct convolution has it in those that see it. Those always get it, an infinity perhaps as NaN, for it meets
 itself with both signs. The transforms reach some ten times as far as their inputs: near the largest float32
 they overflow.
 """
@@ -39,7 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -91,40 +93,36 @@ def _input_axis(emit: simd.Emit, d: list[ir.Value]) -> list[ir.Value]:
 
 
 def _filter_axis(emit: simd.Emit, g: list[ir.Value]) -> list[ir.Value]:
-    """``G g``: 3 to 6, but for factors that `_sums_axis` has instead."""
+    """``G g``: R to 6, but for factors that `_sums_axis` has instead."""
 
-    def plus(factor, a, c):
-        return emit.multiply_add(emit.constant(factor), a, c)
+    def powers(square: float, terms: list[ir.Value]) -> ir.Value:
+        total = terms[-1]
+        for term in terms[-2::-1]:
+            total = emit.multiply_add(emit.constant(square), total, term)
+        return total
 
-    near, far = plus(0.5, g[2], g[0]), plus(2.0, g[2], g[0])
-    return [
-        g[0],
-        plus(_NEAR, g[1], near),
-        plus(-_NEAR, g[1], near),
-        plus(_FAR, g[1], far),
-        plus(-_FAR, g[1], far),
-        g[2],
-    ]
+    pairs = []
+    for point in (_NEAR, _FAR):
+        even, odd = (powers(point**2, g[first::2]) for first in (0, 1))
+        pairs += [emit.multiply_add(emit.constant(p), odd, even) for p in (point, -point)]
+    return [g[0], *pairs, g[-1]]
 
 
-def _sums_axis(emit: simd.Emit, m: list[ir.Value]) -> list[ir.Value]:
-    """``Aᵀ m``: 6 to 4."""
+def _sums_axis(emit: simd.Emit, m: list[ir.Value], outputs: int) -> list[ir.Value]:
+    """``Aᵀ m``: 6 to so many."""
     builder = emit.builder
-
-    def plus(factor, a, c):
-        return emit.multiply_add(emit.constant(factor), a, c)
-
     near, far = builder.fadd(m[1], m[2]), builder.fadd(m[3], m[4])
     odd_near, odd_far = builder.fsub(m[1], m[2]), builder.fsub(m[3], m[4])
     # G's rows for ±1/√2 have a factor of -2/3, those for ±√2 one of 1/6.
     a, b = -2 / 3, 1 / 6
-    once = builder.fmul(emit.constant(a * _NEAR), odd_near)
-    return [
-        plus(b, far, plus(a, near, m[0])),
-        plus(b * _FAR, odd_far, once),
-        builder.fmul(emit.constant(1 / 3), builder.fsub(far, near)),
-        plus(b * _FAR**3, odd_far, plus(a * _NEAR**3, odd_near, m[5])),
-    ]
+    sums = []
+    for q in range(outputs):
+        x, y = (odd_near, odd_far) if q % 2 else (near, far)
+        by_x, by_y = emit.constant(a * _NEAR**q), emit.constant(b * _FAR**q)
+        point = {0: m[0], outputs - 1: m[5]}.get(q)
+        first = builder.fmul(by_x, x) if point is None else emit.multiply_add(by_x, x, point)
+        sums.append(emit.multiply_add(by_y, y, first))
+    return sums
 
 
 def _both_axes(
@@ -176,35 +174,36 @@ def _transform_input(typing_context, lanes, to, plane, source, places, count):
 
 
 @intrinsic(prefer_literal=True)
-def _transform_filter(typing_context, lanes, to, plane, source, step):
-    """``to[xi * plane + l] = (G g Gᵀ)[xi]`` with ``g[t] = source[t * step + l]``, for every lane l."""
-    L = lanes.literal_value
+def _transform_filter(typing_context, lanes, side, to, plane, source, step):
+    """``to[xi * plane + l] = (G g Gᵀ)[xi]`` with ``g[t] = source[t * step + l]``, `side` by `side` of them,
+    for every lane l."""
+    L, R = lanes.literal_value, side.literal_value
 
     def generate(context, builder, signature, values):
-        to, plane, source, step = values[1:]
+        to, plane, source, step = values[2:]
         emit = simd.Emit(builder, ir.FloatType(), L)
 
         def read(i, j):
-            return emit.load(builder.gep(source, [_times(builder, step, 3 * i + j)]))
+            return emit.load(builder.gep(source, [_times(builder, step, R * i + j)]))
 
         def write(i, j, value):
             emit.store(value, builder.gep(to, [_times(builder, plane, 6 * i + j)]))
 
-        _both_axes(emit, _filter_axis, read, 3, write)
+        _both_axes(emit, _filter_axis, read, R, write)
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(lanes, to, i64, source, i64), generate
+    return types.void(lanes, side, to, i64, source, i64), generate
 
 
 @intrinsic(prefer_literal=True)
-def _transform_sums(typing_context, lanes, to, row, place, source, plane):
-    """``to[p * row + q * place + l] = (Aᵀ m A)[p, q]`` with ``m[xi] = source[xi * plane + l]``, for every
-    lane l."""
-    L = lanes.literal_value
+def _transform_sums(typing_context, lanes, outputs, to, row, place, source, plane):
+    """``to[p * row + q * place + l] = (Aᵀ m A)[p, q]`` with ``m[xi] = source[xi * plane + l]``, `outputs` by
+    `outputs` of them, for every lane l."""
+    L, E = lanes.literal_value, outputs.literal_value
 
     def generate(context, builder, signature, values):
-        to, row, place, source, plane = values[1:]
+        to, row, place, source, plane = values[2:]
         emit = simd.Emit(builder, ir.FloatType(), L)
 
         def read(i, j):
@@ -214,11 +213,11 @@ def _transform_sums(typing_context, lanes, to, row, place, source, plane):
             at = builder.add(_times(builder, row, p), _times(builder, place, q))
             emit.store(value, builder.gep(to, [at]))
 
-        _both_axes(emit, _sums_axis, read, 6, write)
+        _both_axes(emit, partial(_sums_axis, outputs=E), read, 6, write)
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(lanes, to, i64, i64, source, i64), generate
+    return types.void(lanes, outputs, to, i64, i64, source, i64), generate
 
 
 # ---- other work on vectors --------------------------------------------------------------------------------
@@ -425,36 +424,36 @@ def _activate(typing_context, lanes, sums, line, lines, count, activation):
 
 
 @routine
-def _filters(L, kind, to, plane, width, w, wk, wc, wt, turned, rows, first, count, taps):
+def _filters(L, R, kind, to, plane, width, w, wk, wc, wt, turned, rows, first, count, taps):
     """U of `rows` filters, at most a vector, for `count` channels from `first`: ``to [xi] [C] [width]``.
 
     The taps of a filter are `wt` apart in memory, read from the last one on where `turned`. One of wk, wc and
     wt is 1. `taps` is scratch, ``[C] [tap] [lanes]``.
     """
-    one = 9 * L
+    one = R * R * L
     tap = -L if turned else L
-    start = ahead(taps, 8 * L if turned else 0)
+    start = ahead(taps, one - L if turned else 0)
     for c0 in range(first, first + count, L):
         some = min(L, first + count - c0)
         here = ahead(w, c0 * wc)
         if wk == 1:
             for c in range(some):
-                for t in range(9):
+                for t in range(R * R):
                     source = ahead(here, c * wc + t * wt)
                     vectors.widen(L, kind, ahead(taps, c * one + t * L), source, rows)
         else:
             # Neighbours in memory are channels; or taps, with those of the next channel behind them or not.
-            turns, to_step, pitch, step, length = 9, L, one, wt, some
-            if wc == 9 and wt == 1:
-                turns, to_step, pitch, step, length = 1, 0, L, 0, 9 * some
+            turns, to_step, pitch, step, length = R * R, L, one, wt, some
+            if wc == R * R and wt == 1:
+                turns, to_step, pitch, step, length = 1, 0, L, 0, R * R * some
             elif wc != 1:
-                turns, to_step, pitch, step, length = some, one, L, wc, 9
+                turns, to_step, pitch, step, length = some, one, L, wc, R * R
             for i in range(turns):
                 source = ahead(here, i * step)
                 _turn(L, kind, ahead(taps, i * to_step), pitch, source, wk, rows, length)
         for c in range(some):
             at = ahead(to, (c0 - first + c) * width)
-            _transform_filter(L, at, plane, ahead(start, c * one), tap)
+            _transform_filter(L, R, at, plane, ahead(start, c * one), tap)
 
 
 @routine
@@ -482,7 +481,7 @@ def _set_places(places, top, left, h0, w0, H, W, sh, sw, nothing):
 
 @routine
 def _inputs(
-    L, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk, room
+    L, E, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk, room
 ):  # fmt: skip
     """V of `count` tiles from the `first` on, and zeros behind them up to so many rows:
     ``to [xi] [stretch of C] [tile] [pitch]``.
@@ -502,8 +501,8 @@ def _inputs(
     t = first
     while t < first + count:
         n, row, row_end, column, column_end = _part(t, first + count, TH, TW)
-        h0, h1 = max(4 * row - pad_h, 0), min(4 * row_end + 2 - pad_h, H)
-        w0, w1 = max(4 * column - pad_w, 0), min(4 * column_end + 2 - pad_w, W)
+        h0, h1 = max(E * row - pad_h, 0), min(E * (row_end - 1) + 6 - pad_h, H)
+        w0, w1 = max(E * column - pad_w, 0), min(E * (column_end - 1) + 6 - pad_w, W)
         start = x + (n * xn + h0 * xh + w0 * xw) * itemsize
         line, step, source_at = (w1 - w0) * chunk, chunk, pixels_at
         if straight:
@@ -513,7 +512,7 @@ def _inputs(
         for i in range(row, row_end):
             for j in range(column, column_end):
                 _set_places(
-                    ahead(places, 36 * tiles), 4 * i - pad_h, 4 * j - pad_w, h0, w0, H, W, line, step,
+                    ahead(places, 36 * tiles), E * i - pad_h, E * j - pad_w, h0, w0, H, W, line, step,
                     (zeros_at - source_at) // 4,
                 )  # fmt: skip
                 tiles += 1
@@ -552,7 +551,7 @@ def _inputs(
 
 @routine
 def _outputs(
-    L, kind, y, residual, sums, plane, pitch, first, count, k0, k1, scale, shift, activation,
+    L, E, kind, y, residual, sums, plane, pitch, first, count, k0, k1, scale, shift, activation,
     sizes, strides, room,
 ):  # fmt: skip
     """Channels k0 to k1 of `count` tiles from the `first` on, from sums ``[xi] [tile] [pitch]``.
@@ -583,18 +582,18 @@ def _outputs(
         group = L
         if yk == 1:
             row_end, column_end, group = row + 1, column + 1, width
-        p0, q0 = 4 * row, 4 * column
-        height, length = min(4 * row_end, P) - p0, min(4 * column_end, Q) - q0
+        p0, q0 = E * row, E * column
+        height, length = min(E * row_end, P) - p0, min(E * column_end, Q) - q0
         pixels = height * length
         for k in range(0, k1 - k0, group):
             # A row's last tile may reach into the row below: the first one comes after it.
             for i in range(row, row_end):
                 for j in range(column_end - 1, column - 1, -1):
                     tile = t - first + (i - row) * (column_end - column) + j - column
-                    to = ahead(results, ((4 * i - p0) * length + 4 * j - q0) * group)
+                    to = ahead(results, ((E * i - p0) * length + E * j - q0) * group)
                     for v in range(0, group, L):
                         source = ahead(sums, tile * pitch + k + v)
-                        _transform_sums(L, ahead(to, v), length * group, group, source, plane)
+                        _transform_sums(L, E, ahead(to, v), length * group, group, source, plane)
             some = min(group, k1 - k0 - k)
             if yk == 1:
                 values, outer, inner, gap, factor_outer, factor_inner = (
@@ -654,9 +653,9 @@ def _multiply_panel(L, M, V, half, v, pitch_v, u, width, count, sums, pitch, til
 
 
 @lru_cache(None)
-def _winograd(kind: str, L: int, M: int, V: int) -> Task:
+def _winograd(kind: str, R: int, L: int, M: int, V: int) -> Task:
     args = layout("int64*2 float32**4 int64*49")
-    half = V // 2
+    half, E = V // 2, 7 - R
 
     def winograd(address: int, index: int, scratch: int) -> None:
         """With `making`, a part of U or of V, whichever there is an array for. Else y of a block of tiles:
@@ -687,7 +686,7 @@ def _winograd(kind: str, L: int, M: int, V: int) -> Task:
             lines = pointer(scratch + v_at, "float32")
         if making == given_v:
             _inputs(
-                L, kind, lines, plane_v, stretch, pitch, x, first + start, here, multiplied, C,
+                L, E, kind, lines, plane_v, stretch, pitch, x, first + start, here, multiplied, C,
                 (N, H, W, TH, TW, pad_h, pad_w, itemsize), (xn, xc, xh, xw), chunk,
                 (scratch + places_at, scratch + zeros_at, scratch + pixels_at),
             )  # fmt: skip
@@ -714,7 +713,7 @@ def _winograd(kind: str, L: int, M: int, V: int) -> Task:
                         source = ahead(vectors.elements(w, kind), filled * wk)
                         to = ahead(filters, k - k0 + (0 if given_v else c * width))
                         _filters(
-                            L, kind, to, plane_u, width, source, wk, wc, wt, turned,
+                            L, R, kind, to, plane_u, width, source, wk, wc, wt, turned,
                             min(L, K - filled), c, deep, taps,
                         )  # fmt: skip
                 if not making:
@@ -726,7 +725,7 @@ def _winograd(kind: str, L: int, M: int, V: int) -> Task:
                         )  # fmt: skip
             if not making:
                 _outputs(
-                    L, kind, y, residual, sums, plane, V * L, first + start, here, k0,
+                    L, E, kind, y, residual, sums, plane, V * L, first + start, here, k0,
                     min(k0 + V * L, K), scale, shift, activation,
                     (P, Q, TH, TW, itemsize), (yn, yk, yh, yw),
                     (scratch + factors_at, scratch + results_at, scratch + planes_at, scratch + order_at),
@@ -786,9 +785,9 @@ class _Tiles(NamedTuple):
     blocks: int
 
     @classmethod
-    def of(cls, N: int, output: Axes, C: int, K: int, threads: int) -> _Tiles:
+    def of(cls, N: int, output: Axes, C: int, K: int, side: int, threads: int) -> _Tiles:
         lanes, (M, V) = simd.lanes("float32"), simd.tiles().gemm
-        TH, TW = (-(-places // 4) for places in output)
+        TH, TW = (-(-places // (7 - side)) for places in output)
         total = N * TH * TW
         given_v = 36 * 4 * C * _padded(K) > FILTER_BYTES
         most = TILES
@@ -814,12 +813,13 @@ class _Plan:
 
     def __init__(
         self, kind: str, N: int, C: int, K: int, size: Axes, padding: tuple[int, int], output: Axes,
-        straight: bool, threads: int,
+        side: int, straight: bool, threads: int,
     ) -> None:  # fmt: skip
         L, (M, V) = simd.lanes("float32"), simd.tiles().gemm
+        out = 7 - side
         padded, pitch = _padded(K), min(STRETCH, up(C, L))
         panels, stretches = -(-padded // (V * L)), -(-C // STRETCH)
-        T, (TH, TW), given_v, tiles, rows, blocks = _Tiles.of(N, output, C, K, threads)
+        T, (TH, TW), given_v, tiles, rows, blocks = _Tiles.of(N, output, C, K, side, threads)
         if given_v:
             wave = max(1, WAVE_BYTES // (36 * 4 * C * tiles)) * tiles
             waves = [(first, min(wave, T - first)) for first in range(0, T, wave)]
@@ -840,12 +840,13 @@ class _Plan:
         scratch.add(36 * (STRETCH * V * L + LINE) if given_v else 0)
         v = scratch.add(0 if given_v else 36 * plane_v)
         sums = scratch.add(36 * plane)
-        taps = scratch.add((9 * L + 16) * L)
+        taps = scratch.add((side**2 * L + 16) * L)
         # The pixels that a rectangle of tiles reads, with what a turned vector may reach beyond.
         H, W = size
-        pixels = 6 * min(W, 4 * min(some, TW) + 2)
+        across, along = (out * min(n, t) + side - 1 for n, t in ((some, TW), (some // TW, TH)))
+        pixels = 6 * min(W, across)
         if some >= TW:
-            pixels = max(pixels, min(H, 4 * min(TH, some // TW) + 2) * W)
+            pixels = max(pixels, min(H, along) * W)
         chunk = STRETCH
         while not straight and chunk > L and 4 * chunk * pixels > PIXEL_BYTES:
             chunk //= 2
@@ -853,8 +854,8 @@ class _Plan:
         zeros = scratch.add(max(C, chunk))
         at_pixels = scratch.add(0 if straight else (pixels + L) * chunk)
         factors = scratch.add(2 * V * L * L)
-        results = scratch.add(max(16 * V * L, (16 * tiles + 8 + L) * L))
-        planes = scratch.add((up(16 * tiles, L) + L) * L)
+        results = scratch.add(max(out**2 * V * L, (out**2 * tiles + 2 * out + L) * L))
+        planes = scratch.add((up(out**2 * tiles, L) + L) * L)
         order = scratch.add(L)
         self._scratch_bytes = scratch.bytes
         itemsize = 4 if kind == "float32" else 2
@@ -865,7 +866,7 @@ class _Plan:
             factors, results, planes, order,
         )  # fmt: skip
         self._zeros = torch.zeros(K)
-        self._task = _winograd(kind, L, M, V)
+        self._task = _winograd(kind, side, L, M, V)
         self._work = 36.0 * T * C * padded / L
 
     def run(
@@ -899,16 +900,18 @@ class _Plan:
 def _fprop(shape: ConvShape, kind: str, straight: bool, threads: int) -> _Plan:
     (top, _), (left, _) = shape.padding
     return _Plan(
-        kind, shape.N, shape.C, shape.K, shape.spatial, (top, left), shape.output, straight, threads
-    )
+        kind, shape.N, shape.C, shape.K, shape.spatial, (top, left), shape.output, shape.kernel[0],
+        straight, threads,
+    )  # fmt: skip
 
 
 @lru_cache(512)
 def _dgrad(shape: ConvShape, kind: str, straight: bool, threads: int) -> _Plan:
     (top, _), (left, _) = shape.padding
+    side = shape.kernel[0]
     return _Plan(
-        kind, shape.N, shape.K, shape.C, shape.output, (2 - top, 2 - left), shape.spatial, straight,
-        threads,
+        kind, shape.N, shape.K, shape.C, shape.output, (side - 1 - top, side - 1 - left),
+        shape.spatial, side, straight, threads,
     )  # fmt: skip
 
 
@@ -916,7 +919,7 @@ def _filter_strides(w: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]
     """w with its taps at even distances and some neighbours that vectors can read, and its strides along
     filters, channels and taps."""
     k, c, r, s = w.stride()
-    if r != 3 * s or 1 not in (k, c, s):
+    if r != w.shape[3] * s or 1 not in (k, c, s):
         w = w.contiguous()
         k, c, r, s = w.stride()
     return w, (k, c, s)
@@ -957,11 +960,11 @@ def _correlate(
 
 def _fits(shape: ConvShape) -> bool:
     return (
-        shape.kernel == (3, 3)
+        shape.kernel in ((3, 3), (5, 5))
         and shape.stride == shape.dilation == (1, 1)
         and shape.groups == 1
         and shape.padding_mode == "zeros"
-        and all(0 <= p <= 2 for pair in shape.padding for p in pair)
+        and all(0 <= p < shape.kernel[0] for pair in shape.padding for p in pair)
         and math.prod(shape.x_size) > 0
     )
 
@@ -975,19 +978,19 @@ def _is_worth_it(shape: ConvShape, direction: Direction) -> bool:
         C, K, output = K, C, shape.spatial
     lanes = simd.lanes("float32")
     vectors_c, vectors_k = -(-C // lanes), -(-K // lanes)
-    direct = shape.N * math.prod(output) * 9 * C * vectors_k / 0.95
-    tiles = _Tiles.of(shape.N, output, C, K, 1)
+    direct = shape.N * math.prod(output) * math.prod(shape.kernel) * C * vectors_k / 0.95
+    tiles = _Tiles.of(shape.N, output, C, K, shape.kernel[0], 1)
     products = 36 * tiles.blocks * tiles.rows * C * _padded(K) / lanes / 0.94
-    # Transforms wait for memory most of the time.
-    transforms = 900 * tiles.total * (vectors_c + vectors_k)
+    # Transforms have little to multiply: where vectors of 512 bits go at once they are as fast as memory.
+    transforms = (900 if simd.in_two_steps() else 500) * tiles.total * (vectors_c + vectors_k)
     filters = 600 * C * vectors_k * (tiles.blocks if tiles.given_v else 1)
     return products + transforms + filters + 40_000 < 0.9 * direct
 
 
 def takes(shape: ConvShape, dtype: torch.dtype, direction: Direction) -> bool:
     """Whether `fprop` or `dgrad` computes the problem, and in less time than a direct convolution would: 2-D,
-    3 by 3 taps, stride, dilation and groups of 1, zeros as padding, at most 2 on each side. Never where
-    `cnnops.winograd` forbids it."""
+    3 by 3 or 5 by 5 taps, stride, dilation and groups of 1, zeros as padding, less on each side than taps.
+    Never where `cnnops.winograd` forbids it."""
     return (
         settings.winograd
         and direction != "wgrad"

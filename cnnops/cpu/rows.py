@@ -17,10 +17,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from cnnops.cpu import simd
+from cnnops.cpu.compiler import routine
 from cnnops.cpu.vectors import Vectors
 
 ROWS, OUTER_ROWS = 6, 4
-"""Rows of a tile of `multiply`, and of `outer`, where channels come in fours."""
+"""Rows of a tile of `multiply`, and of `outer`, where channels come in fours. Tiles of one vector a row, of
+`outer` those of two, have twice as many: additions would wait for one another."""
 
 
 def vectors_a_tile() -> int:
@@ -29,9 +31,23 @@ def vectors_a_tile() -> int:
 
 
 def grain(lanes: int) -> int:
-    """A tile is a multiple of so many columns wide: AVX-512 has vectors of half the size, too, at half the
-    price on CPUs that do long ones in two steps. Vectors of float64 are as short already."""
-    return 8 if lanes == 16 else lanes
+    """A tile is a multiple of so many columns wide: whole vectors, or halves of AVX-512's on CPUs that do
+    these in two steps. Vectors of float64 are as short already."""
+    return 8 if lanes == 16 and simd.in_two_steps() else lanes
+
+
+@routine
+def padded(K, lanes, full, grain):
+    """So many columns as tiles have for K of them. Behind tiles of `full` columns comes at most one more: of
+    three vectors, or of up to two in `grain`."""
+    rest = K % full
+    if rest > 3 * lanes:
+        rest = full
+    elif rest > 2 * lanes:
+        rest = 3 * lanes
+    else:
+        rest = (rest + grain - 1) // grain * grain
+    return K - K % full + rest
 
 
 def _segments(builder: ir.IRBuilder, element: ir.Type, lanes: int, width: int) -> list[_Segment]:
@@ -44,16 +60,27 @@ def _segments(builder: ir.IRBuilder, element: ir.Type, lanes: int, width: int) -
 
 
 class _Segment(NamedTuple):
-    """One vector of a tile's columns, and which column it begins with."""
+    """One vector of a tile's columns, which column it begins with, and a mask where not all are there."""
 
     emit: simd.Emit
     column: int
+    mask: ir.Value | None = None
+
+    def first(self, count: ir.Value) -> _Segment:
+        """Those of a tile's first `count` columns."""
+        left = self.emit.builder.sub(count, simd.int_constant(self.column))
+        return self._replace(mask=self.emit.first(left))
 
     def load(self, row: ir.Value) -> ir.Value:
-        return self.emit.load(self.emit.builder.gep(row, [simd.int_constant(self.column)]))
+        place = self.emit.builder.gep(row, [simd.int_constant(self.column)])
+        return self.emit.load(place) if self.mask is None else self.emit.load_some(place, self.mask)
 
     def store(self, value: ir.Value, row: ir.Value) -> None:
-        self.emit.store(value, self.emit.builder.gep(row, [simd.int_constant(self.column)]))
+        place = self.emit.builder.gep(row, [simd.int_constant(self.column)])
+        if self.mask is None:
+            self.emit.store(value, place)
+        else:
+            self.emit.store_some(value, place, self.mask)
 
     def first_of(self, vector: ir.Value) -> ir.Value:
         """As many lanes of a vector as this one has."""
@@ -83,18 +110,18 @@ def _far(builder: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
 
 @intrinsic(prefer_literal=True)
 def multiply(
-    typing_context, lanes, rows, width, x, places, taps, tap_count, count, w, start, y, outs, more
+    typing_context, lanes, rows, width, x, places, taps, tap_count, count, w, start, y, outs, some, more
 ):  # fmt: skip
     """``y[outs[m] + v] = start[v] + sum_{t,c} x[places[m] + taps[t] + c] * w[t, c, v]``.
 
-    For m < rows, v < width, t < tap_count, c < count; `w` packed in this order, the tables int64, in
-    elements. Where `more` is not 0, the sum is added to what y holds instead of `start`. As many places again
-    must follow: the next tile's.
+    For m < rows, v < some <= width, t < tap_count, c < count; `w` packed in this order, `width` columns of
+    it, the tables int64, in elements. Where `more` is not 0, the sum is added to what y holds instead of
+    `start`. As many places again must follow: the next tile's.
     """
     L, M, W = lanes.literal_value, rows.literal_value, width.literal_value
 
     def generate(context, builder, signature, values):
-        x, places, taps, tap_count, count, w, start, y, outs, more = values[3:]
+        x, places, taps, tap_count, count, w, start, y, outs, some, more = values[3:]
         element, at = x.type.pointee, simd.int_constant
         segments = _segments(builder, element, L, W)
         n = len(segments)
@@ -122,16 +149,21 @@ def multiply(
         sums = outer.close(pieces.close(inner.close(sums)))
         # A long sum in stretches rounds less: what there was is added to this stretch's sum.
         again = builder.icmp_signed("!=", more, at(0))
-        for m in range(M):
-            to = builder.gep(y, [_far(builder, outs, at(m))])
-            former = builder.select(again, to, start)
-            for segment, value in zip(segments, sums[m * n : m * n + n], strict=True):
-                segment.store(builder.fadd(segment.load(former), value), to)
+        whole = builder.icmp_signed("==", some, at(W))
+        with builder.if_else(whole) as branches:
+            for masked, branch in zip((False, True), branches, strict=True):
+                with branch:
+                    parts = [part.first(some) if masked else part for part in segments]
+                    for m in range(M):
+                        to = builder.gep(y, [_far(builder, outs, at(m))])
+                        former = builder.select(again, to, start)
+                        for part, value in zip(parts, sums[m * n : m * n + n], strict=True):
+                            part.store(builder.fadd(part.load(former), value), to)
         return context.get_dummy_value()
 
     i64 = types.int64
     table = types.CPointer(i64)
-    signature = types.void(lanes, rows, width, x, table, table, i64, i64, x, x, x, table, i64)
+    signature = types.void(lanes, rows, width, x, table, table, i64, i64, x, x, x, table, i64, i64)
     return signature, generate
 
 

@@ -58,6 +58,12 @@ def simd_bits() -> int:
     return 256 if {"avx2", "fma"} <= features else 128
 
 
+@lru_cache(None)
+def in_two_steps() -> bool:
+    """Whether this CPU does vectors of 512 bits in two steps, as Zen 4 does: half of one then costs half."""
+    return str(llvm.get_host_cpu_name()) == "znver4"
+
+
 def lanes(name: str) -> int:
     """Elements of the type called `name` in one vector."""
     return simd_bits() // {"float32": 32, "float64": 64}[name]
