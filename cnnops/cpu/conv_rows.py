@@ -216,7 +216,7 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
             k = behind
             width = min(full, padded - k)
             behind += width
-            filters, begin = ahead(packed, k * J), ahead(start, group * padded + k)
+            filters, begin = ahead(packed, k * J), ahead(start, group * K + k)
             some = min(width, K - k)
             if direct_y:
                 to, outs, columns = ahead(result, k), to_y, some
