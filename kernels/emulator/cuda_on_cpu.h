@@ -12,9 +12,6 @@
 
 #include "interface.h"
 
-// An access of several elements at once stays one, instead of being split into one for each element.
-#pragma GCC optimize("no-tree-sra")
-
 #define __global__
 #define __device__
 #define __host__
