@@ -44,6 +44,7 @@ from cnnops.cpu.task import (
     layout,
     native,
     pointer,
+    shared_memory,
     unpack,
 )
 from cnnops.epilogue import ACTIVATIONS, Epilogue
@@ -882,14 +883,14 @@ class _Correlation:
                 residual = epilogue.residual.data_ptr() + self._start
         if activation >= 0 or not self._direct_y:
             begin = zeros(self._padded, self._real)
-        packed = torch.empty(self._packed_size, dtype=self._real)
+        packed, owner = shared_memory(self._packed_size * self._real.itemsize)
         self._pack.run(
-            self._pack_count, self._packed_size, w.data_ptr(), packed.data_ptr(), *self._pack_values,
+            self._pack_count, self._packed_size, w.data_ptr(), packed, *self._pack_values,
             scratch_bytes=self._pack_scratch,
         )  # fmt: skip
         self._task.run(
             self._count, self._work,
-            x.data_ptr(), packed.data_ptr(), scale, shift.data_ptr(), begin.data_ptr(),
+            x.data_ptr(), packed, scale, shift.data_ptr(), begin.data_ptr(),
             *self._table_pointers, residual, y.data_ptr() + self._start, activation, *self._values,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
@@ -1019,18 +1020,18 @@ class _WeightGradient:
         return best[1], best[2]
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
-        partial = None
+        partial, owner = 0, None
         if self._splits > 1:
-            partial = torch.empty(self._count * self._sums, dtype=grad_w.dtype)
-        pointers = (partial.data_ptr() if partial is not None else 0, grad_w.data_ptr())
+            partial, owner = shared_memory(self._count * self._sums * grad_w.itemsize)
+        pointers = partial, grad_w.data_ptr()
         self._task.run(
             self._count, self._work, x.data_ptr(), grad_y.data_ptr(), *pointers,
             *self._table_pointers, *self._values,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
-        if partial is not None:
+        if partial:
             self._add.run(
-                self._add_count, partial.numel(), *pointers, self._table_pointers[1],
+                self._add_count, self._count * self._sums, *pointers, self._table_pointers[1],
                 *self._add_values,
                 scratch_bytes=self._add_scratch,
             )  # fmt: skip

@@ -54,13 +54,16 @@ from cnnops.config import settings
 from cnnops.cpu import simd, vectors
 from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import up
-from cnnops.cpu.task import Task, ahead, given, layout, pointer, unpack
+from cnnops.cpu.task import Task, ahead, given, layout, pointer, shared_memory, unpack
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import Axes, ConvShape, Direction
 
 STRETCH = 64
 """Channels that are multiplied before the next ones: so many of a panel stay in the first-level cache. A
 multiple of every number of lanes."""
+
+PART = 16
+"""Channels of U that a task makes where it is made for all."""
 
 TERMS = 32
 """Products that are added up one after the other: a long sum of such sums rounds less."""
@@ -702,10 +705,11 @@ def _winograd(kind: str, R: int, L: int, M: int, V: int) -> Task:
                 if given_v
                 else ahead(u, 36 * (k0 * C + k0 // (V * L) * LINE))
             )
-            for c in range(0, C, STRETCH):
-                deep = min(STRETCH, C - c)
-                if making and c // STRETCH != block:
-                    continue
+            step = PART if making else STRETCH
+            for c in range(
+                block * step if making else 0, (block + 1) * step if making else C, step
+            ):
+                deep = min(step, C - c)
                 if making or given_v:
                     for k in range(k0, k0 + width, L):
                         # Vectors that only fill the panel up repeat the last one.
@@ -793,11 +797,13 @@ class _Tiles(NamedTuple):
         most = TILES
         if not given_v:
             # Small blocks for small caches, and to keep all threads busy.
-            most = min(TILES, BLOCK_BYTES // (36 * 4 * (C + V * lanes)), -(-total // (2 * threads)))
+            share = up(-(-total // threads), M)
+            most = min(TILES, BLOCK_BYTES // (36 * 4 * (C + V * lanes)), share)
         most = max(most, 4 * M) // M * M
 
         def waste(tiles: int) -> float:
-            return -(-total // tiles) * up(tiles, M) / total
+            rounds = up(-(-total // tiles), 1 if given_v else threads)
+            return rounds * up(tiles, M) / total
 
         # Whole rows of tiles if that wastes little: their pixels are read in long lines, and fewer twice.
         tiles = min(range(most, most // 2, -M), key=waste)
@@ -830,7 +836,7 @@ class _Plan:
         else:
             waves = [(0, T)]
             all_rows, some = rows, tiles
-            making = panels * stretches
+            making = panels * -(-C // PART)
         stretch = all_rows * pitch
         plane_v, plane = stretches * stretch + LINE, rows * V * L + LINE
         self._given_v, self._panels, self._tiles = given_v, panels, tiles
@@ -868,6 +874,7 @@ class _Plan:
         self._zeros = torch.zeros(K)
         self._task = _winograd(kind, side, L, M, V)
         self._work = 36.0 * T * C * padded / L
+        self._making_work = C / L * (500.0 * T if given_v else 600.0 * padded)
 
     def run(
         self, x: torch.Tensor, w: torch.Tensor, along: tuple[int, int, int, int],
@@ -878,8 +885,8 @@ class _Plan:
         scale, residual, activation, *_ = epilogue
         scale = None if scale is None else scale.float().contiguous()
         shift = self._zeros if bias is None else bias.float().contiguous()
-        shared = torch.empty(self._shared_size)
-        u, v = (0, shared.data_ptr()) if self._given_v else (shared.data_ptr(), 0)
+        shared, owner = shared_memory(4 * self._shared_size)
+        u, v = (0, shared) if self._given_v else (shared, 0)
         ends = (
             x.data_ptr(), w.data_ptr(), u, v, 0 if scale is None else scale.data_ptr(), shift.data_ptr(),
             0 if residual is None else residual.data_ptr(), y.data_ptr(),
@@ -889,9 +896,10 @@ class _Plan:
         for first, count in self._waves:
             blocks = -(-count // self._tiles)
             tasks = blocks * self._panels if self._given_v else blocks
-            for making, number in ((True, self._making), (False, tasks)):
+            phases = (True, self._making, self._making_work), (False, tasks, self._work)
+            for making, number, work in phases:
                 self._task.run(
-                    number, self._work, *ends, making, *self._places, *self._sizes, first, count,
+                    number, work, *ends, making, *self._places, *self._sizes, first, count,
                     *self._rest, *strides, scratch_bytes=self._scratch_bytes,
                 )  # fmt: skip
 

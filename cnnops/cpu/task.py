@@ -362,6 +362,7 @@ class _Scratch(threading.local):
 
     def __init__(self) -> None:
         self.pages: tuple[int, int, object] = 0, 0, None
+        self.shared: tuple[int, int, object] = 0, 0, None
 
 
 def _pages(size: int) -> tuple[int, int, object]:
@@ -371,6 +372,17 @@ def _pages(size: int) -> tuple[int, int, object]:
 
 
 _scratch = _Scratch()
+
+
+def shared_memory(size: int) -> tuple[int, object]:
+    """The address of so many bytes, from a new page on, and their owner, to be kept as long as they are used:
+    for what the tasks of an operation leave each other. It is another's with the next call in this thread."""
+    memory = _scratch.shared
+    if memory[0] < size:
+        memory = _pages(size)
+        if size <= KEPT_BYTES:
+            _scratch.shared = memory
+    return memory[1:]
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------
