@@ -49,7 +49,7 @@ FAR = 64
 PIECE = 65_536
 """Elements of a channels-last task: what starting it costs is little beside."""
 
-PAST = 16 << 20
+PAST = (16 if simd.third_level_is_near() else 2) << 20
 """Bytes beyond which a result is written past the caches: nobody will find it there."""
 
 

@@ -59,9 +59,19 @@ def simd_bits() -> int:
 
 
 @lru_cache(None)
+def _cpu_name() -> str:
+    return str(llvm.get_host_cpu_name())
+
+
 def in_two_steps() -> bool:
     """Whether this CPU does vectors of 512 bits in two steps, as Zen 4 does: half of one then costs half."""
-    return str(llvm.get_host_cpu_name()) == "znver4"
+    return _cpu_name() == "znver4"
+
+
+def third_level_is_near() -> bool:
+    """Whether the third-level cache belongs to a few cores, as AMD's does. Behind a mesh of many it is hardly
+    faster than memory."""
+    return _cpu_name().startswith("znver")
 
 
 def lanes(name: str) -> int:
