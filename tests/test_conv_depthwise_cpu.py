@@ -41,7 +41,7 @@ every_layout = pytest.mark.parametrize("layouts", LAYOUTS, ids="-".join)
 
 @pytest.fixture(autouse=True)
 def one_length(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(depthwise, "_run_length", lambda widths: LENGTH)
+    monkeypatch.setattr(depthwise, "_run_length", lambda *_: LENGTH)
     yield
     clear()
 
@@ -124,14 +124,40 @@ def test_float32(name: str, layouts: tuple[str, str]) -> None:
     check(SHAPES[name], torch.float32, layouts)
 
 
+@pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
 @pytest.mark.parametrize("name", ["7x7", "3x3_stride_2"])
-def test_the_other_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Longer runs, where registers are many and the rows fit."""
+def test_the_other_length(
+    name: str, layouts: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as the rows ask for: 14 places, or 7 of two vectors, where registers are many."""
     monkeypatch.undo()
     clear()
-    assert depthwise._run_length([7]) == LENGTH
-    assert depthwise._run_length([28]) == (14 if simd.tiles().gemm_thin[1] == 8 else LENGTH)
-    check(SHAPES[name], torch.float32, LAYOUTS[0])
+    many = simd.tiles().gemm_thin[1] == 8
+    assert depthwise._run_length([7], 1) == LENGTH
+    assert depthwise._run_length([28], 1) == (14 if many else LENGTH)
+    assert depthwise._run_length([28], 2) == (7 if many else 4)
+    assert depthwise._run_length([16], 2) == (LENGTH if many else 4)
+    check(SHAPES[name], torch.float32, layouts)
+
+
+@pytest.mark.parametrize("name", ["3x3", "3x3_stride_2"])
+def test_rows_done_together_change_no_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many channels fewer rows: as few as one."""
+    shape, results = SHAPES[name], []
+    x, grad_y = (
+        laid_out(size, LAST, normal(0, torch.float32)) for size in (shape.x_size, shape.y_size)
+    )
+    w = normal(1, torch.float32)(shape.w_size)
+    row = 4 * LENGTH * shape.C
+    for span in (128 * 1024, 3 * row, 1):
+        monkeypatch.setattr(depthwise, "SPAN_BYTES", span)
+        clear()
+        y, grad_x = (nothing(size, LAST, torch.float32) for size in (shape.y_size, shape.x_size))
+        depthwise.fprop(shape, x, w, None, y)
+        depthwise.dgrad(shape, grad_y, w, None, grad_x)
+        results.append((y, grad_x))
+    for others in results[1:]:
+        assert all(map(torch.equal, results[0], others))
 
 
 @every_dtype
@@ -271,7 +297,7 @@ def test_other_widths(bits: int) -> None:
 import sys
 sys.path[:0] = {sys.path!r}
 import torch, test_conv_depthwise_cpu as tests
-tests.depthwise._run_length = lambda widths: tests.LENGTH
+tests.depthwise._run_length = lambda *_: tests.LENGTH
 for layouts in tests.LAYOUTS[:2]:
     for name in ("3x3_stride_2", "3d"):
         tests.check(tests.SHAPES[name], torch.float32, layouts)

@@ -4,10 +4,10 @@ There is nothing to multiply as a matrix here, so lanes are channels, whatever t
 neighbouring outputs of a row is kept in registers (of grad_y in the weight gradient) while it goes through
 the taps in segments, up to `SEGMENT` neighbouring ones in a row: a vector of x is loaded once for them all.
 
-Channels-last float32 and float64 are read and written in place. Rows outside of x are left out, columns
-outside are read from a vector of zeros, and where channels fill no whole number of vectors the last one
-begins early, of which only the lanes that are left count. All channels of a few places are done together, so
-that memory is gone through in its order.
+Channels-last float32 and float64 are read and written in place, rows and columns outside of x left out. Two
+vectors go together as one of twice the lanes; where channels fill no whole number of them the last one begins
+early, of which only the lanes that are left count. All channels of a few places are done together, so that
+memory is gone through in its order.
 
 Anything else comes to scratch first, row by row as it is needed, into a ring of as many rows as are read
 together; half types are widened there, planes are turned into vectors of channels, and zeros stand beside:
@@ -58,9 +58,13 @@ ROOM_BYTES = 2 * 1024 * 1024
 GROUP = 64
 """Most vectors of channels together where x is read in place."""
 
-ROWS = 4
-"""Rows of outputs done together where channels are innermost: the first-level cache then holds what they
-share."""
+ROWS, PLACED_ROWS = 4, 8
+"""Most rows of outputs done together where channels are innermost, and where x is read in place: the
+first-level cache then holds what they share."""
+
+SPAN_BYTES = 128 * 1024
+"""Outputs written in place together lie in at most so many bytes, 32 pages: of more, a core looks up the
+addresses again and again."""
 
 FLUSH = 256
 """Most terms of a weight's gradient that are added up one after the other."""
@@ -256,21 +260,55 @@ def _by_size(builder, size, cases):
     return joined
 
 
-def _columns(emit, placed, near, count, wide):
-    """`count` neighbouring vectors of x from `near` on. Where x is read in place they are `step` apart, and
-    those that are not among the row's columns are zeros: `wide` is (step, zeros, column of the first one,
-    columns from one to the next, width)."""
+def _where(builder, condition, values, others):
+    """What `others` returns where the condition holds, `values` elsewhere."""
+    before = builder.block
+    with builder.if_then(condition):
+        found = others()
+        there = builder.block
+    joined = []
+    for value, other in zip(values, found, strict=True):
+        phi = builder.phi(value.type)
+        phi.add_incoming(value, before)
+        phi.add_incoming(other, there)
+        joined.append(phi)
+    return joined
+
+
+def _add_columns(emit, placed, near, count, row, sums, products):
+    """Add to `sums` what `count` neighbouring vectors of x from `near` on are factors of: `products` names
+    for a column pairs (number of a sum, other factor). Where x is read in place they are `step` apart, and
+    those that are not among the row's columns are left out: `row` is (step, column of the first one, columns
+    from one to the next, width).
+
+    A branch a column is foreseen, and costs less than to choose what is read: whatever is not there is not
+    multiplied either.
+    """
     builder = emit.builder
-    step, zeros, column, by, width = wide
-    for number in range(count):
-        if not placed:
-            yield emit.load(_far(builder, near, number * emit.lanes))
-            continue
-        inside = builder.icmp_unsigned(
-            "<", builder.add(column, builder.mul(by, int_constant(number))), width
-        )
-        place = _far(builder, near, step, number)
-        yield emit.load(builder.select(inside, place, zeros))
+    step, at, by, width = row
+    sums = list(sums)
+    for column in range(count):
+        pairs = products(column)
+        before = [sums[number] for number, _ in pairs]
+
+        def added(place, pairs=pairs, before=before):
+            value = emit.load(place)
+            return [
+                emit.multiply_add(factor, value, former)
+                for (_, factor), former in zip(pairs, before, strict=True)
+            ]
+
+        if placed:
+            there = builder.icmp_unsigned("<", at, width)
+            after = _where(
+                builder, there, before, lambda c=column: added(_far(builder, near, step, c))
+            )
+            at = builder.add(at, by)
+        else:
+            after = added(_far(builder, near, column * emit.lanes))
+        for (number, _), value in zip(pairs, after, strict=True):
+            sums[number] = value
+    return sums
 
 
 @intrinsic(prefer_literal=True)
@@ -294,42 +332,36 @@ def _correlate_run(
             to, step, count, skip, channels, x, row, w, w_step, segments, length, finish, clamped,
         ) = values[4:]  # fmt: skip
         emit = Vectors(builder, of, L)
-        x_step, zeros, first, by, width = (builder.extract_value(row, n) for n in range(5))
+        x_step, first, by, width = (builder.extract_value(row, n) for n in range(4))
         shift, low, high = (emit.load(_far(builder, finish, n * L)) for n in range(3))
         loop = Loop(builder, int_constant(0), length, 1, [shift] * B)
         four = _far(builder, segments, loop.index, 4)
         from_x, from_w, size, place = (builder.load(_far(builder, four, n)) for n in range(4))
         near, taps = builder.gep(x, [from_x]), builder.gep(w, [from_w])
-        wide = x_step, zeros, builder.add(first, place), by, width
+        wide = x_step, builder.add(first, place), by, width
 
         def segment(number):
-            def products():
+            def added():
                 factors = [emit.load(_far(builder, taps, w_step, j)) for j in range(number)]
-                sums = list(loop.carried)
-                columns = _columns(emit, in_place, near, B + number - 1, wide)
-                for column, value in enumerate(columns):
-                    for j in range(number):
-                        if 0 <= column - j < B:
-                            b = column - j
-                            sums[b] = emit.multiply_add(factors[j], value, sums[b])
-                return sums
 
-            return products
+                def products(c):
+                    return [(c - j, factors[j]) for j in range(number) if 0 <= c - j < B]
+
+                columns = B + number - 1
+                return _add_columns(emit, in_place, near, columns, wide, loop.carried, products)
+
+            return added
 
         sums = _by_size(builder, size, [segment(n) for n in range(1, SEGMENT + 1)])
         sums = loop.close(sums)
-        before = builder.block
-        with builder.if_then(builder.icmp_signed("!=", clamped, int_constant(0))):
-            within = []
-            for z in sums:
-                # Comparisons that a NaN fails leave it as it is.
-                z = builder.select(builder.fcmp_ordered("<", z, low), low, z)
-                within.append(builder.select(builder.fcmp_ordered(">", z, high), high, z))
-            there = builder.block
-        results = [builder.phi(emit.vector) for _ in sums]
-        for phi, free, limited in zip(results, sums, within, strict=True):
-            phi.add_incoming(free, before)
-            phi.add_incoming(limited, there)
+
+        def limited():
+            # Comparisons that a NaN fails leave it as it is.
+            above = [builder.select(builder.fcmp_ordered("<", z, low), low, z) for z in sums]
+            return [builder.select(builder.fcmp_ordered(">", z, high), high, z) for z in above]
+
+        limits = builder.icmp_signed("!=", clamped, int_constant(0))
+        results = _where(builder, limits, sums, limited)
         full = builder.and_(
             builder.icmp_signed("==", count, int_constant(B)),
             builder.icmp_signed("==", channels, int_constant(L)),
@@ -364,7 +396,7 @@ def _weigh_run(
     def generate(context, builder, signature, values):
         sums, step, segments, length, x, row, grads, grads_step, count = values[3:]
         emit = simd.Emit(builder, x.type.pointee, L)
-        x_step, zeros, first, by, width = (builder.extract_value(row, n) for n in range(5))
+        x_step, first, by, width = (builder.extract_value(row, n) for n in range(4))
         grads_step = grads_step if in_place else int_constant(L)
 
         def each(fresh_sums):
@@ -388,27 +420,24 @@ def _weigh_run(
             loop.close([])
 
         def unrolled(near, column, number):
-            fresh = [emit.zero()] * number
-            wide = x_step, zeros, column, by, width
-            for n, value in enumerate(_columns(emit, in_place, near, B + number - 1, wide)):
-                for j in range(number):
-                    if 0 <= n - j < B:
-                        fresh[j] = emit.multiply_add(held[n - j], value, fresh[j])
-            return fresh
+            wide = x_step, column, by, width
+
+            def products(c):
+                return [(j, held[c - j]) for j in range(number) if 0 <= c - j < B]
+
+            zeros = [emit.zero()] * number
+            return _add_columns(emit, in_place, near, B + number - 1, wide, zeros, products)
 
         def one_by_one(near, column, number):
             loop = Loop(builder, int_constant(0), count, 1, [emit.zero()] * number)
             value = emit.load(_far(builder, grads, loop.index, grads_step))
             place = _far(builder, near, loop.index, x_step if in_place else int_constant(L))
             column = builder.add(column, builder.mul(loop.index, by))
-            wide = x_step, zeros, column, by, width
-            columns = _columns(emit, in_place, place, number, wide)
-            return loop.close(
-                [
-                    emit.multiply_add(value, beside, former)
-                    for beside, former in zip(columns, loop.carried, strict=True)
-                ]
+            wide = x_step, column, by, width
+            sums = _add_columns(
+                emit, in_place, place, number, wide, loop.carried, lambda c: [(c, value)]
             )
+            return loop.close(sums)
 
         with builder.if_else(builder.icmp_signed("==", count, int_constant(B))) as (whole, part):
             with whole:
@@ -429,33 +458,29 @@ def _weigh_run(
 
 
 @lru_cache(None)
-def _pack(kind: str, L: int) -> Task:
+def _pack(kind: str, V: int, L: int) -> Task:
     T = _computed(kind)
-    real = np.float64 if T == "float64" else np.float32
-    args = layout(f"int64*2 {T}* int64*3")
+    args = layout(f"int64*2 {T}* int32* int64*3")
 
     def depthwise_pack(address: int, index: int, scratch: int) -> None:
         """Filters ``[C] [tap]``, times the epilogue's scale, to ``[tap] [L]``, for the channels of one
-        vector; zero for other lanes. With `overlap` there are none: the last vector has channels twice."""
-        w, scale, packed, C, taps, overlap = unpack(address, args)
+        vector; zero for other lanes. With `overlap` there are none: the last vector has channels twice.
+        V of the L lanes are done at a time; a row behind the taps takes what nobody needs."""
+        w, scale, packed, places, C, taps, overlap = unpack(address, args)
         first = min(index * L, C - L) if overlap else index * L
         factors = pointer(scratch, T)
-        row = ahead(factors, L)
-        for c in range(L):
-            factors[c] = real(1)
-        if scale != 0:
-            source = ahead(elements(scale, kind), first)
-            vectors.widen(L, kind, factors, source, min(L, C - first))
-        to = ahead(packed, index * taps * L)
-        for c in range(L):
-            if first + c < C:
-                source = elements(w, kind)
-                vectors.widen(L, kind, row, ahead(source, (first + c) * taps), taps)
+        for v in range(0, L, V):
+            some = min(V, C - first - v)
+            to = ahead(packed, index * (taps + 1) * L + v)
+            source = ahead(elements(w, kind), (first + v) * taps)
+            _read_planes(V, kind, to, places, source, taps, taps, some, taps * L // V)
+            if scale != 0:
+                for j in range(V):
+                    factors[j] = 0
+                vectors.widen(V, kind, factors, ahead(elements(scale, kind), first + v), some)
                 for t in range(taps):
-                    to[t * L + c] = row[t] * factors[c]
-            else:
-                for t in range(taps):
-                    to[t * L + c] = 0
+                    for j in range(V):
+                        to[t * L + j] *= factors[j]
 
     return Task(depthwise_pack, args)
 
@@ -544,12 +569,10 @@ def _correlate(
         beside = pointer(scratch + beside_at, T)
         none = pointer(0, T)
         clamped = low > -math.inf
-        if placed:
-            room = L
         for j in range(room):
             lines[j] = 0
         for j in range(L):
-            finish[L + j], finish[2 * L + j] = low, high
+            finish[j], finish[L + j], finish[2 * L + j] = 0, low, high
         d0, d1 = starts_d[z], starts_d[z + 1]
         behind = min((part + 1) * share, (C + L - 1) // L)
         for first in range(part * share, behind, group):
@@ -581,30 +604,27 @@ def _correlate(
                         )  # fmt: skip
                 # All channels of a few places, so that y is written in its order where they are innermost.
                 for q in range(0, widths[0], B):
-                    for k in range(classes):
-                        count = min(B, widths[k] - q)
-                        for v in range(0, channels, L):
-                            some = min(L, channels - v)
-                            skip = L - some if placed else 0
-                            filters = ahead(w, (c + v) * taps)
-                            if bias != 0:
-                                shift = ahead(elements(bias, kind), c + v - skip)
-                                vectors.widen(L, kind, finish, shift, min(L, C - c - v + skip))
-                            else:
-                                for j in range(L):
-                                    finish[j] = 0
-                            for p in range(block, end):
+                    for v in range(0, channels, L):
+                        some = min(L, channels - v)
+                        skip = L - some if placed else 0
+                        filters = ahead(w, (c + v) * (taps + 1))
+                        if bias != 0:
+                            shift = ahead(elements(bias, kind), c + v - skip)
+                            vectors.widen(L, kind, finish, shift, min(L, C - c - v + skip))
+                        for p in range(block, end):
+                            for k in range(classes):
                                 number = (p - block) * classes + k
+                                count = min(B, widths[k] - q)
                                 picks = ahead(segments, number * most * 4)
                                 place = goal + v * yk + p * yh + (k + q * classes) * yw - skip
                                 if placed:
                                     near = ahead(
                                         elements(x, T), n * xn + c + v - skip + q * by * xw
                                     )
-                                    line = (by * xw, lines, q * by, by, W)
+                                    line = (by * xw, q * by, by, W)
                                 else:
                                     near = ahead(lines, v // L * pitch + q * L)
-                                    line = (by, lines, by, by, W)
+                                    line = (by, by, by, W)
                                 if straight:
                                     _correlate_run(
                                         L, B, kind, placed, ahead(elements(y, kind), place), classes * yw,
@@ -620,27 +640,28 @@ def _correlate(
                                     count, 0, L, near, line, filters, w_step * L, picks,
                                     lengths[number], finish, clamped,
                                 )  # fmt: skip
-                                if y_last:
-                                    step = classes * yw
-                                    if residual != 0:
-                                        from_y = ahead(elements(residual, kind), place)
-                                        _read_channels(
-                                            L,
-                                            kind,
-                                            beside,
-                                            0,
-                                            numbers,
-                                            from_y,
-                                            step,
-                                            count,
-                                            skip + some,
-                                        )
-                                    simd.finish(
-                                        L, out, out, beside if residual != 0 else none, count * L,
-                                        real(1), real(-0.0), activation, 0,
-                                    )  # fmt: skip
-                                    to = ahead(elements(y, kind), place)
-                                    _write_channels(L, kind, to, out, step, count, skip, some)
+                                if not y_last:
+                                    continue
+                                step = classes * yw
+                                to = ahead(elements(y, kind), place)
+                                if residual != 0:
+                                    from_y = ahead(elements(residual, kind), place)
+                                    _read_channels(
+                                        L,
+                                        kind,
+                                        beside,
+                                        0,
+                                        numbers,
+                                        from_y,
+                                        step,
+                                        count,
+                                        skip + some,
+                                    )
+                                simd.finish(
+                                    L, out, out, beside if residual != 0 else none, count * L,
+                                    real(1), real(-0.0), activation, 0,
+                                )  # fmt: skip
+                                _write_channels(L, kind, to, out, step, count, skip, some)
                 if y_last or (flat_y and end < p1):
                     continue
                 count = (p1 - p0) * Q if flat_y else Q
@@ -687,8 +708,6 @@ def _weights(kind: str, L: int, B: int, placed: int, x_last: bool, y_last: bool)
         grads = pointer(scratch + grads_at, T)
         sums = ahead(sums, (split * blocks * L + c) * taps)
         count = (channels + L - 1) // L * L * taps
-        if placed:
-            room = L
         for j in range(room):
             lines[j] = 0
         for j in range(count):
@@ -740,14 +759,14 @@ def _weights(kind: str, L: int, B: int, placed: int, x_last: bool, y_last: bool)
                                     near = ahead(
                                         elements(x, T), n * xn + c + v - back + q * by * xw
                                     )
-                                    line = (by * xw, lines, q * by, by, W)
+                                    line = (by * xw, q * by, by, W)
                                     held = ahead(
                                         elements(grad_y, T),
                                         n * yn + c + v - back + z * yd + p * yh + q * yw,
                                     )
                                 else:
                                     near = ahead(lines, v // L * pitch + q * L)
-                                    line = (by, lines, by, by, W)
+                                    line = (by, by, by, W)
                                     row_y = p - (p0 if flat_y else block)
                                     held = ahead(grads, v // L * grads_pitch + (row_y * Q + q) * L)
                                 _weigh_run(
@@ -768,29 +787,33 @@ def _weights(kind: str, L: int, B: int, placed: int, x_last: bool, y_last: bool)
 
 
 @lru_cache(None)
-def _add_splits(kind: str, L: int) -> Task:
+def _add_splits(kind: str, V: int, L: int) -> Task:
     T = _computed(kind)
     args = layout(f"{T}* int64*5")
 
     def depthwise_add_splits(address: int, index: int, scratch: int) -> None:
-        """The gradient of a vector's filters: the splits' sums, added in their order, in float64."""
+        """The gradient of V filters: the splits' sums, added in their order, in float64."""
         sums, grad_w, C, taps, splits, overlap = unpack(address, args)
         blocks = (C + L - 1) // L
+        block, v = index * V // L, index * V % L
+        # Of the block's lanes those behind the first `skip` count.
+        some = min(L, C - block * L)
+        skip = L - some if overlap else 0
+        first, behind = max(skip, v), min(skip + some, v + V)
         totals = pointer(scratch, "float64")
-        row = pointer(scratch + taps * L * 8, T)
-        for j in range(taps * L):
+        rounded = pointer(scratch + taps * V * 8, T)
+        for j in range(taps * V):
             totals[j] = 0
         for split in range(splits):
-            source = ahead(sums, (split * blocks + index) * taps * L)
-            for j in range(taps * L):
-                totals[j] += source[j]
-        to = elements(grad_w, kind)
-        some = min(L, C - index * L)
-        skip = L - some if overlap else 0
-        for c in range(some):
+            source = ahead(sums, (split * blocks + block) * taps * L + v)
             for t in range(taps):
-                row[t] = totals[t * L + skip + c]
-            vectors.narrow(L, kind, ahead(to, (index * L + c) * taps), row, taps)
+                for j in range(V):
+                    totals[t * V + j] += source[t * L + j]
+        for j in range(taps * V):
+            rounded[j] = totals[j]
+        if first < behind:
+            to = ahead(elements(grad_w, kind), (block * L + first - skip) * taps)
+            _write_planes(V, kind, to, ahead(rounded, first - v), taps, taps, behind - first)
 
     return Task(depthwise_add_splits, args)
 
@@ -919,39 +942,52 @@ class _Row:
             yield run
 
 
-def _run_length(widths: Sequence[int]) -> int:
-    """How many outputs to keep in registers: the most of those that compute the fewest in vain."""
-    lengths = (14, 8) if simd.tiles().gemm_thin[1] >= 8 else (8,)
+def _run_length(widths: Sequence[int], vectors: int) -> int:
+    """How many outputs of so many vectors to keep in registers: the most of those that compute the fewest in
+    vain."""
+    lengths: tuple[int, ...] = (8,) if vectors == 1 else (4,)
+    if simd.tiles().gemm_thin[1] >= 8:
+        lengths = (14, 8) if vectors == 1 else (8, 7)
     return min(lengths, key=lambda B: (sum(-(-width // B) * B for width in widths), -B))
+
+
+def _in_place(shape: ConvShape, kind: str, last: bool) -> tuple[bool, int]:
+    """Whether x is read where it is, channels `last` on both sides, and how many vectors of channels are
+    together: two if there are as many, so that whole pairs of memory's lines are asked for."""
+    T = _computed(kind)
+    placed = last and kind == T and shape.C >= simd.lanes(T)
+    return placed, 2 if placed and shape.C >= 2 * simd.lanes(T) else 1
 
 
 class _Lines:
     """How rows of x come into scratch: what both kernels know of it."""
 
     def __init__(
-        self, axes: Sequence[_Axis], L: int, itemsize: int, placed: bool, x_last: bool, group: bool
-    ) -> None:
+        self, axes: Sequence[_Axis], L: int, itemsize: int, placed: bool, x_last: bool, group: bool,
+        rows: int,
+    ) -> None:  # fmt: skip
         depth, (H, W) = axes[0], (axes[1].size, axes[2].size)
-        rows, self.row = _Rows(axes[1]), _Row(axes[2])
+        self.row, spans = _Row(axes[2]), _Rows(axes[1])
         depths = max(len(depth.reads(z)) for z in range(depth.out))
         # Rows that waste much of their vectors come as a whole plane, where that is contiguous.
         self.flat = not x_last and W < 2 * L and depths * H * self.row.pitch * L <= FLAT
-        self.rows = min(ROWS, axes[1].out) if group else 1
-        self.ring = max(H, 1) if self.flat else rows.ring(self.rows)
+        self.rows = min(rows, axes[1].out) if group else 1
+        self.least = 4 * min(ROWS, self.rows)  # rows that are worth a task of their own
+        self.ring = max(H, 1) if self.flat else spans.ring(self.rows)
         self.pitch = depths * self.ring * self.row.pitch * L
         # Channels that are innermost come together, as many as the second-level cache holds.
         self.group = max(1, LINES_BYTES // (self.pitch * itemsize)) if group else 1
         if placed:
             self.group = GROUP
         most = max(np.diff(self.row.starts))
-        self.most = int(depths * rows.most * most)
+        self.most = int(depths * spans.most * most)
         starts, taps, lines = _lists(axes[1])
         whole = range(H if self.flat else 1)
         places = np.add.outer(np.arange(len(whole)) * self.row.pitch, self.row.places)
         self.tables = [
             *map(_int32, _lists(depth)),
             _int32(starts), _int32(taps), _int32(lines if placed else np.array(lines, int) % self.ring),
-            _int32(rows.first), _int32(rows.top),
+            _int32(spans.first), _int32(spans.top),
             np.concatenate([_int32(places), np.zeros(L, np.int32)]),
         ]  # fmt: skip
         picks = _int32(self.row.segments).reshape(-1, 4).T
@@ -975,11 +1011,13 @@ class _Correlation:
         threads: int,
     ) -> None:
         T = _computed(kind)
-        L, itemsize = simd.lanes(T), np.dtype(T).itemsize
+        itemsize = np.dtype(T).itemsize
         axes = _axes(shape, transposed)
-        B = _run_length(_Row(axes[2]).widths)
-        placed = x_last and y_last and kind == T and shape.C >= L
-        lines = _Lines(axes, L, itemsize, placed, x_last, y_last)
+        placed, wide = _in_place(shape, kind, x_last and y_last)
+        L, B = wide * simd.lanes(T), _run_length(_Row(axes[2]).widths, wide)
+        span = B * len(axes[2].classes) * shape.C * itemsize
+        rows = max(1, min(PLACED_ROWS, SPAN_BYTES // span)) if placed else ROWS
+        lines = _Lines(axes, L, itemsize, placed, x_last, y_last, rows)
         row = lines.row
         N, C, taps = shape.N, shape.C, math.prod(shape.TRS)
         blocks = -(-C // L)
@@ -989,7 +1027,7 @@ class _Correlation:
             # So much work that a task's own set-up is small beside it.
             shares = -(-blocks // max(1, 10_000 // (P * Q * (taps + 8))))
         bands = 1
-        while N * Z * bands * shares < 3 * threads and bands * 4 * lines.rows < P:
+        while N * Z * bands * shares < 3 * threads and bands * lines.least < P:
             bands *= 2
         while N * Z * bands * shares < 3 * threads and shares < blocks:
             shares = min(2 * shares, blocks)
@@ -998,7 +1036,7 @@ class _Correlation:
         group = min(share, lines.group)
         flat_y = not y_last and Q < 2 * L and band * Q * L <= FLAT
         count_out = B if y_last else band * Q if flat_y else Q
-        room = L if placed else lines.room(group, B, L)
+        room = 0 if placed else lines.room(group, B, L)
         segments_at = up(room * itemsize, 64)
         finish_at = up(segments_at + (8 + 32 * lines.most) * lines.rows * len(row.widths), 64)
         out_at = finish_at + 3 * L * itemsize
@@ -1019,9 +1057,11 @@ class _Correlation:
             lines.ring, row.pitch, lines.pitch, group, share, shares, lines.rows, band, bands,
             lines.most, room, segments_at, finish_at, out_at, beside_at,
         )  # fmt: skip
-        self._pack = _pack(kind, L)
-        self._pack_count, self._pack_values = blocks, (C, taps, placed)
-        self._packed_size = blocks * taps * L
+        self._pack, self._pack_count = _pack(kind, L // wide, L), blocks
+        self._pack_table = _int32(range(0, taps * wide + L, wide))
+        self._pack_values = self._pack_table.ctypes.data, C, taps, placed
+        self._pack_bytes = L * itemsize
+        self._packed_size = blocks * (taps + 1) * L
         self._packed_type = torch.float64 if T == "float64" else torch.float32
 
     def run(
@@ -1033,7 +1073,7 @@ class _Correlation:
         self._pack.run(
             self._pack_count, 2.0 * self._packed_size,
             w.data_ptr(), 0 if scale is None else scale.data_ptr(), packed.data_ptr(), *self._pack_values,
-            scratch_bytes=8 * (self._packed_size // self._pack_count + 64),
+            scratch_bytes=self._pack_bytes,
         )  # fmt: skip
         limits = simd.LIMITS.get(activation) if residual is None else None
         from_x, from_y = strides(x), strides(y)
@@ -1053,13 +1093,14 @@ class _WeightGradient:
 
     def __init__(self, shape: ConvShape, kind: str, x_last: bool, y_last: bool) -> None:
         T = _computed(kind)
-        L, itemsize = simd.lanes(T), np.dtype(T).itemsize
+        itemsize = np.dtype(T).itemsize
         axes = _axes(shape, False)
         (Z, P, Q), (H, W) = (axis.out for axis in axes), (axes[1].size, axes[2].size)
-        B = _run_length([Q])
         together = x_last and y_last
-        placed = together and kind == T and shape.C >= L
-        lines = _Lines(axes, L, itemsize, placed, x_last, together)
+        placed, wide = _in_place(shape, kind, together)
+        L, B = wide * simd.lanes(T), _run_length([Q], wide)
+        rows = PLACED_ROWS if placed else ROWS
+        lines = _Lines(axes, L, itemsize, placed, x_last, together, rows)
         row = lines.row
         N, C, taps = shape.N, shape.C, math.prod(shape.TRS)
         blocks = -(-C // L)
@@ -1068,12 +1109,12 @@ class _WeightGradient:
         # As for eight threads: many parts, but no more than leave each some rows.
         wanted = max(1, min(SPLITS, 128 // shares))
         groups = max(1, min(N, wanted))
-        bands = 1 if lines.flat else max(1, min(wanted // groups, P // (4 * lines.rows)))
+        bands = 1 if lines.flat else max(1, min(wanted // groups, P // lines.least))
         band = -(-P // bands)
         bands = -(-P // band)
         flat_y = not y_last and Q < 2 * L and band * Q * L <= FLAT
         count_in = (band if flat_y else lines.rows) * Q
-        room = L if placed else lines.room(share, B, L)
+        room = 0 if placed else lines.room(share, B, L)
         segments_at = up(room * itemsize, 64)
         sums_at = up(segments_at + (8 + 32 * lines.most) * lines.rows, 64)
         grads_at = up(sums_at + (share * taps + 1) * L * itemsize, 64)
@@ -1097,10 +1138,10 @@ class _WeightGradient:
         )  # fmt: skip
         self._sums_type = torch.float64 if T == "float64" else torch.float32
         self._sums_size = self._splits * blocks * taps * L
-        self._add = _add_splits(kind, L)
+        self._add = _add_splits(kind, L // wide, L)
         self._add_values = C, taps, self._splits, placed
-        self._add_count = blocks
-        self._add_scratch_bytes = (taps * L + taps + L) * 8
+        self._add_count = blocks * wide
+        self._add_scratch_bytes = (taps + up(taps, L) + 1) * L * 8
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
         sums = torch.empty(self._sums_size, dtype=self._sums_type)
