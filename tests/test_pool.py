@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import math
 import pickle
 import re
@@ -33,10 +34,11 @@ import cnnops
 import cnnops.functional as C
 from cnnops import nn, registry
 from cnnops.cpu import pool as cpu
+from cnnops.cpu import simd
 from cnnops.cuda import emulate
 from cnnops.functional import adaptive_avg_pool2d, avg_pool2d, max_pool2d
 from cnnops.ops import pool as ops
-from cnnops.shapes import UnpoolShape
+from cnnops.shapes import PoolShape, UnpoolShape
 
 MAX_CASES = [case for case in POOL_CASES if case.kind in ("max", "adaptive_max")]
 FAMILIES = (
@@ -100,6 +102,56 @@ def test_rows_about_as_long_as_vectors(stride: int, dtype: torch.dtype, layout: 
             (wanted,) = torch.autograd.grad(averages, wide, g)
             assert_close(average[:, 4:], averages[:, 4:], limit, f"averages {what}")
             assert_close(grad_average, wanted, limit, f"gradient of averages {what}")
+
+
+def within(size: tuple[int, ...], last: bool, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of sevens, with more of them behind it."""
+    flat = torch.full((math.prod(size) + 70,), 7.0, dtype=dtype)[: math.prod(size)]
+    return flat.view(size[0], *size[2:], size[1]).movedim(-1, 1) if last else flat.view(size)
+
+
+def nothing_behind(*results: Tensor) -> bool:
+    return all(
+        bool((t.as_strided((70,), (1,), t.storage_offset() + t.numel()) == 7).all())
+        for t in results
+    )
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("bits", simd.WIDTHS)
+def test_every_vector_width(bits: int, last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Channels and rows that are no whole vectors, in blocks of every size; windows that overlap, that leave
+    places out, and that have them in the padding. Nothing is written behind a result."""
+    monkeypatch.setattr(simd, "simd_bits", lambda: bits)
+    windows = [
+        (2, 2, 0),
+        (3, 2, 1),
+        ((2, 3), (1, 2), (1, 0)),
+        ((3, 2), (4, 3), 0),
+        ((5, 7), (4, 6), 0),
+    ]
+    sizes = [(2, 8, 9, 13), (1, 20, 10, 28), (1, 40, 11, 19), (2, 50, 9, 14), (1, 70, 9, 9)]
+    for size, (kernel, stride, padding) in itertools.product(sizes, windows):
+        x = within(size, last).copy_(torch.randn(size).mul(2).round())
+        leaf = x.clone().requires_grad_()
+        shape = PoolShape.of(size, kernel, stride, padding)
+        y, means = within(shape.y_size, last), within(shape.y_size, last)
+        offsets = within(shape.y_size, last, torch.uint8)
+        grad_y = within(shape.y_size, last).copy_(torch.randint(-3, 4, shape.y_size))
+        grad_x, grad_means = within(size, last), within(size, last)
+        cpu.max_pool_fwd(shape, x, y, offsets)
+        cpu.max_pool_bwd(shape, grad_y, offsets, grad_x)
+        cpu.avg_pool_fwd(shape, x, means)
+        cpu.avg_pool_bwd(shape, grad_y, grad_means)
+        largest = F.max_pool2d(leaf, kernel, stride, padding)
+        average = F.avg_pool2d(leaf, kernel, stride, padding)
+        what = f"{size} {kernel} {stride} {padding}"
+        assert torch.equal(y, largest), what
+        assert torch.equal(grad_x, *torch.autograd.grad(largest, leaf, grad_y)), what
+        torch.testing.assert_close(means, average.detach(), msg=what)
+        (expected,) = torch.autograd.grad(average, leaf, grad_y)
+        torch.testing.assert_close(grad_means, expected, msg=what)
+        assert nothing_behind(y, means, offsets, grad_x, grad_means), what
 
 
 # ---- worked examples ------------------------------------------------------------------------------------

@@ -189,7 +189,7 @@ def _guess(V, kind, x, C, total, n, about):
     """For n channels from x on a number near the mean: the mean of four rows of `total`."""
     _clear(about, n)
     for r in range(4):
-        vectors.sum_up(V, kind, 1, about, ahead(x, r * total // 4 * C), n)
+        vectors.sum_up(V, kind, about, ahead(x, r * total // 4 * C), n)
     for i in range(n):
         about[i] /= 4
 

@@ -3,7 +3,8 @@
 Max: a later place of the window wins only if it is larger, or NaN; so the first maximum wins ties, and a
 window of -inf keeps its first place inside the input. A kept place is its number in the window, row by row;
 in an adaptive one as if it had the largest window's rows.
-Average: the sum in the window's order, then one division.
+Average: the sum in the window's order, then one division; but columns first where windows of row-major memory
+lie more than two apart, or are adaptive: a row of windows has those sums in common.
 Unpooling: zeros, then the values row by row, so that the last one of a place stays.
 
 Row-major memory: a task does some channels of one image, each from its first element to its last, so that
@@ -12,7 +13,8 @@ Channels-last memory: vectors lie along the channels. What writes each element o
 windows side by side) is split by rows among tasks, reads half types as they are and rounds once, at the end;
 other backwards have channels as the innermost axis of everything (`inner` is their number, 1 otherwise).
 Windows come from tables along each axis: of (start, stop, extent) for averages and adaptive maxima, of
-(start, stop, first place) for maxima in channels-last memory.
+(start, stop, first place) for maxima in channels-last memory, and for their gradients of (first window, how
+many, place in the first) along depths and rows, and of runs of places along a row (`_runs`).
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -280,9 +282,10 @@ def _max_last_bwd(kind: str, kept_type: str, L: int) -> Task:
 
     def max_pool_last_bwd(address: int, index: int, scratch: int) -> None:
         """Channels are neighbours; a task does some rows of x, of some channels. Each x adds up the windows
-        that kept it. Tables have each place's first window, how many there are, and its number there."""
+        that kept it. Tables have each depth's and row's first window, how many there are, and its number
+        there; and of a row what `_runs` tells."""
         (
-            x_, y_, offsets, along_d, along_h, along_w, C, each, lines, D, H, W, R, S, sd, sh, sw,
+            x_, y_, offsets, along_d, along_h, along_w, C, each, lines, runs, D, H, R, S, sd, sh, sw,
             xn, xc, xd, xh, xw, yn, yc, yd, yh, yw, on, oc, od, oh, ow,
         ) = unpack(address, args)  # fmt: skip
         shares, parts = (C + each - 1) // each, (D * H + lines - 1) // lines
@@ -292,16 +295,27 @@ def _max_last_bwd(kind: str, kept_type: str, L: int) -> Task:
         x = ahead(vectors.elements(x_, kind), n * xn + c)
         y = ahead(vectors.elements(y_, kind), n * yn + c)
         offsets = ahead(offsets, n * on + c)
+        terms = pointer(scratch, "int64")
         for line in range(first, min(first + lines, D * H)):
             d, h = line // H, line % H
-            z, p = along_d[3 * d], along_h[3 * h]
-            for w in range(W):
-                q = along_w[3 * w]
-                number = (along_d[3 * d + 2] * R + along_h[3 * h + 2]) * S + along_w[3 * w + 2]
-                vectors.add_kept(
-                    L, kind, ahead(x, d * xd + h * xh + w * xw), ahead(y, z * yd + p * yh + q * yw),
-                    ahead(offsets, z * od + p * oh + q * ow), number, along_d[3 * d + 1], yd, od, sd * R * S,
-                    along_h[3 * h + 1], yh, oh, sh * S, along_w[3 * w + 1], yw, ow, sw, inner,
+            row = ahead(x, d * xd + h * xh)
+            z0, p0 = along_d[3 * d], along_h[3 * h]
+            for run in range(runs):
+                w, places, q, s = (
+                    along_w[6 * run], along_w[6 * run + 1], along_w[6 * run + 2], along_w[6 * run + 3],
+                )  # fmt: skip
+                size = 0
+                for z in range(z0, z0 + along_d[3 * d + 1]):
+                    t = along_d[3 * d + 2] - (z - z0) * sd
+                    for p in range(p0, p0 + along_h[3 * h + 1]):
+                        r = along_h[3 * h + 2] - (p - p0) * sh
+                        for j in range(along_w[6 * run + 4], along_w[6 * run + 5]):
+                            terms[3 * size] = z * yd + p * yh + (q + j) * yw
+                            terms[3 * size + 1] = z * od + p * oh + (q + j) * ow
+                            terms[3 * size + 2] = (t * R + r) * S + s - j * sw
+                            size += 1
+                vectors.sum_kept(
+                    L, kind, ahead(row, w * xw), sw * xw, y, yw, offsets, ow, terms, size, places, inner
                 )  # fmt: skip
 
     return Task(max_pool_last_bwd, args)
@@ -326,6 +340,7 @@ def _max_tiles_bwd(kind: str, kept_type: str, L: int) -> Task:
         )
         zeros[0] = 0
         zero = zeros[0]
+        pairs = S == 2 and xw == 1 and yw == 1 and ow == 1
         for c in range(start, min(start + each, C)):
             z, t, p, r = 0, 0, 0, 0
             for d in range(D):
@@ -338,8 +353,8 @@ def _max_tiles_bwd(kind: str, kept_type: str, L: int) -> Task:
                         place = (t * R + r) * S
                         values = ahead(y, n * yn + c * yc + z * yd + p * yh)
                         kept = ahead(offsets, n * on + c * oc + z * od + p * oh)
-                        if S == 2 and xw == 1 and yw == 1 and ow == 1:
-                            vectors.spread(L, kind, 2, row, covered, values, kept, place)
+                        if pairs:
+                            vectors.spread(L, kind, row, covered, values, kept, place)
                         else:
                             for q in range(Q):
                                 k, v = kept[q * ow], values[q * yw]
@@ -489,11 +504,9 @@ def _set_widths(widths, along_w, Q, divisor, clipped):
 
 
 @routine
-def _divide(line, inner, Q, by, widths, along_d, along_h, divisor, clipped, adaptive):
-    """The sums of a row of windows, `inner` channels of each, become averages; `by` has room for three.
-
-    PyTorch divides adaptive sums one axis at a time, others once.
-    """
+def _set_divisors(by, along_d, along_h, divisor, clipped, adaptive):
+    """What sums are divided by, but for their widths: by[2], and adaptive ones by by[0] and by[1] before.
+    PyTorch divides those one axis at a time, others once."""
     by[0], by[1], by[2] = along_d[2], along_h[2], 1
     if divisor != 0:
         by[2] = divisor
@@ -501,6 +514,12 @@ def _divide(line, inner, Q, by, widths, along_d, along_h, divisor, clipped, adap
         by[2] = max(along_d[1] - along_d[0], 1) * max(along_h[1] - along_h[0], 1)
     elif not adaptive:
         by[2] = along_d[2] * along_h[2]
+
+
+@routine
+def _divide(line, inner, Q, by, widths, along_d, along_h, divisor, clipped, adaptive):
+    """The sums of a row of windows, `inner` channels of each, become averages; `by` has room for three."""
+    _set_divisors(by, along_d, along_h, divisor, clipped, adaptive)
     by_d, by_h, area = by[0], by[1], by[2]
     if adaptive:
         for i in range(Q * inner):
@@ -515,16 +534,47 @@ def _divide(line, inner, Q, by, widths, along_d, along_h, divisor, clipped, adap
                 mean[i] /= size
 
 
-@routine
-def _add_row(L, T, to, row, step, count):
-    """``to[q] += row[q * step]`` for q < count; whole vectors of `to` are written."""
-    if step == 1:
-        vectors.sum_up(L, T, 1, to, row, count)
-    elif step == 2:
-        vectors.sum_up(L, T, 2, to, row, count)
-    else:
-        for q in range(count):
-            to[q] += row[q * step]
+@lru_cache(None)
+def _avg_rows_fwd(kind: str, step: int, L: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout("int64*2 int32**3 int64*19")
+
+    def avg_pool_rows_fwd(address: int, index: int, scratch: int) -> None:
+        """Neighbours along a row are neighbours in memory, and windows `step` apart."""
+        (
+            x_, y_, along_d, along_h, along_w, C, each, D, H, W, Z, P, Q, S, pw, divisor, clipped, adaptive,
+            xn, xc, xd, xh, yn, yc,
+        ) = unpack(address, args)  # fmt: skip
+        shares = (C + each - 1) // each
+        n, first = index // shares, index % shares * each
+        x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
+        by = pointer(scratch, T)
+        widths = ahead(by, 3)
+        _set_widths(widths, along_w, Q, divisor, clipped)
+        for q in range(Q, Q + L):
+            widths[q] = 1
+        behind = min(first + each, C)
+        extent = (D - 1) * xd + (H - 1) * xh + W
+        for c in range(first, behind):
+            image, means = ahead(x, n * xn + c * xc), ahead(y, n * yn + c * yc)
+            # What is written beyond a row is written again by whatever comes next.
+            span = Z * P * Q * (behind - c if yc == Z * P * Q else 1)
+            z, p = 0, 0
+            for line in range(Z * P):
+                d, h = along_d[3 * z], along_h[3 * p]
+                _set_divisors(
+                    by, ahead(along_d, 3 * z), ahead(along_h, 3 * p), divisor, clipped, adaptive
+                )
+                at = d * xd + h * xh
+                vectors.mean_row(
+                    L, kind, step, ahead(means, line * Q), ahead(image, at), along_d[3 * z + 1] - d, xd,
+                    along_h[3 * p + 1] - h, xh, S, 1, pw, W, by[2], widths, Q, extent - at, span - line * Q,
+                )  # fmt: skip
+                p += 1
+                if p == P:
+                    z, p = z + 1, 0
+
+    return Task(avg_pool_rows_fwd, args)
 
 
 @lru_cache(None)
@@ -544,6 +594,7 @@ def _avg(T: str, backward: bool, L: int) -> Task:
         by = pointer(scratch, T)
         widths = ahead(by, 3)
         line = ahead(widths, Q)
+        columns = ahead(line, Q * inner)
         _set_widths(widths, along_w, Q, divisor, clipped)
         for c in range(first, behind, inner):
             image = ahead(x, n * xn + c * xc)
@@ -559,15 +610,21 @@ def _avg(T: str, backward: bool, L: int) -> Task:
                     else:
                         for q in range(Q * inner):
                             line[q] = 0
+                        # Windows of one row add up the same rows of x: columns first.
+                        shared = xw == 1 and Q > 1 and (d1 - d0) * (h1 - h0) > 1
+                        if shared:
+                            for w in range(W):
+                                columns[w] = 0
                         for d in range(d0, d1):
                             for h in range(h0, h1):
                                 row = ahead(image, d * xd + h * xh)
-                                if uniform:
+                                if shared:
+                                    vectors.sum_up(L, T, columns, row, W)
+                                elif uniform and xw != 1:
                                     for s in range(S):
                                         start, stop = inside(s - pw, sw, W, Q)
-                                        _add_row(
-                                            L, T, ahead(line, start), ahead(row, (start * sw + s - pw) * xw),
-                                            sw * xw, stop - start,
+                                        _add(
+                                            line, 1, ahead(row, (s - pw) * xw), sw * xw, start, stop, 1
                                         )  # fmt: skip
                                 else:
                                     for q in range(Q):
@@ -580,6 +637,10 @@ def _avg(T: str, backward: bool, L: int) -> Task:
                                             line[q] += vectors.total(L, T, start, count)
                                         else:
                                             line[q] += sum_of(start, count, xw)
+                        if shared:
+                            for q in range(Q):
+                                w0, w1 = along_w[3 * q], along_w[3 * q + 1]
+                                line[q] = vectors.total(L, T, ahead(columns, w0), w1 - w0)
                     _divide(
                         line, inner, Q, by, widths, ahead(along_d, 3 * z), ahead(along_h, 3 * p), divisor,
                         clipped, adaptive,
@@ -646,25 +707,34 @@ def _avg_last_fwd(kind: str, L: int) -> Task:
         _set_widths(widths, along_w, Q, divisor, clipped)
         for line in range(first, min(first + lines, Z * P)):
             z, p = line // P, line % P
+            d0, d1 = along_d[3 * z], along_d[3 * z + 1]
             h0, h1 = along_h[3 * p], along_h[3 * p + 1]
+            _set_divisors(
+                by, ahead(along_d, 3 * z), ahead(along_h, 3 * p), divisor, clipped, adaptive
+            )
+            by_d, by_h, area = by[0], by[1], by[2]
             for q in range(Q):
                 w0, w1 = along_w[3 * q], along_w[3 * q + 1]
+                mean = ahead(y, z * yd + p * yh + q * yw)
+                if (d1 - d0) * (h1 - h0) * (w1 - w0) <= 32:
+                    window = ahead(x, d0 * xd + h0 * xh + w0 * xw)
+                    vectors.mean_window(
+                        L, kind, mean, window, d1 - d0, xd, h1 - h0, xh, w1 - w0, xw, inner, adaptive,
+                        by_d, by_h, area * widths[q],
+                    )  # fmt: skip
+                    continue
                 for i in range(inner):
                     sums[i] = 0
-                for d in range(along_d[3 * z], along_d[3 * z + 1]):
-                    if (h1 - h0) * (w1 - w0) <= 16:
-                        window = ahead(x, d * xd + h0 * xh + w0 * xw)
-                        vectors.sum_window(L, kind, sums, window, h1 - h0, xh, w1 - w0, xw, inner)
-                        continue
+                for d in range(d0, d1):
                     for h in range(h0, h1):
-                        row = ahead(x, d * xd + h * xh)
-                        for w in range(w0, w1):
-                            vectors.sum_up(L, kind, 1, sums, ahead(row, w * xw), inner)
+                        for w in range(w0, w1, 8):
+                            places = ahead(x, d * xd + h * xh + w * xw)
+                            vectors.sum_window(L, kind, sums, places, min(8, w1 - w), xw, inner)
                 _divide(
                     sums, inner, 1, by, ahead(widths, q), ahead(along_d, 3 * z), ahead(along_h, 3 * p),
                     divisor, clipped, adaptive,
                 )  # fmt: skip
-                vectors.narrow(L, kind, ahead(y, z * yd + p * yh + q * yw), sums, inner)
+                vectors.narrow(L, kind, mean, sums, inner)
 
     return Task(avg_pool_last_fwd, args)
 
@@ -721,83 +791,113 @@ def _avg_rows_bwd(kind: str, step: int, L: int) -> Task:
 
 
 @lru_cache(None)
-def _avg_tiles_bwd(kind: str, L: int) -> Task:
+def _avg_tiles_last_bwd(kind: str, L: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
-    args = layout("int64*2 int32**3 int64*26")
+    args = layout("int64*2 int32**3 int64*25")
 
-    def avg_pool_tiles_bwd(address: int, index: int, scratch: int) -> None:
-        """Windows without gaps or overlap: each row of x is written, not added to. A task does some rows."""
+    def avg_pool_tiles_last_bwd(address: int, index: int, scratch: int) -> None:
+        """Windows without gaps or overlap, and channels are neighbours: each x is written, not added to. A
+        task does some rows of x, of some channels."""
         (
-            x_, y_, along_d, along_h, along_w, C, each, together, lines, D, H, W, Z, P, Q, T_, R, S,
-            divisor, clipped, adaptive, xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
+            x_, y_, along_d, along_h, along_w, C, each, lines, D, H, W, Z, P, Q, T_, R, S, divisor, clipped,
+            adaptive, xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
         ) = unpack(address, args)  # fmt: skip
         shares, parts = (C + each - 1) // each, (D * H + lines - 1) // lines
-        n, start = index // parts // shares, index // parts % shares * each
-        first = index % parts * lines
+        n, c = index // parts // shares, index // parts % shares * each
+        line = index % parts * lines
+        behind = min(line + lines, D * H)
+        inner = min(each, C - c)
+        x = ahead(vectors.elements(x_, kind), n * xn + c)
+        y = ahead(vectors.elements(y_, kind), n * yn + c)
+        by = pointer(scratch, T)
+        widths = ahead(by, 3)
+        _set_widths(widths, along_w, Q, divisor, clipped)
+        while line < behind:
+            d, h = line // H, line % H
+            row = ahead(x, d * xd + h * xh)
+            z, p = d // T_, h // R
+            # Rows of one row of windows, or those behind the last.
+            rows = min(behind - line, (R - h % R if p < P else H) if z < Z else H, H - h)
+            covered = 0
+            if z < Z and p < P:
+                covered = min(Q * S, W)
+                _set_divisors(
+                    by, ahead(along_d, 3 * z), ahead(along_h, 3 * p), divisor, clipped, adaptive
+                )
+                by_d, by_h, area = by[0], by[1], by[2]
+                for q in range(Q):
+                    vectors.share_window(
+                        L, kind, ahead(row, q * S * xw), rows, xh, min(S, W - q * S), xw,
+                        ahead(y, z * yd + p * yh + q * yw), inner, adaptive, by_d, by_h, area * widths[q],
+                    )  # fmt: skip
+            for r in range(rows):
+                for w in range(covered, W):
+                    vectors.fill(L, kind, ahead(row, r * xh + w * xw), 0.0, inner)
+            line += rows
+
+    return Task(avg_pool_tiles_last_bwd, args)
+
+
+@lru_cache(None)
+def _avg_tiles_bwd(kind: str, L: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout("int64*2 int32**3 int64*24")
+
+    def avg_pool_tiles_bwd(address: int, index: int, scratch: int) -> None:
+        """Windows without gaps or overlap: each row of x is written, not added to."""
+        (
+            x_, y_, along_d, along_h, along_w, C, each, D, H, W, Z, P, Q, T_, R, S,
+            divisor, clipped, adaptive, xn, xc, xd, xh, xw, yn, yc, yd, yh, yw,
+        ) = unpack(address, args)  # fmt: skip
+        shares = (C + each - 1) // each
+        n, start = index // shares, index % shares * each
         behind = min(start + each, C)
-        inner = behind - start if together else 1
         x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
         by = pointer(scratch, T)
         widths = ahead(by, 3)
         line = ahead(widths, Q)
-        means = vectors.elements(scratch + 8 * (3 + Q + Q * inner + L), kind)
+        means = vectors.elements(scratch + 8 * (3 + 2 * Q + L), kind)
         _set_widths(widths, along_w, Q, divisor, clipped)
-        for c in range(start, behind, inner):
+        for c in range(start, behind):
             ready = -1
-            d, h = first // H, first % H
-            z, p = d // T_, h // R
-            for _ in range(first, min(first + lines, D * H)):
-                row = ahead(x, n * xn + c * xc + d * xd + h * xh)
-                covered = 0
-                if z < Z and p < P:
-                    covered = min(Q * S, W)
-                    if ready != z * P + p:
-                        ready = z * P + p
-                        values = ahead(y, n * yn + c * yc + z * yd + p * yh)
-                        if yw == inner:
-                            vectors.widen(L, kind, line, values, Q * inner)
-                        else:
-                            _put(means, inner, values, yw, Q, inner)
-                            vectors.widen(L, kind, line, means, Q * inner)
-                        _divide(
-                            line, inner, Q, by, widths, ahead(along_d, 3 * z), ahead(along_h, 3 * p),
-                            divisor, clipped, adaptive,
-                        )  # fmt: skip
-                        vectors.narrow(L, kind, means, line, Q * inner)
-                    if inner > 1:
-                        for q in range(Q):
-                            mean = ahead(means, q * inner)
-                            for s in range(min(S, W - q * S)):
-                                to = ahead(row, (q * S + s) * xw)
-                                for i in range(inner):
-                                    to[i] = mean[i]
-                    elif S == 2 and xw == 1:
-                        for q in range(covered // 2):
-                            row[2 * q] = means[q]
-                            row[2 * q + 1] = means[q]
-                        if covered % 2:
-                            row[covered - 1] = means[covered // 2]
-                    else:
-                        for q in range(Q):
-                            mean = means[q]
-                            to = ahead(row, q * S * xw)
-                            if xw == 1:
-                                for s in range(min(S, W - q * S)):
-                                    to[s] = mean
+            z, t, p, r = 0, 0, 0, 0
+            for d in range(D):
+                p, r = 0, 0
+                for h in range(H):
+                    row = ahead(x, n * xn + c * xc + d * xd + h * xh)
+                    covered = 0
+                    if z < Z and p < P:
+                        covered = min(Q * S, W)
+                        if ready != z * P + p:
+                            ready = z * P + p
+                            values = ahead(y, n * yn + c * yc + z * yd + p * yh)
+                            if yw == 1:
+                                vectors.widen(L, kind, line, values, Q)
                             else:
+                                _put(means, 1, values, yw, Q, 1)
+                                vectors.widen(L, kind, line, means, Q)
+                            _divide(
+                                line, 1, Q, by, widths, ahead(along_d, 3 * z), ahead(along_h, 3 * p),
+                                divisor, clipped, adaptive,
+                            )  # fmt: skip
+                            vectors.narrow(L, kind, means, line, Q)
+                        if S == 2 and xw == 1:
+                            vectors.spread(L, kind, row, covered, means, None, 0)
+                        else:
+                            for q in range(Q):
+                                mean = means[q]
+                                to = ahead(row, q * S * xw)
                                 for s in range(min(S, W - q * S)):
                                     to[s * xw] = mean
-                for w in range(covered, W):
-                    for i in range(inner):
-                        row[w * xw + i] = 0
-                # The next row; divisions would cost more than a short row does.
-                h += 1
-                if h == H:
-                    d, h, p = d + 1, 0, 0
-                    if d == (z + 1) * T_:
-                        z += 1
-                elif h == (p + 1) * R:
-                    p += 1
+                    for w in range(covered, W):
+                        row[w * xw] = 0
+                    # The window's next row; divisions would cost more than a short row does.
+                    r += 1
+                    if r == R:
+                        p, r = p + 1, 0
+                t += 1
+                if t == T_:
+                    z, t = z + 1, 0
 
     return Task(avg_pool_tiles_bwd, args)
 
@@ -970,12 +1070,12 @@ def _places(shape: PoolShape) -> Tables:
 
 @lru_cache(512)
 def _covering(shape: PoolShape) -> Tables:
-    """For each axis, of every place in the input the first window that it lies in, how many there are, and
-    which place of the first one it is, int32. Windows without dilation."""
+    """For depths and for rows, of every one of the input the first window that it lies in, how many there
+    are, and which place of the first one it is, int32. Windows without dilation."""
     tables = []
     for size, out, kernel, stride, pad in zip(
-        shape.DHW, shape.ZPQ, shape.TRS, _three(shape.stride),
-        _three(tuple(before for before, _ in shape.padding), 0), strict=True,
+        shape.DHW[:2], shape.ZPQ[:2], shape.TRS[:2], _three(shape.stride)[:2],
+        _three(tuple(before for before, _ in shape.padding), 0)[:2], strict=True,
     ):  # fmt: skip
         rows = []
         for place in range(pad, pad + size):
@@ -984,6 +1084,28 @@ def _covering(shape: PoolShape) -> Tables:
             rows.append((first, max(0, last - first + 1), place - first * stride))
         tables.append(np.array(rows, np.int32))
     return Tables(tables)
+
+
+@lru_cache(512)
+def _runs(shape: PoolShape) -> Tables:
+    """The places of a row in runs of a stride from one to the next, whose windows lie alike, int32: the first
+    place, how many there are, a window q that would have the first one as its number s, and the windows q + j
+    that the row has, the first j and behind the last. Windows without dilation."""
+    W, Q, S = shape.DHW[2], shape.ZPQ[2], shape.kernel[-1]
+    stride, pad = shape.stride[-1], shape.padding[-1][0]
+    rows: list[list[int]] = []
+    for phase in range(min(stride, W)):
+        former = None
+        for w in range(phase, W, stride):
+            q, s = divmod(w + pad, stride)
+            least = -((S - 1 - s) // stride)
+            windows = max(least, -q), min(1, Q - q)
+            if windows == former:
+                rows[-1][1] += 1
+            else:
+                rows.append([w, 1, q, s, *windows])
+            former = windows
+    return Tables([np.array(rows, np.int32)])
 
 
 @lru_cache(512)
@@ -1067,11 +1189,12 @@ def _average(shape: PoolShape, backward: bool, x: torch.Tensor, y: torch.Tensor)
     adaptive = shape.adaptive_output is not None
     # Few outputs of wide windows are better summed one at a time.
     uniform = not adaptive and (together or shape.ZPQ[2] >= 4)
-    T = NAME[x.dtype]
-    _avg(T, backward, simd.lanes(T)).run(
+    T, W = NAME[x.dtype], shape.DHW[2]
+    L = simd.lanes(T)
+    _avg(T, backward, L).run(
         count, work, x.data_ptr(), y.data_ptr(), *_tables(shape).addresses, *sizes, uniform,
         shape.kernel[-1], shape.stride[-1], shape.padding[-1][0], *_divisors(shape), *strides(x),
-        *strides(y), scratch_bytes=8 * (19 + shape.ZPQ[2] * (1 + (sizes[1] if together else 1))),
+        *strides(y), scratch_bytes=8 * (3 + W + L + shape.ZPQ[2] * (1 + (sizes[1] if together else 1))),
     )  # fmt: skip
 
 
@@ -1176,10 +1299,13 @@ def max_pool_bwd(
     if kind and together and many and plain and all(r == 1 for r in plain.dilation):
         grad_y, offsets = _like(grad_y, True), _like(offsets, True)
         (each, lines), count, work = _rows(shape, True, True)
+        runs = _runs(plain)
+        covering = math.prod(-(-k // s) for k, s in zip(plain.kernel, plain.stride, strict=True))
         _max_last_bwd(kind, NAME[offsets.dtype], _lanes(kind)).run(
             count, work, grad_x.data_ptr(), grad_y.data_ptr(), offsets.data_ptr(),
-            *_covering(plain).addresses, shape.C, each, lines, *shape.DHW, *shape.TRS[1:],
-            *_three(plain.stride), *strides(grad_x), *strides(grad_y), *strides(offsets),
+            *_covering(plain).addresses, *runs.addresses, shape.C, each, lines, len(runs.arrays[0]),
+            *shape.DHW[:2], *shape.TRS[1:], *_three(plain.stride), *strides(grad_x), *strides(grad_y),
+            *strides(offsets), scratch_bytes=24 * covering,
         )  # fmt: skip
         return
     # Pairs along a row are written in whole vectors where it has some; else one place a window is faster.
@@ -1235,8 +1361,10 @@ def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
     """Each window's average."""
     whole = _global(shape) and _dense(x)
     together = _together(y) and not whole
-    x = vectors.readable(x) if whole or together else native(x)
+    x = vectors.readable(x)
     result = native_result(y, torch.float32 if whole and x.dtype in HALVES else x.dtype)
+    # Few outputs of wide windows are better summed one at a time.
+    plain = shape.adaptive_output is None and shape.ZPQ[2] >= 4
     kind = vectors.kind(x.dtype)
     if whole and kind:
         _whole(shape, kind, False, x, result)
@@ -1249,8 +1377,20 @@ def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
             *shape.ZPQ, *_divisors(shape), *strides(x), *strides(result),
             scratch_bytes=8 * (3 + shape.ZPQ[2] + each + L),
         )  # fmt: skip
+    elif kind and plain and shape.stride[-1] <= 2 and x.stride(-1) == 1 and _dense(result):
+        (_, each, *_), count, work = _sizes(shape, False)
+        L, Q = _lanes(kind), shape.ZPQ[2]
+        _avg_rows_fwd(kind, shape.stride[-1], L).run(
+            count, work, x.data_ptr(), result.data_ptr(), *_tables(shape).addresses, shape.C, each,
+            *shape.DHW, *shape.ZPQ, shape.kernel[-1], shape.padding[-1][0], *_divisors(shape),
+            *strides(x)[:4], *result.stride()[:2], scratch_bytes=8 * (3 + Q + L),
+        )  # fmt: skip
     else:
-        _average(shape, False, x, result)
+        x = native(x)
+        values = native_result(result, x.dtype)
+        _average(shape, False, x, values)
+        if values is not result:
+            result.copy_(values)
     if result is not y:
         y.copy_(result)
 
@@ -1264,13 +1404,13 @@ def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -
     if kind and _disjoint(shape):
         together = _together(grad_x)
         grad_y = _like(grad_y, together)
-        L = _lanes(kind)
+        L, Q = _lanes(kind), shape.ZPQ[2]
         (each, lines), count, work = _rows(shape, together, True)
-        inner, Q = each if together else 1, shape.ZPQ[2]
-        _avg_tiles_bwd(kind, L).run(
+        task = _avg_tiles_last_bwd(kind, L) if together else _avg_tiles_bwd(kind, L)
+        task.run(
             count, work, grad_x.data_ptr(), grad_y.data_ptr(), *_tables(shape).addresses, shape.C, each,
-            together, lines, *shape.DHW, *shape.ZPQ, *shape.TRS, *_divisors(shape), *strides(grad_x),
-            *strides(grad_y), scratch_bytes=8 * (3 + Q + 2 * Q * inner + 2 * L),
+            *((lines,) if together else ()), *shape.DHW, *shape.ZPQ, *shape.TRS, *_divisors(shape),
+            *strides(grad_x), *strides(grad_y), scratch_bytes=8 * (3 + 3 * Q + 2 * L),
         )  # fmt: skip
         return
     rows = grad_x.stride(-1) == 1 and grad_y.stride(-1) == 1 and not _together(grad_x)
@@ -1279,7 +1419,7 @@ def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -
         L, Q, S = _lanes(kind), shape.ZPQ[2], shape.kernel[-1]
         _avg_rows_bwd(kind, shape.stride[-1], L).run(
             count, work, grad_x.data_ptr(), grad_y.data_ptr(), *_tables(shape).addresses,
-            *_covering(shape).addresses[:2], shape.C, each, *shape.DHW, *shape.ZPQ, S, shape.padding[-1][0],
+            *_covering(shape).addresses, shape.C, each, *shape.DHW, *shape.ZPQ, S, shape.padding[-1][0],
             *_divisors(shape), *strides(grad_x)[:4], *strides(grad_y)[:4],
             scratch_bytes=8 * (3 + 2 * Q + 2 * S + 3 * L + math.prod(shape.ZPQ)),
         )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import llvmlite.binding as llvm
 import torch
@@ -137,22 +137,35 @@ class Vectors(simd.Emit):
         once = self.builder.module.add_metadata([ir.IntType(32)(1)])
         store.set_metadata("nontemporal", once)
 
-    def over(
-        self,
-        count: ir.Value,
-        body: Callable[[ir.Value, ir.Value | None], None],
-        start: ir.Value | None = None,
-    ) -> None:
-        """`body` of each vector's first number, from `start` on, and its mask: None but for a last one that
-        is not whole."""
+    def over(self, count: ir.Value, body: Callable[[ir.Value, ir.Value | None], None]) -> None:
+        """`body` of each vector's first number and its mask: None but for a last one that is not whole."""
         builder = self.builder
         rest = builder.and_(count, simd.int_constant(self.lanes - 1))
         whole = builder.sub(count, rest)
-        loop = simd.Loop(builder, start or simd.int_constant(0), whole, self.lanes, [])
+        loop = simd.Loop(builder, simd.int_constant(0), whole, self.lanes, [])
         body(loop.index, None)
         loop.close([])
         with builder.if_then(builder.icmp_signed("!=", rest, simd.int_constant(0))):
             body(whole, self.first(rest))
+
+    def blocks(
+        self, count: ir.Value, body: Callable[[ir.Value, int, ir.Value | None], None]
+    ) -> None:
+        """`body` of the first number of every block of up to four vectors, of how many these are, and the
+        last one's mask: None where all four are whole. Each size has code of its own."""
+        builder, L = self.builder, self.lanes
+        at = simd.int_constant
+        rest = builder.and_(count, at(4 * L - 1))
+        whole = builder.sub(count, rest)
+        loop = simd.Loop(builder, at(0), whole, 4 * L, [])
+        body(loop.index, 4, None)
+        loop.close([])
+        with builder.if_then(builder.icmp_signed("!=", rest, at(0))):
+            size = builder.lshr(builder.add(rest, at(L - 1)), at(L.bit_length() - 1))
+            last = self.first(builder.sub(rest, builder.mul(builder.sub(size, at(1)), at(L))))
+            for vectors in range(1, 5):
+                with builder.if_then(builder.icmp_signed("==", size, at(vectors))):
+                    body(whole, vectors, last)
 
 
 def _load_numbers(
@@ -227,7 +240,8 @@ def max_window(
         first = simd.splat(builder, builder.trunc(corner, ir.IntType(32)), L)
         zero = simd.int_constant(0)
 
-        def update(i, mask, vectors=1):
+        def update(i, vectors, mask):
+            masks = [None] * (vectors - 1) + [mask]
             start = builder.gep(row, [i])
             best, where = [largest.least] * vectors, [first] * vectors
             along_d = simd.Loop(builder, zero, planes, 1, best + where)
@@ -243,7 +257,7 @@ def max_window(
             at = builder.add(number, along_w.index)
             pairs = [
                 largest.update(
-                    emit.read(builder.gep(near, [simd.int_constant(v * L)]), mask),
+                    emit.read(builder.gep(near, [simd.int_constant(v * L)]), masks[v]),
                     at,
                     along_w.carried[v],
                     along_w.carried[vectors + v],
@@ -254,18 +268,95 @@ def max_window(
             found = along_d.close(along_h.close(found))
             for v in range(vectors):
                 column = builder.add(i, simd.int_constant(v * L))
-                emit.write(found[v], builder.gep(y, [column]), mask)
-                largest.write_places(found[vectors + v], builder.gep(kept, [column]), mask)
+                emit.write(found[v], builder.gep(y, [column]), masks[v])
+                largest.write_places(found[vectors + v], builder.gep(kept, [column]), masks[v])
 
-        many = builder.sub(count, builder.and_(count, simd.int_constant(4 * L - 1)))
-        loop = simd.Loop(builder, zero, many, 4 * L, [])
-        update(loop.index, None, 4)
-        loop.close([])
-        emit.over(count, update, many)
+        emit.blocks(count, update)
         return context.get_dummy_value()
 
     i64 = types.int64
     return types.void(lanes, kind, y, kept, row, *[i64] * 10), generate
+
+
+def _row_of_windows(
+    emit: Vectors, step: int, row: ir.Value, window: list[ir.Value], pad: ir.Value, width: ir.Value,
+    count: ir.Value, readable: ir.Value, writable: ir.Value, outside: ir.Constant, body: Callable[..., None],
+) -> None:  # fmt: skip
+    """`body` of each vector of a row of `count` windows, `step` 1 or 2 apart: of its first window's number,
+    of the mask for what is written, and of what walks through the windows' places.
+
+    Window q's values lie at ``row[t * plane + r * line + w]``, ``w = q * step - pad + s * place``,
+    t < planes, r < lines, s < places, 0 <= w < width, and are `outside` beyond the row; `window` is planes,
+    plane, lines, line, places and place. So many elements from row on may be read (`readable`) and of results
+    written (`writable`) whatever they hold: masks cost more.
+    """
+    builder, L, at = emit.builder, emit.lanes, simd.int_constant
+    planes, plane, lines, line, places, place = window
+    i32 = ir.IntType(32)
+    lane = ir.Constant(emit.words, list(range(L)))
+    order = ir.Constant(emit.words, [*range(0, L, 2), *range(L + 1, 2 * L, 2)])
+
+    def load(near, first, whole):
+        """Elements from `first` on."""
+        spot = builder.gep(near, [first])
+        if whole:
+            return emit.read(spot)
+        numbers = builder.add(simd.splat(builder, builder.trunc(first, i32), L), lane)
+        limit = simd.splat(builder, builder.trunc(width, i32), L)
+        inside = builder.icmp_unsigned("<", numbers, limit)
+        return builder.select(inside, emit.read(spot, inside), outside)
+
+    def walk(q, whole, carried, meet):
+        """``meet(value, t, r, s, carried)`` of each place's vector; returns what the last one leaves."""
+        along_d = simd.Loop(builder, at(0), planes, 1, carried)
+        along_h = simd.Loop(builder, at(0), lines, 1, along_d.carried)
+        offset = builder.add(builder.mul(along_d.index, plane), builder.mul(along_h.index, line))
+        near = builder.gep(row, [offset])
+        along_w = simd.Loop(builder, at(0), places, 1, along_h.carried)
+        begin = builder.sub(builder.mul(q, at(step)), pad)
+        w = builder.add(begin, builder.mul(along_w.index, place))
+        value = load(near, w, whole)
+        if step == 2:
+            # The second load starts one early, to end with the last element that is asked for.
+            early = load(near, builder.add(w, at(L - 1)), whole)
+            value = builder.shuffle_vector(value, early, order)
+        found = meet(value, along_d.index, along_h.index, along_w.index, along_w.carried)
+        return along_d.close(along_h.close(along_w.close(found)))
+
+    # The last element that a vector of windows from q on reads, and that the row's last window does.
+    reach = builder.mul(builder.sub(places, at(1)), place)
+    behind = builder.add(
+        builder.mul(builder.sub(planes, at(1)), plane),
+        builder.mul(builder.sub(lines, at(1)), line),
+    )
+    last = builder.sub(builder.mul(builder.sub(count, at(1)), at(step)), pad)
+    last = builder.add(last, reach)
+    rest = builder.and_(count, at(L - 1))
+    whole = builder.sub(count, rest)
+
+    def one(q, mask):
+        begin = builder.sub(builder.mul(q, at(step)), pad)
+        end = builder.add(builder.add(begin, reach), at(step * (L - 1)))
+        free = builder.icmp_signed("<", builder.add(behind, end), readable)
+        if mask is not None:
+            end = last
+            after = builder.add(q, at(L))
+            free = builder.and_(free, builder.icmp_signed("<=", after, writable))
+        for condition in (
+            builder.icmp_signed(">=", begin, at(0)), builder.icmp_signed("<", end, width)
+        ):  # fmt: skip
+            free = builder.and_(free, condition)
+        with builder.if_else(free) as (middle, edge):
+            with middle:
+                body(q, None, partial(walk, q, True))
+            with edge:
+                body(q, mask, partial(walk, q, False))
+
+    loop = simd.Loop(builder, at(0), whole, L, [])
+    one(loop.index, None)
+    loop.close([])
+    with builder.if_then(builder.icmp_signed("!=", rest, at(0))):
+        one(whole, emit.first(rest))
 
 
 @intrinsic(prefer_literal=True)
@@ -273,98 +364,36 @@ def max_row(
     typing_context, lanes, kind, step, y, kept, row, planes, plane, lines, line, places, place, pad, width,
     corner, firsts, R, S, count, readable, writable,
 ):  # fmt: skip
-    """The maxima of a row of `count` windows, `step` 1 or 2 apart, and their places.
+    """The maxima of a row of windows as `_row_of_windows` takes them, and their places.
 
-    Window q's values lie at ``row[t * plane + r * line + w]``, ``w = q * step - pad + s * place``,
-    t < planes, r < lines, s < places, 0 <= w < width; their numbers are ``corner + (t * R + r) * S + s``,
-    and ``corner + firsts[q]`` where none is larger than -inf. `firsts` int32, whole vectors. So many elements
-    from row on may be read (`readable`) and from y and kept on written (`writable`) whatever they hold: masks
-    cost more.
+    A place's number is ``corner + (t * R + r) * S + s``, and ``corner + firsts[q]`` where none is larger than
+    -inf. `firsts` int32, whole vectors.
     """
     L, of, apart = lanes.literal_value, kind.literal_value, step.literal_value
 
     def generate(context, builder, signature, values):
-        (
-            y, kept, row, planes, plane, lines, line, places, place, pad, width, corner, firsts, R, S, count,
-            readable, writable,
-        ) = values[3:]  # fmt: skip
+        y, kept, row, *window, pad, width, corner, firsts, R, S, count, readable, writable = values[
+            3:
+        ]
         emit = Vectors(builder, of, L)
         largest = _Largest(emit)
-        at = simd.int_constant
-        i32 = ir.IntType(32)
-        lane = ir.Constant(emit.words, list(range(L)))
-        order = ir.Constant(emit.words, [*range(0, L, 2), *range(L + 1, 2 * L, 2)])
-        base = simd.splat(builder, builder.trunc(corner, i32), L)
+        base = simd.splat(builder, builder.trunc(corner, ir.IntType(32)), L)
 
-        def load(near, first, whole):
-            """Elements from `first` on, those outside of the row -inf."""
-            spot = builder.gep(near, [first])
-            if whole:
-                return emit.read(spot)
-            numbers = builder.add(simd.splat(builder, builder.trunc(first, i32), L), lane)
-            limit = simd.splat(builder, builder.trunc(width, i32), L)
-            inside = builder.icmp_unsigned("<", numbers, limit)
-            return builder.select(inside, emit.read(spot, inside), largest.least)
+        def meet(value, t, r, s, carried):
+            number = builder.add(builder.mul(t, R), r)
+            number = builder.add(builder.add(corner, builder.mul(number, S)), s)
+            return largest.update(value, number, *carried)
 
-        def update(q, mask, whole):
-            begin = builder.sub(builder.mul(q, at(apart)), pad)
+        def update(q, mask, walk):
             place_of = builder.bitcast(builder.gep(firsts, [q]), emit.words.as_pointer())
             first = builder.add(base, builder.load(place_of, align=4))
-            along_d = simd.Loop(builder, at(0), planes, 1, [largest.least, first])
-            along_h = simd.Loop(builder, at(0), lines, 1, along_d.carried)
-            offset = builder.add(
-                builder.mul(along_d.index, plane), builder.mul(along_h.index, line)
-            )
-            near = builder.gep(row, [offset])
-            number = builder.add(builder.mul(along_d.index, R), along_h.index)
-            number = builder.add(corner, builder.mul(number, S))
-            along_w = simd.Loop(builder, at(0), places, 1, along_h.carried)
-            w = builder.add(begin, builder.mul(along_w.index, place))
-            value = load(near, w, whole)
-            if apart == 2:
-                # The second load starts one early, to end with the last element that is asked for.
-                early = load(near, builder.add(w, at(L - 1)), whole)
-                value = builder.shuffle_vector(value, early, order)
-            number = builder.add(number, along_w.index)
-            found = along_w.close(largest.update(value, number, *along_w.carried))
-            best, where = along_d.close(along_h.close(found))
+            best, where = walk([largest.least, first], meet)
             emit.write(best, builder.gep(y, [q]), mask)
             largest.write_places(where, builder.gep(kept, [q]), mask)
 
-        # The last element that a vector of windows from q on reads, and that the row's last window does.
-        reach = builder.mul(builder.sub(places, at(1)), place)
-        behind = builder.add(
-            builder.mul(builder.sub(planes, at(1)), plane),
-            builder.mul(builder.sub(lines, at(1)), line),
+        _row_of_windows(
+            emit, apart, row, window, pad, width, count, readable, writable, largest.least, update
         )
-        last = builder.sub(builder.mul(builder.sub(count, at(1)), at(apart)), pad)
-        last = builder.add(last, reach)
-        rest = builder.and_(count, at(L - 1))
-        whole = builder.sub(count, rest)
-
-        def one(q, mask):
-            begin = builder.sub(builder.mul(q, at(apart)), pad)
-            end = builder.add(builder.add(begin, reach), at(apart * (L - 1)))
-            free = builder.icmp_signed("<", builder.add(behind, end), readable)
-            if mask is not None:
-                end = last
-                after = builder.add(q, at(L))
-                free = builder.and_(free, builder.icmp_signed("<=", after, writable))
-            for condition in (
-                builder.icmp_signed(">=", begin, at(0)), builder.icmp_signed("<", end, width)
-            ):  # fmt: skip
-                free = builder.and_(free, condition)
-            with builder.if_else(free) as (middle, edge):
-                with middle:
-                    update(q, None, True)
-                with edge:
-                    update(q, mask, False)
-
-        loop = simd.Loop(builder, at(0), whole, L, [])
-        one(loop.index, None)
-        loop.close([])
-        with builder.if_then(builder.icmp_signed("!=", rest, at(0))):
-            one(whole, emit.first(rest))
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -375,126 +404,213 @@ def max_row(
 
 
 @intrinsic(prefer_literal=True)
-def add_kept(
-    typing_context, lanes, kind, to, values, kept, number, planes, plane, kept_plane, less_t, lines, line,
-    kept_line, less_r, places, place, kept_place, less_s, count,
+def mean_row(
+    typing_context, lanes, kind, step, y, row, planes, plane, lines, line, places, place, pad, width, area,
+    widths, count, readable, writable,
 ):  # fmt: skip
-    """``to[i]`` = the sum of those `values` of some windows that were kept from one place, i < count.
+    """The sums of a row of windows as `_row_of_windows` takes them, each over ``area * widths[q]``: whole
+    vectors of widths."""
+    L, of, apart = lanes.literal_value, kind.literal_value, step.literal_value
 
-    Window (t, r, s), t < planes, r < lines, s < places, has its value at
-    ``values[t * plane + r * line + s * place + i]``; it counts where what lies at
-    ``kept[t * kept_plane + …]`` is ``number - t * less_t - r * less_r - s * less_s``. `to` and values are of
-    the type called `kind`.
+    def generate(context, builder, signature, values):
+        y, row, *window, pad, width, area, widths, count, readable, writable = values[3:]
+        emit = Vectors(builder, of, L)
+        areas = simd.splat(builder, area, L)
+
+        def update(q, mask, walk):
+            (total,) = walk(
+                [emit.zero()], lambda value, t, r, s, sums: [builder.fadd(sums[0], value)]
+            )
+            by = builder.fmul(areas, emit.load(builder.gep(widths, [q])))
+            emit.write(builder.fdiv(total, by), builder.gep(y, [q]), mask)
+
+        _row_of_windows(
+            emit, apart, row, window, pad, width, count, readable, writable, emit.zero(), update
+        )
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    T = types.float64 if of == "float64" else types.float32
+    return types.void(
+        lanes, kind, step, y, row, *[i64] * 8, T, types.CPointer(T), i64, i64, i64
+    ), generate
+
+
+@intrinsic(prefer_literal=True)
+def sum_kept(
+    typing_context, lanes, kind, to, to_step, values, step, kept, kept_step, terms, size, count, inner
+):  # fmt: skip
+    """``to[q * to_step + i]``, q < count, i < inner, = the sum of those ``values[q * step + a + i]`` for
+    which ``kept[q * kept_step + b + i] == number``.
+
+    (a, b, number) are the `size` triples of `terms`. `to` and values are of the type called `kind`.
     """
     L, of = lanes.literal_value, kind.literal_value
 
     def generate(context, builder, signature, operands):
-        to, values, kept, number = operands[2:6]
-        axes = [operands[6 + 4 * axis : 10 + 4 * axis] for axis in range(3)]
-        count = operands[-1]
+        to, to_step, values, step, kept, kept_step, terms, size, count, inner = operands[2:]
         emit = Vectors(builder, of, L)
         at = simd.int_constant
+        places = simd.Loop(builder, at(0), count, 1, [])
+        to, values, kept = (
+            builder.gep(base, [builder.mul(places.index, apart)])
+            for base, apart in ((to, to_step), (values, step), (kept, kept_step))
+        )
 
-        def update(i, mask, vectors=1):
-            sums = [emit.zero()] * vectors
-            value, where, wanted = builder.gep(values, [i]), builder.gep(kept, [i]), number
-            loops = []
-            for steps, apart, kept_apart, less in axes:
-                loop = simd.Loop(builder, at(0), steps, 1, sums)
-                value = builder.gep(value, [builder.mul(loop.index, apart)])
-                where = builder.gep(where, [builder.mul(loop.index, kept_apart)])
-                wanted = builder.sub(wanted, builder.mul(loop.index, less))
-                sums = loop.carried
-                loops.append(loop)
-            found = []
-            for v, former in enumerate(sums):
+        def update(i, vectors, mask):
+            masks = [None] * (vectors - 1) + [mask]
+            value, where = builder.gep(values, [i]), builder.gep(kept, [i])
+            loop = simd.Loop(builder, at(0), size, 1, [emit.zero()] * vectors)
+            term = builder.gep(terms, [builder.mul(loop.index, at(3))])
+            a, b, number = (builder.load(builder.gep(term, [at(k)])) for k in range(3))
+            same = simd.splat(builder, builder.trunc(number, kept.type.pointee), L)
+            sums = []
+            for v, (former, some) in enumerate(zip(loop.carried, masks, strict=True)):
                 near = at(v * L)
-                numbers = _load_numbers(builder, builder.gep(where, [near]), L, mask)
-                same = simd.splat(builder, builder.trunc(wanted, kept.type.pointee), L)
-                term = emit.read(builder.gep(value, [near]), mask)
-                term = builder.select(builder.icmp_signed("==", numbers, same), term, emit.zero())
-                found.append(builder.fadd(former, term))
-            for loop in reversed(loops):
-                found = loop.close(found)
-            for v, result in enumerate(found):
-                emit.write(result, builder.gep(to, [builder.add(i, at(v * L))]), mask)
+                numbers = _load_numbers(
+                    builder, builder.gep(where, [builder.add(b, near)]), L, some
+                )
+                here = emit.read(builder.gep(value, [builder.add(a, near)]), some)
+                # A sum that began with zero never is -0.0, so that what is left out is as good as zero.
+                counts = builder.icmp_signed("==", numbers, same)
+                sums.append(builder.select(counts, builder.fadd(former, here), former))
+            sums = loop.close(sums)
+            for v, (result, some) in enumerate(zip(sums, masks, strict=True)):
+                emit.write(result, builder.gep(to, [builder.add(i, at(v * L))]), some)
 
-        many = builder.sub(count, builder.and_(count, at(4 * L - 1)))
-        loop = simd.Loop(builder, at(0), many, 4 * L, [])
-        update(loop.index, None, 4)
-        loop.close([])
-        emit.over(count, update, many)
+        emit.blocks(inner, update)
+        places.close([])
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(lanes, kind, to, values, kept, *[i64] * 14), generate
+    terms = types.CPointer(i64)
+    return types.void(lanes, kind, to, i64, values, i64, kept, i64, terms, i64, i64, i64), generate
 
 
 @intrinsic(prefer_literal=True)
-def sum_up(typing_context, lanes, kind, step, sums, row, count):
-    """``sums[i] += row[i * step]`` for i < count; `step` 1 or 2, row of the type called `kind`. Sums are read
-    and written in whole vectors, row is not."""
-    L, of, S = lanes.literal_value, kind.literal_value, step.literal_value
+def sum_up(typing_context, lanes, kind, sums, row, count):
+    """``sums[i] += row[i]`` for i < count, row of the type called `kind`. Sums are read and written in whole
+    vectors, row is not."""
+    L, of = lanes.literal_value, kind.literal_value
 
     def generate(context, builder, signature, values):
-        sums, row, count = values[3:]
+        sums, row, count = values[2:]
         emit = Vectors(builder, of, L)
 
         def update(i, mask):
-            start = builder.gep(row, [builder.mul(i, simd.int_constant(S))])
-            if S == 1:
-                value = emit.read(start, mask)
-            else:
-                # The second load starts one early, to end with the last element that is asked for.
-                early = builder.gep(start, [simd.int_constant(L - 1)])
-                if mask is None:
-                    pair = emit.read(start), emit.read(early)
-                else:
-                    reach = builder.sub(
-                        builder.mul(builder.sub(count, i), simd.int_constant(2)),
-                        simd.int_constant(1),
-                    )
-                    over = builder.sub(reach, simd.int_constant(L - 1))
-                    pair = emit.read(start, emit.first(reach)), emit.read(early, emit.first(over))
-                order = [*range(0, L, 2), *range(L + 1, 2 * L, 2)]
-                value = builder.shuffle_vector(*pair, ir.Constant(emit.words, order))
             at = builder.gep(sums, [i])
+            value = emit.read(builder.gep(row, [i]), mask)
             emit.store(builder.fadd(emit.load(at), value), at)
 
         emit.over(count, update)
         return context.get_dummy_value()
 
-    return types.void(lanes, kind, step, sums, row, types.int64), generate
+    return types.void(lanes, kind, sums, row, types.int64), generate
+
+
+def _added_window(
+    emit: Vectors, sums: list[ir.Value], mask: ir.Value | None, row: ir.Value, *axes: ir.Value
+) -> list[ir.Value]:
+    """Vectors of sums, and what lies at the places of a window from `row` on, added in their order: `axes`
+    are the number of places and their distance along each. The mask is the last vector's."""
+    builder, at = emit.builder, simd.int_constant
+    loops = []
+    for count, apart in zip(axes[::2], axes[1::2], strict=True):
+        loops.append(simd.Loop(builder, at(0), count, 1, sums))
+        row, sums = builder.gep(row, [builder.mul(loops[-1].index, apart)]), loops[-1].carried
+    masks = [None] * (len(sums) - 1) + [mask]
+    sums = [
+        builder.fadd(value, emit.read(builder.gep(row, [at(v * emit.lanes)]), some))
+        for v, (value, some) in enumerate(zip(sums, masks, strict=True))
+    ]
+    for loop in reversed(loops):
+        sums = loop.close(sums)
+    return sums
 
 
 @intrinsic(prefer_literal=True)
-def sum_window(typing_context, lanes, kind, sums, row, lines, line, places, place, count):
-    """``sums[i] += row[l * line + p * place + i]`` for l < lines, p < places, i < count, in this order.
+def sum_window(typing_context, lanes, kind, sums, row, places, place, count):
+    """``sums[i] += row[p * place + i]`` for p < places, i < count, in this order.
 
-    Each vector of sums is kept in a register: for windows so small that their rows stay in the cache. Row of
-    the type called `kind`; sums are whole vectors.
+    Vectors of sums are kept in registers: for so few places that their rows stay in the cache. Row of the
+    type called `kind`; sums are whole vectors.
     """
     L, of = lanes.literal_value, kind.literal_value
 
     def generate(context, builder, signature, values):
-        sums, row, lines, line, places, place, count = values[2:]
+        sums, row, *window, count = values[2:]
         emit = Vectors(builder, of, L)
 
-        def update(i, mask):
-            at = builder.gep(sums, [i])
-            start = builder.gep(row, [i])
-            outer = simd.Loop(builder, simd.int_constant(0), lines, 1, [emit.load(at)])
-            near = builder.gep(start, [builder.mul(outer.index, line)])
-            inner = simd.Loop(builder, simd.int_constant(0), places, 1, outer.carried)
-            value = emit.read(builder.gep(near, [builder.mul(inner.index, place)]), mask)
-            added = inner.close([builder.fadd(inner.carried[0], value)])
-            emit.store(outer.close(added)[0], at)
+        def update(i, vectors, mask):
+            spots = [
+                builder.gep(sums, [builder.add(i, simd.int_constant(v * L))])
+                for v in range(vectors)
+            ]
+            former = list(map(emit.load, spots))
+            for spot, value in zip(
+                spots,
+                _added_window(emit, former, mask, builder.gep(row, [i]), *window),
+                strict=True,
+            ):
+                emit.store(value, spot)
 
-        emit.over(count, update)
+        emit.blocks(count, update)
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(lanes, kind, sums, row, i64, i64, i64, i64, i64), generate
+    return types.void(lanes, kind, sums, row, i64, i64, i64), generate
+
+
+def _division(
+    emit: Vectors, adaptive: ir.Value, by_d: ir.Value, by_h: ir.Value, by: ir.Value
+) -> Callable[[list[ir.Value]], list[ir.Value]]:
+    """What divides vectors by `by`, and before, if `adaptive`, by by_d and by_h."""
+    builder = emit.builder
+    by_d, by_h, by = (simd.splat(builder, divisor, emit.lanes) for divisor in (by_d, by_h, by))
+    axis_by_axis = builder.icmp_signed("!=", adaptive, simd.int_constant(0))
+
+    def divide(values: list[ir.Value]) -> list[ir.Value]:
+        before = builder.block
+        with builder.if_then(axis_by_axis):
+            parts = [builder.fdiv(builder.fdiv(value, by_d), by_h) for value in values]
+            there = builder.block
+        phis = [builder.phi(emit.vector) for _ in values]
+        for phi, value, part in zip(phis, values, parts, strict=True):
+            phi.add_incoming(value, before)
+            phi.add_incoming(part, there)
+        return [builder.fdiv(phi, by) for phi in phis]
+
+    return divide
+
+
+@intrinsic(prefer_literal=True)
+def mean_window(
+    typing_context, lanes, kind, to, row, planes, plane, lines, line, places, place, count, adaptive, by_d,
+    by_h, by,
+):  # fmt: skip
+    """``to[i]``, i < count, = the sum of ``row[t * plane + r * line + s * place + i]`` for t < planes,
+    r < lines, s < places, in this order, over `by`; if `adaptive`, over by_d and by_h before. `to` and row
+    are of the type called `kind`."""
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        to, row, *window, count, adaptive, by_d, by_h, by = values[2:]
+        emit = Vectors(builder, of, L)
+        divide = _division(emit, adaptive, by_d, by_h, by)
+
+        def update(i, vectors, mask):
+            zeros = [emit.zero()] * vectors
+            sums = _added_window(emit, zeros, mask, builder.gep(row, [i]), *window)
+            for v, value in enumerate(divide(sums)):
+                spot = builder.gep(to, [builder.add(i, simd.int_constant(v * L))])
+                emit.write(value, spot, mask if v == vectors - 1 else None)
+
+        emit.blocks(count, update)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    T = types.float64 if of == "float64" else types.float32
+    return types.void(lanes, kind, to, row, *[i64] * 8, T, T, T), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -514,52 +630,98 @@ def fill(typing_context, lanes, kind, to, value, count):
 
 
 @intrinsic(prefer_literal=True)
-def spread(typing_context, lanes, kind, step, row, width, values, kept, place):
-    """``row[i] = values[i // step]`` where ``kept[i // step] == place + i % step``, else 0, for i < width.
-
-    `step` 1 or 2; all of the type called `kind`, but kept, uint8 or int32.
-    """
-    L, of, S = lanes.literal_value, kind.literal_value, step.literal_value
+def share_window(
+    typing_context, lanes, kind, to, lines, line, places, place, values, count, adaptive, by_d, by_h, by
+):  # fmt: skip
+    """``to[r * line + s * place + i] = values[i] / by`` for r < lines, s < places, i < count; if `adaptive`,
+    over by_d and by_h before. `to` and values are of the type called `kind`."""
+    L, of = lanes.literal_value, kind.literal_value
 
     def generate(context, builder, signature, operands):
-        row, width, values, kept, place = operands[3:]
+        to, lines, line, places, place, values, count, adaptive, *divisors = operands[2:]
         emit = Vectors(builder, of, L)
-        numbers = kept.type.pointee
-        i64 = simd.int_constant
-        tests = [
-            simd.splat(builder, builder.trunc(builder.add(place, i64(s)), numbers), L)
-            for s in range(S)
-        ]
+        at = simd.int_constant
+        divide = _division(emit, adaptive, *divisors)
+
+        def update(i, vectors, mask):
+            masks = [None] * (vectors - 1) + [mask]
+            spots = [builder.add(i, at(v * L)) for v in range(vectors)]
+            shares = divide(
+                [
+                    emit.read(builder.gep(values, [i]), some)
+                    for i, some in zip(spots, masks, strict=True)
+                ]
+            )
+            outer = simd.Loop(builder, at(0), lines, 1, [])
+            near = builder.gep(to, [builder.mul(outer.index, line)])
+            inner = simd.Loop(builder, at(0), places, 1, [])
+            near = builder.gep(near, [builder.mul(inner.index, place)])
+            for share, spot, some in zip(shares, spots, masks, strict=True):
+                emit.write(share, builder.gep(near, [spot]), some)
+            inner.close([])
+            outer.close([])
+
+        emit.blocks(count, update)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    T = types.float64 if of == "float64" else types.float32
+    return types.void(lanes, kind, to, i64, i64, i64, i64, values, i64, i64, T, T, T), generate
+
+
+@intrinsic(prefer_literal=True)
+def spread(typing_context, lanes, kind, row, width, values, kept, place):
+    """``row[i] = values[i // 2]`` for i < width, but zero where ``kept[i // 2] != place + i % 2``; kept may
+    be None.
+
+    Row and values are of the type called `kind`, kept is uint8 or int32.
+    """
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, operands):
+        row, width, values, kept, place = operands[2:]
+        emit = Vectors(builder, of, L)
+        at = simd.int_constant
         orders = [
             ir.Constant(emit.words, [start + i // 2 + i % 2 * L for i in range(L)])
             for start in (0, L // 2)
         ]
 
-        def update(i, mask):
-            k = _load_numbers(builder, builder.gep(kept, [i]), L, mask)
-            v = emit.read(builder.gep(values, [i]), mask)
-            sides = [
-                builder.select(builder.icmp_signed("==", k, side), v, emit.zero()) for side in tests
+        def sides(i, mask):
+            value = emit.read(builder.gep(values, [i]), mask)
+            if isinstance(signature.args[5], types.NoneType):
+                return [value] * 2
+            numbers = _load_numbers(builder, builder.gep(kept, [i]), L, mask)
+            wanted = [
+                simd.splat(builder, builder.trunc(builder.add(place, at(s)), kept.type.pointee), L)
+                for s in range(2)
             ]
-            start = builder.mul(i, i64(S))
-            for part, order in enumerate(orders[:S]):
-                at = builder.add(start, i64(part * L))
-                shuffled = sides[0] if S == 1 else builder.shuffle_vector(*sides, order)
-                some = None if mask is None else emit.first(builder.sub(width, at))
-                emit.write(shuffled, builder.gep(row, [at]), some)
+            return [
+                builder.select(builder.icmp_signed("==", numbers, same), value, emit.zero())
+                for same in wanted
+            ]
 
-        # A width that ends within a pair has its last value in a vector of masks.
-        count = builder.udiv(builder.add(width, i64(S - 1)), i64(S))
-        rest = builder.and_(width, i64(S * L - 1))
-        whole = builder.udiv(builder.sub(width, rest), i64(S))
-        loop = simd.Loop(builder, i64(0), whole, L, [])
-        update(loop.index, None)
+        def write(pair, part, start, mask):
+            shuffled = builder.shuffle_vector(*pair, orders[part])
+            emit.write(shuffled, builder.gep(row, [builder.add(start, at(part * L))]), mask)
+
+        rest = builder.and_(width, at(2 * L - 1))
+        whole = builder.sub(width, rest)
+        loop = simd.Loop(builder, at(0), whole, 2 * L, [])
+        pair = sides(builder.lshr(loop.index, at(1)), None)
+        for part in range(2):
+            write(pair, part, loop.index, None)
         loop.close([])
-        with builder.if_then(builder.icmp_signed("!=", rest, i64(0))):
-            update(whole, emit.first(builder.sub(count, whole)))
+        with builder.if_then(builder.icmp_signed("!=", rest, at(0))):
+            # A width that ends within a pair has its last value in these.
+            values_left = builder.lshr(builder.add(rest, at(1)), at(1))
+            pair = sides(builder.lshr(whole, at(1)), emit.first(values_left))
+            for part in range(2):
+                write(pair, part, whole, emit.first(builder.sub(rest, at(part * L))))
         return context.get_dummy_value()
 
-    return types.void(lanes, kind, step, row, types.int64, values, kept, types.int64), generate
+    i64 = types.int64
+    return types.void(lanes, kind, row, i64, values, kept, i64), generate
 
 
 @intrinsic(prefer_literal=True)
