@@ -109,6 +109,14 @@ def _bias(T: str) -> Task:
     return Task(conv_bias, args)
 
 
+@lru_cache(1024)
+def _bias_loops(shape: ConvShape, strides: tuple[int, ...]) -> tuple[int, ...]:
+    """The stride of channels, and sizes and strides of what is added up."""
+    n, k, *places = strides
+    loops = collapse((shape.N, *shape.ZPQ), (n, *places))
+    return k, *(v for pair in zip(*loops, strict=True) for v in pair)
+
+
 def conv_fprop(
     shape: ConvShape,
     x: torch.Tensor,
@@ -150,11 +158,9 @@ def conv_bgrad(shape: ConvShape, grad_y: torch.Tensor, grad_bias: torch.Tensor) 
     """The gradient with respect to the bias: grad_y's sum over everything but its channels."""
     grad_y = native(grad_y)
     result = native_result(grad_bias, grad_y.dtype, contiguous=True)
-    n, k, *places = strides(grad_y)
-    loops = collapse((shape.N, *shape.ZPQ), (n, *places))
     _bias(NAME[grad_y.dtype]).run(
-        shape.K, grad_y.numel(), grad_y.data_ptr(), result.data_ptr(), k,
-        *(v for pair in zip(*loops, strict=True) for v in pair),
+        shape.K, grad_y.numel(), grad_y.data_ptr(), result.data_ptr(),
+        *_bias_loops(shape, strides(grad_y)),
     )  # fmt: skip
     if result is not grad_bias:
         grad_bias.copy_(result)

@@ -8,9 +8,11 @@ writes, each with the taps that reach it: nothing is multiplied by inserted zero
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from cnnops.shapes import ConvShape
 
@@ -125,3 +127,9 @@ def up(value: int, multiple: int) -> int:
 def bytes_of(T: str) -> int:
     """Bytes of an element of the type called T."""
     return {"float32": 4, "float64": 8}[T]
+
+
+@lru_cache(64)
+def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """So many zeros that are only read."""
+    return torch.zeros(count, dtype=dtype)

@@ -48,6 +48,7 @@ from cnnops.cpu.conv_axes import (
     bytes_of,
     transposed,
     up,
+    zeros,
 )
 from cnnops.cpu.task import (
     NAME,
@@ -59,6 +60,7 @@ from cnnops.cpu.task import (
     native,
     native_result,
     pointer,
+    shared_memory,
     strides,
     unpack,
 )
@@ -665,17 +667,17 @@ class _Correlation:
                 scale = epilogue.scale.data_ptr()
             if epilogue.residual is not None:
                 residual = epilogue.residual.data_ptr() + start
-        packed = torch.empty(self._packed_size, dtype=x.dtype)
+        packed, owner = shared_memory(self._packed_size * x.itemsize)
         self._pack.run(
             self._pack_count,
             2.0 * self._packed_size,
             w.data_ptr(),
-            packed.data_ptr(),
+            packed,
             *self._pack_values,
         )
         self._task.run(
             self._count, self._work,
-            x.data_ptr(), packed.data_ptr(), scale, bias.data_ptr(), residual, y.data_ptr() + start,
+            x.data_ptr(), packed, scale, bias.data_ptr(), residual, y.data_ptr() + start,
             activation, *self._values, *strides(x), n, k,
             *(axis.stride * stride for axis, stride in zip(self._axes, places, strict=True)),
             scratch_bytes=self._scratch_bytes,
@@ -827,10 +829,12 @@ class _WeightGradient:
         self._add_values = (groups, K, C, taps, splits, parts_k, parts_c, rows, columns)
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
-        sums = grad_w if self._direct else torch.empty(self._sums_size, dtype=x.dtype)
+        sums, owner = grad_w.data_ptr(), None
+        if not self._direct:
+            sums, owner = shared_memory(self._sums_size * x.itemsize)
         self._task.run(
             self._count, self._work,
-            x.data_ptr(), grad_y.data_ptr(), sums.data_ptr(), *self._values,
+            x.data_ptr(), grad_y.data_ptr(), sums, *self._values,
             *strides(x), *strides(grad_y),
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
@@ -838,7 +842,7 @@ class _WeightGradient:
             self._add.run(
                 self._add_count,
                 self._sums_size,
-                sums.data_ptr(),
+                sums,
                 grad_w.data_ptr(),
                 *self._add_values,
             )
@@ -847,6 +851,7 @@ class _WeightGradient:
 _wgrad = lru_cache(512)(_WeightGradient)
 
 
+@lru_cache(1024)
 def is_dense(shape: ConvShape) -> bool:
     """Whether each image has one output, which sees exactly all of it: a dense layer."""
     return (
@@ -908,7 +913,7 @@ def fprop(
 ) -> None:
     """``y = x * w + bias``, x padded as `shape.padding_mode` says; any strides. See `Epilogue` for more."""
     x, w = native(x), native(w).contiguous()
-    bias = torch.zeros(shape.K, dtype=x.dtype) if bias is None else native(bias).contiguous()
+    bias = zeros(shape.K, x.dtype) if bias is None else native(bias).contiguous()
     dense = is_dense(shape)
     result = native_result(y, x.dtype, contiguous=dense)
     finish = _native(epilogue, result)
@@ -932,7 +937,7 @@ def dgrad(
     """The gradient with respect to x, for zeros as padding, plus `bias`, one value a channel of x; and what
     else the `Epilogue` says."""
     grad_y, w = native(grad_y), native(w).contiguous()
-    bias = torch.zeros(shape.C, dtype=grad_y.dtype) if bias is None else native(bias).contiguous()
+    bias = zeros(shape.C, grad_y.dtype) if bias is None else native(bias).contiguous()
     dense = is_dense(shape)
     result = native_result(grad_x, grad_y.dtype, contiguous=dense)
     finish = _native(epilogue, result)

@@ -41,7 +41,7 @@ from cnnops.cpu import simd, vectors
 from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import up
 from cnnops.cpu.simd import Loop, int_constant, splat
-from cnnops.cpu.task import Task, ahead, layout, pointer, strides, unpack
+from cnnops.cpu.task import Task, ahead, layout, pointer, shared_memory, strides, unpack
 from cnnops.cpu.vectors import KIND, Vectors, elements
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import ConvShape
@@ -1069,10 +1069,10 @@ class _Correlation:
         epilogue: Epilogue | None,
     ) -> None:  # fmt: skip
         scale, residual, activation = (epilogue or NO_EPILOGUE)[:3]
-        packed = torch.empty(self._packed_size, dtype=self._packed_type)
+        packed, owner = shared_memory(self._packed_size * self._packed_type.itemsize)
         self._pack.run(
             self._pack_count, 2.0 * self._packed_size,
-            w.data_ptr(), 0 if scale is None else scale.data_ptr(), packed.data_ptr(), *self._pack_values,
+            w.data_ptr(), 0 if scale is None else scale.data_ptr(), packed, *self._pack_values,
             scratch_bytes=self._pack_bytes,
         )  # fmt: skip
         limits = simd.LIMITS.get(activation) if residual is None else None
@@ -1080,7 +1080,7 @@ class _Correlation:
         (flat_x, flat_y), (W, Q) = self._flat, self._sizes
         self._task(limits is None).run(
             self._count, self._work,
-            x.data_ptr(), y.data_ptr(), packed.data_ptr(), 0 if bias is None else bias.data_ptr(),
+            x.data_ptr(), y.data_ptr(), packed, 0 if bias is None else bias.data_ptr(),
             0 if residual is None else residual.data_ptr(), ACTIVATIONS.index(activation),
             *(limits or simd.LIMITS["none"]), *self._values,
             flat_x and from_x[3] == W, flat_y and from_y[3] == Q, *from_x, *from_y,
@@ -1144,16 +1144,16 @@ class _WeightGradient:
         self._add_scratch_bytes = (taps + up(taps, L) + 1) * L * 8
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
-        sums = torch.empty(self._sums_size, dtype=self._sums_type)
+        sums, owner = shared_memory(self._sums_size * self._sums_type.itemsize)
         from_x, from_y = strides(x), strides(grad_y)
         (flat_x, flat_y), (W, Q) = self._flat, self._sizes
         self._task.run(
-            self._count, self._work, x.data_ptr(), grad_y.data_ptr(), sums.data_ptr(), *self._values,
+            self._count, self._work, x.data_ptr(), grad_y.data_ptr(), sums, *self._values,
             flat_x and from_x[3] == W, flat_y and from_y[3] == Q, *from_x, *from_y,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
         self._add.run(
-            self._add_count, float(self._sums_size), sums.data_ptr(), grad_w.data_ptr(), *self._add_values,
+            self._add_count, float(self._sums_size), sums, grad_w.data_ptr(), *self._add_values,
             scratch_bytes=self._add_scratch_bytes,
         )  # fmt: skip
 

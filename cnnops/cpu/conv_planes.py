@@ -18,7 +18,7 @@ import torch
 
 from cnnops.cpu import rows, simd, vectors
 from cnnops.cpu.compiler import routine
-from cnnops.cpu.conv_axes import bytes_of, up
+from cnnops.cpu.conv_axes import bytes_of, up, zeros
 from cnnops.cpu.conv_rows import native_epilogue, vector
 from cnnops.cpu.task import Task, ahead, given, layout, native, pointer, unpack
 from cnnops.epilogue import ACTIVATIONS, Epilogue
@@ -195,7 +195,7 @@ class _Plan:
                 residual = epilogue.residual.data_ptr()
         elif bias is not None:
             activation = 0
-        shift = torch.zeros(self._channels, dtype=w.dtype) if bias is None else bias
+        shift = zeros(self._channels, w.dtype) if bias is None else bias
         filters, outs = self._strided(of_k, y.stride(1))
         self._task.run(
             self._count, self._work,

@@ -34,6 +34,7 @@ from cnnops.cpu.conv_axes import (
     bytes_of,
     transposed,
     up,
+    zeros,
 )
 from cnnops.cpu.task import (
     NAME,
@@ -712,12 +713,6 @@ def _memory(dtype: torch.dtype, strides: Strides) -> _Memory:
     """A tensor's memory; strides of axes that are not there are 0."""
     n, c, *places = strides
     return _Memory(vectors.KIND[dtype], (n, c, *(0,) * (3 - len(places)), *places))
-
-
-@lru_cache(64)
-def zeros(count: int, dtype: torch.dtype) -> torch.Tensor:
-    """So many zeros that are only read."""
-    return torch.zeros(count, dtype=dtype)
 
 
 class _Correlation:

@@ -32,7 +32,9 @@ from cnnops.ops import (
     cached,
     call,
     channels_last_strides,
+    compute,
     define,
+    eager,
     empty,
     empty_strided,
     expect_same,
@@ -253,9 +255,22 @@ def gradients(ctx: Any, grad_y: Tensor) -> Any:
     x_size, x_strides, w_size, w_strides, arguments = ctx.call
     last = channels_last_strides(x_size, x_strides) or channels_last_strides(w_size, w_strides)
     to_x, to_w, to_bias = ctx.needs_input_grad[:3]
-    grad_x = dgrad(grad_y, w, x_size, last, *arguments) if to_x else None
-    grad_w = wgrad(grad_y, x, w_size, last, *arguments) if to_w else None
-    grad_b = bgrad(grad_y, arguments[-1]) if to_bias else None
+    grad_x = grad_w = grad_b = None
+    if not torch.is_grad_enabled() and eager((grad_y, x, w)):
+        # The usual case: `dgrad` and its like would each find out the same again.
+        if to_x:
+            grad_x = _conv_dgrad(compute, grad_y, w, None, x_size, last, *arguments)
+        if to_w:
+            grad_w = _conv_wgrad(compute, grad_y, x, w_size, last, *arguments)
+        if to_bias:
+            grad_b = _conv_bgrad(compute, grad_y, arguments[-1])
+    else:
+        if to_x:
+            grad_x = dgrad(grad_y, w, x_size, last, *arguments)
+        if to_w:
+            grad_w = wgrad(grad_y, x, w_size, last, *arguments)
+        if to_bias:
+            grad_b = bgrad(grad_y, arguments[-1])
     return grad_x, grad_w, grad_b, *(None,) * len(arguments)
 
 
