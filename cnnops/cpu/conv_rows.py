@@ -5,11 +5,11 @@ Forward and input gradient are one computation, a correlation (see `conv`). A ta
     block   [images] [Z] [H] [W] [C]     of x, padded, in the type that is computed in
     filters [block of K] [taps, C] [vectors of K]
 
-and multiplies, six places at a time, by `rows.multiply`: each element of x is broadcast to vectors of
-filters, so that no place is wasted on rows' ends and padding costs nothing but its zeros. Where x has its
-channels last, one tap and no padding, it is read where it lies. Neighbouring taps of a row are neighbours in
-the block: they count as channels. Results go straight to memory that has its channels last in that type,
-otherwise through scratch, where they are turned or rounded.
+and multiplies, six places at a time (twelve by one vector), by `rows.multiply`: each element of x is
+broadcast to vectors of filters, so that no place is wasted on rows' ends and padding costs nothing but its
+zeros. Where x has its channels last, one tap and no padding, it is read where it lies. Neighbouring taps of a
+row are neighbours in the block: they count as channels. Results go straight to memory that has its channels
+last in that type, otherwise through scratch, where they are turned or rounded.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
