@@ -75,6 +75,21 @@ def test_rivals_agree(row: Row, layout: str) -> None:
         torch.testing.assert_close(first, again)
 
 
+def test_a_rival_that_may_not_return_is_not_asked() -> None:
+    case = Case(
+        "t",
+        "conv",
+        "conv2d",
+        (1, 2, 31, 31),
+        (2, 1, 31, 31),
+        options=(("groups", 2), ("padding", 15)),
+    )
+    rows = [Row(case, "fprop", dtype, "contiguous") for dtype in ("float16", "bfloat16")]
+    absent = [rivals.calls(row, ("cnnops", "eager"), CPU)[1] for row in rows]
+    assert list(absent[0]) == ["eager"] and "does not return" in absent[0]["eager"]
+    assert not absent[1]
+
+
 def test_half_types_and_layouts_reach_the_tensors() -> None:
     row = Row(CONV.case, "wgrad", "bfloat16", "channels_last")
     made, same, other = (rivals.inputs(row, CPU, seed) for seed in (1, 1, 2))
