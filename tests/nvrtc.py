@@ -13,7 +13,7 @@ and of the block's static shared memory; zeros at its end are left off. Of `FULL
 The head of the table has a digest of every source with its headers. The same NVRTC makes the same of the same
 source, and another one much the same: where the digest is that of the table, the tests compile a sample of
 `FULL`'s units again (of `Table.sample` in turns, and every `ONE_IN`-th of the others), and `SAMPLED`'s in
-turns, and otherwise all of them.
+turns, and otherwise all of them. Where the NVRTC is the table's, too, it is every `KNOWN_ONE_IN`-th of these.
 
 A launcher that serves fewer architectures says so in a constant ``ARCHITECTURES``: a tuple like `ALL` for the
 whole module, or a dict from an entry's name to such a tuple (entries that it does not name: all).
@@ -64,6 +64,7 @@ ALL = ("80", "86", "89", "90a", "100a")
 REGISTERS_MAY_GROW = 8
 """Registers are allotted to a warp's threads by eights: this much may come and go with an edit."""
 ONE_IN = 100
+KNOWN_ONE_IN = 3
 
 FAMILIES = ((*CONV, "conv_fold"), POOL, UNPOOL, BATCH_NORM, GROUP_NORM)
 

@@ -77,14 +77,19 @@ def assert_trains_alike(
         plain.zero_grad()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_network_trains(backend: str) -> None:
-    """Every kind of layer in one graph, first for one batch size and then, recompiled, for any."""
+@pytest.mark.parametrize(
+    "backend, dynamic, batches", [("aot_eager", None, (4, 6, 5)), ("inductor", True, (4, 6))]
+)
+def test_a_compiled_network_trains(
+    backend: str, dynamic: bool | None, batches: tuple[int, ...]
+) -> None:
+    """Every kind of layer in one graph: first for one batch size and then, recompiled, for any; or for any
+    from the start, by the backend whose code takes the longest to compile."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     plain = cnnops.convert(UNet(2)).model
-    net: Any = torch.compile(copy.deepcopy(plain), fullgraph=True, backend=backend)
-    assert_trains_alike(plain, net, (4, 6, 5), 8)
+    net: Any = torch.compile(copy.deepcopy(plain), fullgraph=True, backend=backend, dynamic=dynamic)
+    assert_trains_alike(plain, net, batches, 8)
 
 
 def test_compiled_for_every_size_at_once() -> None:

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import cnnops
+from cnnops import config
 
 
 def _run(code: str, **environment: str) -> str:
@@ -54,22 +55,21 @@ print(seen)
     assert _run(code) == "[]"
 
 
-def test_engine_from_the_environment() -> None:
-    code = "from cnnops.config import settings; print(settings.engine)"
-    assert _run(code, CNNOPS_ENGINE="aten") == "aten"
-    assert _run(code, CNNOPS_ENGINE="") == ""
-    with pytest.raises(
-        AssertionError, match="expected one of cuda, emulate, cpu, aten or None, got 'gpu'"
-    ):
-        _run(code, CNNOPS_ENGINE="gpu")
-
-
-def test_winograd_from_the_environment() -> None:
-    code = "from cnnops.config import settings; print(settings.winograd)"
-    assert _run(code, CNNOPS_WINOGRAD="0") == "False"
-    assert _run(code, CNNOPS_WINOGRAD="") == _run(code, CNNOPS_WINOGRAD="1") == "True"
+def test_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "from cnnops.config import settings; print(settings.engine, settings.winograd)"
+    assert _run(code, CNNOPS_ENGINE="aten", CNNOPS_WINOGRAD="0") == "aten False"
     with pytest.raises(AssertionError, match="CNNOPS_WINOGRAD: expected 0 or 1, got 'off'"):
         _run(code, CNNOPS_WINOGRAD="off")
+    for value, engine in (("aten", "aten"), ("cpu", "cpu"), ("", "")):
+        monkeypatch.setenv("CNNOPS_ENGINE", value)
+        assert config._Settings().engine == engine
+    for value, allowed in (("0", False), ("", True), ("1", True)):
+        monkeypatch.setenv("CNNOPS_WINOGRAD", value)
+        assert config._Settings().winograd is allowed
+    monkeypatch.setenv("CNNOPS_ENGINE", "gpu")
+    expected = "expected one of cuda, emulate, cpu, aten or None, got 'gpu'"
+    with pytest.raises(ValueError, match=expected):
+        config._Settings()
 
 
 def test_public_names() -> None:

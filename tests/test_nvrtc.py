@@ -79,6 +79,11 @@ def test_compiles_within_its_resources(source: str, arch: str) -> None:
         chosen = [unit for unit in TABLE.sample(arch) if unit.source == source]
         chosen = chosen[turn :: len(nvrtc.FULL)] or chosen
         recorded = [u for i, u in enumerate(recorded) if u in chosen or i % nvrtc.ONE_IN == 0]
+    if TABLE.knows(source):  # the very same code: a few units show that it is so here, too
+        recorded = (
+            recorded[nvrtc.ALL.index(arch) % nvrtc.KNOWN_ONE_IN :: nvrtc.KNOWN_ONE_IN]
+            or recorded[:1]
+        )
     assert recorded or not any(
         arch in nvrtc.architectures(unit) for unit in nvrtc.units() if unit.source == source
     ), f"no row of tests/cases reaches {source}"

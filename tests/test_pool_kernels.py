@@ -358,7 +358,7 @@ def check_tiles(
     "name, layout, dtype",
     [
         *((name, "contiguous", torch.float32) for name in TILES),
-        *((name, "contiguous", torch.bfloat16) for name in list(TILES)[::3]),
+        *((name, "contiguous", torch.bfloat16) for name in list(TILES)[::5]),
         *((name, "contiguous", torch.float64) for name in ("bands", "large", "strided", "1d")),
         ("odd_rows", "contiguous", torch.float16),
         *(
@@ -366,10 +366,10 @@ def check_tiles(
             for name, layouts in (
                 ("odd_rows", ("channels_last", "offset", "sliced", "transposed")),
                 ("bands", ("channels_last", "sliced")),
-                ("large", ("channels_last", "offset")),
+                ("large", ("channels_last",)),
                 ("strided_columns", ("channels_last", "transposed")),
-                ("threes", ("offset", "sliced")),
-                ("3d", ("channels_last", "transposed")),
+                ("threes", ("offset",)),
+                ("3d", ("channels_last",)),
             )
             for layout in layouts
         ),

@@ -129,6 +129,11 @@ GCC_FLAGS = (
     "-fno-sanitize-recover=all",  # whoever reports does not return: less code around each check
     # Nobody asks where variables are, nor for columns, nor where a statement begins that is no instruction.
     "-fno-var-tracking", "-gno-statement-frontiers", "-gno-column-info",
+    # Passes that take longer than the code that they make runs faster.
+    "-fno-tree-pta", "-fno-thread-jumps", "-fno-guess-branch-probability", "-fira-region=one",
+    "-fno-forward-propagate", "-fno-dse", "-fno-dce", "-fno-if-conversion", "-fno-if-conversion2",
+    "-fno-compare-elim", "-fno-cprop-registers", "-fno-split-wide-types", "-fno-shrink-wrap",
+    "-fno-combine-stack-adjustments", "-fno-reorder-blocks", "-fno-move-loop-invariants",
 )  # fmt: skip
 CLANG_FLAGS = (
     "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write=1",
