@@ -50,7 +50,7 @@ from rich.console import Console  # noqa: E402
 
 from bench import machine, models, parts, report, suites, timing  # noqa: E402
 from bench.models import ModelRow  # noqa: E402
-from bench.rivals import ONE_THREAD, RIVALS, TORCH  # noqa: E402
+from bench.rivals import FUSED, ONE_THREAD, RIVALS, TORCH  # noqa: E402
 from bench.suites import Row  # noqa: E402
 from cnnops import system  # noqa: E402
 
@@ -228,15 +228,16 @@ def step_layers(options: Options) -> None:
 def layer_rows(options: Options) -> Iterator[tuple[Row, Sequence[str], str | None]]:
     """Rows in order of interest, with their rivals and the engine of cnnops (None: the device's own)."""
     rows = suites.rows(options.suites)
+    rivals = [rival for rival in options.rivals if rival != FUSED]
     if options.cpu:
         for row in on_cpu(rows):
             scaling = row.case.suite == "scaling" and row.flops >= PARALLEL_FLOPS
-            yield row, [*options.rivals, *([ONE_THREAD] if scaling else [])], None
+            yield row, [*rivals, *([ONE_THREAD] if scaling else [])], None
         return
     if not options.dry_run:
         for row in by_interest(rows):
             slow = row.case.suite in ("kernelbench", "reports")
-            yield row, [r for r in options.rivals if slow or not r.startswith("compile")], None
+            yield row, [r for r in rivals if slow or not r.startswith("compile")], None
         return
     seen = set()
     for row in by_interest(rows):  # one row of each kind, on either engine
@@ -279,7 +280,7 @@ def on_cpu(rows: Iterable[Row]) -> list[Row]:
             images = case.x[0] if case.suite.startswith("lenet5") else CPU_IMAGES
             fewer = replace(case, x=(images, *case.x[1:]))
             case = suites.reduced(fewer, **NETWORKS_ON_CPU)
-        part = parts.part_of(case.suite, parts.kind_of(case.op, case.problem), row.direction)
+        part = parts.parts_of(case.suite, parts.kind_of(case.op, case.problem), row.direction)
         both = (Row(case, row.direction, row.dtype, layout) for layout in parts.LAYOUTS)
         (told if part else others).extend(both)
     return told + others
@@ -314,7 +315,7 @@ def step_models(options: Options) -> None:
         if row.id in done or _left(options) < 4 * options.seconds:
             continue
         _current(options).write_text(row.id)
-        names = ("cnnops", "eager") if options.dry_run else options.rivals
+        names = ("cnnops", FUSED, "eager") if options.dry_run else options.rivals
         try:
             result = models.measure(
                 row, names, device, 3 * options.seconds, timed=not options.dry_run

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import cnnops
 from bench import rivals, timing
-from bench.rivals import CNNOPS, Absent, Call
+from bench.rivals import CNNOPS, FUSED, Absent, Call
 from bench.suites import BF16_LAST, F32, F32_LAST
 from cnnops.models import MODELS
 from cnnops.models.parts import StochasticDepth
@@ -84,9 +84,9 @@ def _call(
 ) -> tuple[Call, list[Tensor]]:
     """A rival's Call, and what its first pass gave: logits, and in training the gradients behind them."""
     device = x.device
-    if rival in CNNOPS:
+    if rival in (*CNNOPS, FUSED):
         model: nn.Module = MODELS[row.model](layers=cnnops.nn).to(device)
-        policy = "own" if rival == "cnnops" else "auto"
+        policy = "auto" if rival == "cnnops-auto" else "own"
         around = partial(rivals.our_settings, policy, None, tf32=False)
     else:
         if rival == "cudnn-graph" or (rival == "eager-benchmark" and device.type != "cuda"):
@@ -101,6 +101,15 @@ def _call(
         if isinstance(module, (nn.Dropout, StochasticDepth)):
             module.eval()  # its random numbers would differ
     forward: Any = model
+    if rival == FUSED:
+        done = (
+            cnnops.fuse(model)
+            if row.phase == "infer"
+            else cnnops.convert(model, fuse_training=True)
+        )
+        if not done.fused:
+            raise Absent("nothing in it is fused")
+        forward = done.model
     if rival.startswith("compile"):
         mode = "max-autotune-no-cudagraphs" if rival.endswith("autotune") else "default"
         forward = torch.compile(model, mode=mode, dynamic=False)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from bench.plots import sizes
 from bench.runs import (
     CNNOPS,
+    FUSED,
     ONE_THREAD,
     Measured,
     MeasuredModel,
@@ -35,12 +36,17 @@ class Part:
     kind: str
     """That of `kind_of`, or "network"."""
     directions: tuple[str, ...]
+    ours: str = CNNOPS
+    """Whose times are held against torch's."""
 
 
 _NETWORKS = (
     "lenet5", "lenet5_original", "alexnet", "vgg16", "resnet50", "mobilenetv2", "convnext_t"
 )  # fmt: skip
 _DEPTHWISE = ("mobilenetv2", "convnext_t")
+_FUSED = (
+    "lenet5", "alexnet", "vgg16", "resnet18", "resnet50", "mobilenetv2", "efficientnet-b0", "convnext-tiny"
+)  # fmt: skip
 PARTS = (
     Part("ResNet-50: convolutions, fprop", ("resnet50",), "convolution", ("fprop",)),
     Part("ResNet-50: convolutions, dgrad", ("resnet50",), "convolution", ("dgrad",)),
@@ -55,6 +61,9 @@ PARTS = (
     Part("3x3 convolutions of 1 MFLOP to 10 GFLOP", ("scaling",), "convolution", ("fprop", "dgrad", "wgrad")),
     Part("LeNet-5, ResNet-18, MobileNetV2: training step", ("lenet5", "resnet18", "mobilenetv2"), "network",
          ("train",)),
+    Part("ResNet-18, MobileNetV2: training step, norms fused", ("resnet18", "mobilenetv2"), "network",
+         ("train",), FUSED),
+    Part("networks: inference, fused", _FUSED, "network", ("infer",), FUSED),
 )  # fmt: skip
 """The lines of the table, in order."""
 
@@ -71,18 +80,21 @@ def kind_of(op: str, problem: str) -> str:
     return "norm" if op == "batch_norm_act" else "pooling" if "pool" in op else op
 
 
-def part_of(suite: str, kind: str, direction: str) -> Part | None:
-    """The part that a row, or a network in one phase, belongs to; None where it belongs to none."""
-    alike = (p for p in PARTS if suite in p.suites and kind == p.kind and direction in p.directions)
-    return next(alike, None)
+def parts_of(suite: str, kind: str, direction: str) -> list[Part]:
+    """The parts that a row, or a network in one phase, belongs to."""
+    return [p for p in PARTS if suite in p.suites and kind == p.kind and direction in p.directions]
 
 
-def _part(measured: Measured) -> Part | None:
+def _parts(measured: Measured) -> list[Part]:
+    """Those that it belongs to; of fused networks' only where such were asked for."""
     if isinstance(measured, MeasuredRow):
         kind = kind_of(measured.op, measured.problem)
-        return part_of(measured.suite, kind, measured.direction)
-    assert isinstance(measured, MeasuredModel)
-    return part_of(measured.model, "network", measured.phase)
+        found = parts_of(measured.suite, kind, measured.direction)
+    else:
+        assert isinstance(measured, MeasuredModel)
+        found = parts_of(measured.model, "network", measured.phase)
+    asked = (CNNOPS, *measured.times, *measured.absent)
+    return [part for part in found if part.ours in asked]
 
 
 def least(rows: Sequence[Measured], rival: str | None = None) -> float | None:
@@ -91,37 +103,37 @@ def least(rows: Sequence[Measured], rival: str | None = None) -> float | None:
     return min((t for t in times if t is not None), default=None)
 
 
-def speed_up(rows: Sequence[Measured]) -> float | None:
+def speed_up(rows: Sequence[Measured], ours: str = CNNOPS) -> float | None:
     """Of one problem, each side in its faster layout; None where either has no time."""
-    mine, theirs = least(rows, CNNOPS), least(rows)
+    mine, theirs = least(rows, ours), least(rows)
     return theirs / mine if mine and theirs else None
 
 
 def _by_part(run: Run) -> dict[Part, list[Measured]]:
-    """The float32 rows and networks of a CPU's run by the part that they belong to, in the table's order."""
+    """The float32 rows and networks of a CPU's run by the parts that they belong to, in the table's order."""
     found: dict[Part, list[Measured]] = {}
     for measured in run.measured if run.machine["kind"] == "cpu" else ():
-        if measured.dtype == "float32" and (part := _part(measured)):
+        for part in _parts(measured) if measured.dtype == "float32" else ():
             found.setdefault(part, []).append(measured)
     return {part: found[part] for part in sorted(found, key=PARTS.index)}
 
 
-def _problems(rows: Sequence[Measured]) -> dict[tuple[str, ...], float | None]:
-    return {p.key: speed_up(p.rows) for p in groups(rows, "suite", "name")}
+def _problems(part: Part, rows: Sequence[Measured]) -> dict[tuple[str, ...], float | None]:
+    return {p.key: speed_up(p.rows, part.ours) for p in groups(rows, "suite", "name")}
 
 
 def ratios_by_part(run: Run) -> dict[str, list[float | None]]:
     """The speed-up of every problem of a CPU's parts; {} where `run` tells of none."""
-    return {part.name: list(_problems(rows).values()) for part, rows in _by_part(run).items()}
+    return {part.name: list(_problems(part, rows).values()) for part, rows in _by_part(run).items()}
 
 
 def by_part(run: Run) -> list[list[str]]:
     """Speed-ups of a CPU's parts as cells, the first line the head; [] where `run` tells of none."""
     lines = []
     for part, rows in _by_part(run).items():
-        problems = _problems(rows)
+        problems = _problems(part, rows)
         compared = {key: ratio for key, ratio in problems.items() if ratio is not None}
-        layouts = {group.key: group.against_best() for group in groups(rows, "layout")}
+        layouts = {group.key: group.against_best(part.ours) for group in groups(rows, "layout")}
         means = geomean(problems.values()), *(layouts.get((layout,)) for layout in LAYOUTS)
         last = "–"
         if compared:

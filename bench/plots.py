@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bench.runs import (
     CNNOPS,
     DIRECTIONS,
+    FUSED,
     Group,
     MeasuredRow,
     Run,
@@ -35,6 +36,7 @@ _BLUE, _SKY, _GREEN, _ORANGE, _RED, _PINK = (
 _STYLES = {
     CNNOPS: (_BLUE, "o"),
     "cnnops-auto": (_SKY, "P"),
+    FUSED: ("#F0E442", "*"),
     "eager": (_ORANGE, "s"),
     "eager-benchmark": (_RED, "^"),
     "compile": (_GREEN, "D"),

@@ -25,10 +25,12 @@ from bench.suites import Row
 
 CNNOPS = ("cnnops", "cnnops-auto")
 TORCH = ("eager", "eager-benchmark", "cudnn-graph", "compile", "compile-max-autotune")
-RIVALS = CNNOPS + TORCH
+FUSED = "cnnops-fused"
+RIVALS = (*CNNOPS, *TORCH, FUSED)
 """cnnops: own kernels only. cnnops-auto: policy "auto", where a table of cnnops.tune speaks of the problem.
 eager-benchmark: with torch.backends.cudnn.benchmark. cudnn-graph: see `bench.cudnn_graph`. compile:
-torch.compile, by default and max-autotune."""
+torch.compile, by default and max-autotune. cnnops-fused: of networks alone, what `cnnops.fuse` makes of them,
+or in training ``cnnops.convert(fuse_training=True)``."""
 
 ONE_THREAD = "cnnops-1-thread"
 """cnnops on one thread of a CPU, to be held against cnnops on all. Asked for by name, for few rows."""
@@ -257,6 +259,8 @@ def call(
     rival: str, row: Row, sets: Sequence[Inputs], tf32: bool, engine: str | None = None
 ) -> Call:
     """One rival's Call. Raises Absent, and whatever the rival raises."""
+    if rival == FUSED:
+        raise Absent("networks are fused, not layers")
     if rival in (*CNNOPS, ONE_THREAD):
         policy = "auto" if rival == "cnnops-auto" else "own"
         around = partial(our_settings, policy, engine, tf32, rival == ONE_THREAD)

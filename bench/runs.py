@@ -26,7 +26,8 @@ SCHEMA = 1
 CNNOPS = "cnnops"
 POLICIES = (CNNOPS, "cnnops-auto")
 ONE_THREAD = "cnnops-1-thread"
-OURS = (*POLICIES, ONE_THREAD)
+FUSED = "cnnops-fused"
+OURS = (*POLICIES, ONE_THREAD, FUSED)
 RIVALS = ("eager", "eager-benchmark", "compile", "compile-max-autotune")
 DIRECTIONS = ("fprop", "dgrad", "wgrad", "fwd", "bwd")
 NEVER = "not measured yet"
@@ -200,8 +201,10 @@ class Run:
 
     @property
     def ours(self) -> tuple[str, ...]:
-        """Those policies of cnnops that have times."""
-        return tuple(ours for ours in POLICIES if any(ours in m.times for m in self.measured))
+        """Those forms of cnnops that have times."""
+        return tuple(
+            ours for ours in (*POLICIES, FUSED) if any(ours in m.times for m in self.measured)
+        )
 
     @property
     def problems(self) -> list[str]:

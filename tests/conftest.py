@@ -6,6 +6,7 @@ kernels cannot run on the CPU, and the tests that would are skipped with that re
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 
 import hypothesis
@@ -47,6 +48,11 @@ def settings() -> Iterator[None]:
     ):
         torch.manual_seed(0)
         yield
+
+
+def pytest_collection_finish() -> None:
+    """What stands when tests begin, stays: to look for garbage in it would cost some of their time."""
+    gc.freeze()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -64,7 +64,7 @@ ALL = ("80", "86", "89", "90a", "100a")
 REGISTERS_MAY_GROW = 8
 """Registers are allotted to a warp's threads by eights: this much may come and go with an edit."""
 ONE_IN = 100
-KNOWN_ONE_IN = 3
+KNOWN_ONE_IN = 5
 
 FAMILIES = ((*CONV, "conv_fold"), POOL, UNPOOL, BATCH_NORM, GROUP_NORM)
 

@@ -356,6 +356,22 @@ def test_models_are_compared_before_they_are_timed(monkeypatch: pytest.MonkeyPat
     assert entry["absent"]["cnnops"].startswith("wrong result")
 
 
+def test_fused_networks() -> None:
+    def entry(name: str, phase: str, rivals: tuple[str, ...] = ("cnnops-fused", "eager")) -> Any:
+        row = models.ModelRow(name, phase, 4, layout="channels_last")
+        return models.measure(
+            row, rivals, CPU, 0.0, timed=False, side=64 if "res" in name else None
+        )
+
+    for phase in ("infer", "train"):
+        found = entry("resnet18", phase)
+        assert not found["absent"] and found["times"].keys() == {"cnnops-fused", "eager"}
+    assert not entry("lenet5", "infer")["absent"], "convolutions with what follows"
+    assert entry("lenet5", "train")["absent"] == {"cnnops-fused": "nothing in it is fused"}
+    layer = rivals.calls(CONV, ("cnnops-fused",), CPU)
+    assert layer == ({}, {"cnnops-fused": "networks are fused, not layers"})
+
+
 # ---- the lab ----------------------------------------------------------------------------------------------
 
 
@@ -390,7 +406,7 @@ def test_rows_on_a_cpu(tmp_path: Path) -> None:
 
     told = [
         row.dtype == "float32"
-        and bool(parts.part_of(row.case.suite, parts.kind_of(row.case.op, row.problem), row.direction))
+        and bool(parts.parts_of(row.case.suite, parts.kind_of(row.case.op, row.problem), row.direction))
         for row in rows
     ]  # fmt: skip
     assert told == sorted(told, reverse=True) and any(told), "before sweeps and half types"

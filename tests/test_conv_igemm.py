@@ -364,9 +364,9 @@ def test_machine_code(dtype: torch.dtype, last: bool, arch: str) -> None:
 
 @needs_nvrtc
 def test_every_tile_multiplies_as_recorded() -> None:
-    """No main loop has grown beyond tests/igemm_tiles.csv, of which every second row is compiled."""
+    """No main loop has grown beyond tests/igemm_tiles.csv, of which every fourth row is compiled."""
     pytest.importorskip("cuda.bindings.nvrtc")
-    recorded, found = sass.read_tiles()[::2], sass.compiled_tiles(2)
+    recorded, found = sass.read_tiles()[::4], sass.compiled_tiles(4)
     assert [row[:2] for row in found] == [row[:2] for row in recorded], sass.COMMAND
     for before, now in zip(recorded, found, strict=True):
         assert now.local == 0 and now.mma == before.mma, f"{now}: expected {before}"

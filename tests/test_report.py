@@ -429,6 +429,20 @@ def test_networks_are_told_in_the_faster_layout_of_each(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_fused_networks_are_told_apart(tmp_path: Path) -> None:
+    step = model("resnet18", 8, cnnops=4e-3, eager=6e-3)
+    step["times"] |= model("resnet18", 8, **{"cnnops-fused": 2e-3})["times"]
+    nothing = model("mobilenetv2", 8, cnnops=4e-3, eager=8e-3)
+    nothing["absent"] = {"cnnops-fused": "raised"}
+    run = runs.load(write(tmp_path / "run.json", [], CPU, models=[step, nothing]))
+    found = {line[0]: line[1:3] for line in parts.by_part(run)[1:]}
+    assert found == {
+        "LeNet-5, ResNet-18, MobileNetV2: training step": ["2", f"{3**0.5:.2f} (2)"],
+        "ResNet-18, MobileNetV2: training step, norms fused": ["2", "3.00 (1)"],
+    }
+    assert run.ours == ("cnnops", "cnnops-fused") and run.rivals == ("eager",)
+
+
 @pytest.mark.parametrize(
     "op, problem, kind",
     [
