@@ -45,7 +45,7 @@ _NETWORKS = (
 )  # fmt: skip
 _DEPTHWISE = ("mobilenetv2", "convnext_t")
 _FUSED = (
-    "lenet5", "alexnet", "vgg16", "resnet18", "resnet50", "mobilenetv2", "efficientnet-b0", "convnext-tiny"
+    "lenet5", "alexnet", "vgg16", "resnet18", "resnet50", "mobilenetv2", "efficientnet-b0"
 )  # fmt: skip
 PARTS = (
     Part("ResNet-50: convolutions, fprop", ("resnet50",), "convolution", ("fprop",)),
