@@ -109,13 +109,16 @@ def short(run: Run) -> str:
 
 
 def readme(text: str, found: Sequence[Run]) -> str:
-    """README's `text` with what is between its markers made new: in short, the newest of `found` on every
-    device.
+    """README's `text` with what is between its markers made new: in short, the newest of `found` on a GPU
+    and on a CPU, and the names of the other devices, so that it stays as long as it is.
 
     Raises ValueError where `text` has not one pair of markers.
     """
     shown = newest_of_each_device(found)
-    return _between(text, shown, [short(run) for run in shown])
+    newest = {run.machine["kind"]: run for run in shown}.values()
+    others = [str(run.machine["device"]) for run in shown if run not in newest]
+    named = [f"Measured too: {', '.join(map(_markdown, others))}.\n"] if others else []
+    return _between(text, shown, [*map(short, newest), *named])
 
 
 def speed(text: str, found: Sequence[Run]) -> str:

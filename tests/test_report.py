@@ -284,7 +284,7 @@ def test_speed_page(run: runs.Run, tmp_path: Path) -> None:
 
 
 def test_readme(run: runs.Run, tmp_path: Path) -> None:
-    """One table a device: the suites of a GPU's run, the parts of a CPU's without its layouts."""
+    """The newest of a kind: the suites of a GPU's run, the parts of a CPU's without its layouts."""
     text = report.readme(PAGE, [run])
     assert text.startswith(f"# cnnops\n\n{report.BEGIN}\n{STAMP}\n\n| suite | rows |")
     assert report.readme(text, [run]) == text and text.count("\n| --- |") == 1
@@ -293,6 +293,11 @@ def test_readme(run: runs.Run, tmp_path: Path) -> None:
     assert "Speed: not measured on a GPU yet." in alone
     assert "| part | problems | speed-up | worst |" in alone and "channels_last" not in alone
     assert report.readme(PAGE, []) == report.speed(PAGE, [])
+    newer = runs.load(write(tmp_path / "newer.json", ROWS, CPU | {"device": "Another CPU"}))
+    assert report.readme(PAGE, [cpu, run]).count("\n| --- |") == 2
+    both = report.readme(PAGE, [cpu, newer])
+    assert both.count("\n| --- |") == 1 and "\nMeasured too: AMD EPYC" in both
+    assert both.index("Another CPU") < both.index("Measured too"), "the newer one has the table"
 
 
 def test_figure_says_what_it_shows(run: runs.Run, tmp_path: Path) -> None:
