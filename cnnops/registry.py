@@ -362,6 +362,11 @@ def choose(op: str, engine: str, shape: Shape, dtype: torch.dtype) -> Callable[.
     return choice.function if _observer is None else _observer(choice, engine, shape, dtype)
 
 
+def is_unobserved() -> bool:
+    """Whether this is outside of `observed`."""
+    return _observer is None
+
+
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
     """Within the block, `choose` returns what ``observer(choice, engine, shape, dtype)`` does."""

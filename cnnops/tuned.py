@@ -439,6 +439,11 @@ def cached(function: Callable[P, R]) -> Cached[P, R]:
     return remembered  # type: ignore[no-any-return]
 
 
+def when_changed(function: Callable[[], None]) -> None:
+    """Have `function` called whenever the tables change."""
+    _forgetters.append(function)
+
+
 def forget() -> None:
     """Read the tables anew when the next problem comes up."""
     with _lock:

@@ -15,6 +15,7 @@ import torch
 
 import cnnops
 from cnnops import tuned
+from cnnops.ops import repeat
 
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -39,7 +40,9 @@ def all_bits() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def settings() -> Iterator[None]:
-    """Every test starts from the default engine, and no problem may slip away to PyTorch unnoticed."""
+    """Every test starts from the default engine, and no problem may slip away to PyTorch unnoticed. What
+    calls did in another test, which may have changed it, is not repeated."""
+    repeat.forget()
     with (
         cnnops.engine(None),
         cnnops.fallback("error"),

@@ -159,7 +159,7 @@ def conv_bgrad(shape: ConvShape, grad_y: torch.Tensor, grad_bias: torch.Tensor) 
     grad_y = native(grad_y)
     result = native_result(grad_bias, grad_y.dtype, contiguous=True)
     _bias(NAME[grad_y.dtype]).run(
-        shape.K, grad_y.numel(), grad_y.data_ptr(), result.data_ptr(),
+        shape.K, grad_y.numel(), grad_y, result,
         *_bias_loops(shape, strides(grad_y)),
     )  # fmt: skip
     if result is not grad_bias:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cnnops.cpu.task import Table, Value
 from cnnops.shapes import ConvShape
 
 CACHE_BYTES = 512 * 1024
@@ -69,9 +70,9 @@ class Frame:
         return cls(shape) if is_framed(shape) else None
 
     @property
-    def values(self) -> tuple[int, ...]:
+    def values(self) -> tuple[Value, ...]:
         """What kernels get to know of it."""
-        return (*(table.ctypes.data for table in self.tables), self.before, self.width)
+        return (*map(Table, self.tables), self.before, self.width)
 
 
 NO_FRAME = (0,) * 5

@@ -52,6 +52,9 @@ from cnnops.cpu.conv_axes import (
 )
 from cnnops.cpu.task import (
     NAME,
+    At,
+    Shared,
+    Table,
     Task,
     ahead,
     given,
@@ -60,7 +63,6 @@ from cnnops.cpu.task import (
     native,
     native_result,
     pointer,
-    shared_memory,
     strides,
     unpack,
 )
@@ -632,10 +634,8 @@ class _Correlation:
         self._count = blocks_n * math.prod(blocks_zpq) * groups * choice.parts
         self._work = cycles * min(threads, self._count)
         self._scratch_bytes = sums_at + sums * itemsize
-        self._tables = _tables(block, C, windows, 1)
-        self._frame = frame
         self._values = (
-            *(table.ctypes.data for table in self._tables),
+            *map(Table, _tables(block, C, windows, 1)),
             *(frame.values if frame else NO_FRAME),
             N, groups, C, K, J, block.phases, choice.parts, choice.parts_step, j_step,
             block.images, *block.outputs, *blocks_zpq, *block.inputs,
@@ -646,10 +646,10 @@ class _Correlation:
 
         _, R, S = kernel
         picks = product(*(axis.picks for axis in axes))
-        self._taps = np.array([(t * R + r) * S + s for t, r, s in picks], np.int32)
+        taps = Table(np.array([(t * R + r) * S + s for t, r, s in picks], np.int32))
         self._pack = _pack(T)
         self._pack_count = groups * -(-K // M)
-        self._pack_values = (self._taps.ctypes.data, K, C, self._taps.size, M, *weight_strides)
+        self._pack_values = (taps, K, C, taps.array.size, M, *weight_strides)
         self._packed_size = self._pack_count * M * J
 
     def run(
@@ -657,27 +657,25 @@ class _Correlation:
         epilogue: Epilogue | None = None,
     ) -> None:  # fmt: skip
         """All tensors in the plan's element type; the residual with y's strides."""
-        scale, residual, activation = 0, 0, -1
+        scale = residual = None
+        activation = -1
         n, k, *places = strides(y)
         start = sum(axis.start * stride for axis, stride in zip(self._axes, places, strict=True))
         start *= y.element_size()
         if epilogue is not None:
+            scale, residual = epilogue.scale, epilogue.residual
             activation = ACTIVATIONS.index(epilogue.activation)
-            if epilogue.scale is not None:
-                scale = epilogue.scale.data_ptr()
-            if epilogue.residual is not None:
-                residual = epilogue.residual.data_ptr() + start
-        packed, owner = shared_memory(self._packed_size * x.itemsize)
+        packed = Shared(self._packed_size * x.itemsize)
         self._pack.run(
             self._pack_count,
             2.0 * self._packed_size,
-            w.data_ptr(),
+            w,
             packed,
             *self._pack_values,
         )
         self._task.run(
             self._count, self._work,
-            x.data_ptr(), packed, scale, bias.data_ptr(), residual, y.data_ptr() + start,
+            x, packed, scale, bias, At(residual, start), At(y, start),
             activation, *self._values, *strides(x), n, k,
             *(axis.stride * stride for axis, stride in zip(self._axes, places, strict=True)),
             scratch_bytes=self._scratch_bytes,
@@ -807,16 +805,16 @@ class _WeightGradient:
             self._scratch_bytes += (M + block.places + lanes) * tile * itemsize
         counts = block.count(N, axes)
         self._direct = turned and splits == 1 and math.prod(counts) > 0
-        frame = self._frame = Frame.of(shape)
+        frame = Frame.of(shape)
         self._task = _weights(T, lanes, M, V, frame is not None, turned)
         self._count = splits * groups * parts_k * parts_c
         self._sums_size = self._count * rows * columns
-        self._tables = (
+        tables = (
             *_tables(block, most_c, windows, tile),
             np.arange(STRETCH, dtype=np.int32) * np.int32(tile),
         )
         self._values = (
-            *(table.ctypes.data for table in self._tables),
+            *map(Table, tables),
             *(frame.values if frame else NO_FRAME),
             N, groups, C, K, taps, block.phases, splits, parts_k, parts_c,
             block.images, *block.outputs, *counts, *block.inputs,
@@ -829,12 +827,10 @@ class _WeightGradient:
         self._add_values = (groups, K, C, taps, splits, parts_k, parts_c, rows, columns)
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
-        sums, owner = grad_w.data_ptr(), None
-        if not self._direct:
-            sums, owner = shared_memory(self._sums_size * x.itemsize)
+        sums = grad_w if self._direct else Shared(self._sums_size * x.itemsize)
         self._task.run(
             self._count, self._work,
-            x.data_ptr(), grad_y.data_ptr(), sums, *self._values,
+            x, grad_y, sums, *self._values,
             *strides(x), *strides(grad_y),
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
@@ -843,7 +839,7 @@ class _WeightGradient:
                 self._add_count,
                 self._sums_size,
                 sums,
-                grad_w.data_ptr(),
+                grad_w,
                 *self._add_values,
             )
 

@@ -41,7 +41,7 @@ from cnnops.cpu import simd, vectors
 from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import up
 from cnnops.cpu.simd import Loop, int_constant, splat
-from cnnops.cpu.task import Task, ahead, layout, pointer, shared_memory, strides, unpack
+from cnnops.cpu.task import Shared, Table, Task, Value, ahead, layout, pointer, strides, unpack
 from cnnops.cpu.vectors import KIND, Vectors, elements
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import ConvShape
@@ -1045,21 +1045,21 @@ class _Correlation:
         self._task = partial(_correlate, kind, L, B, int(placed), x_last, y_last)
         self._count = N * Z * bands * shares
         self._work = float(N * Z * blocks * P * Q * (taps + 8))
-        self._tables = [
+        tables = [
             *lines.tables, np.arange(count_out + L, dtype=np.int32),
             _int32(row.starts), *lines.picks, _int32(row.widths),
         ]  # fmt: skip
         self._flat = lines.flat, flat_y
         self._sizes = W, Q
-        self._values = (
-            *(table.ctypes.data for table in self._tables),
+        self._values: tuple[Value, ...] = (
+            *map(Table, tables),
             C, Z, P, Q, H, W, *shape.TRS[1:], taps, len(row.widths), row.w_step, axes[2].step,
             lines.ring, row.pitch, lines.pitch, group, share, shares, lines.rows, band, bands,
             lines.most, room, segments_at, finish_at, out_at, beside_at,
         )  # fmt: skip
         self._pack, self._pack_count = _pack(kind, L // wide, L), blocks
-        self._pack_table = _int32(range(0, taps * wide + L, wide))
-        self._pack_values = self._pack_table.ctypes.data, C, taps, placed
+        table = Table(_int32(range(0, taps * wide + L, wide)))
+        self._pack_values: tuple[Value, ...] = table, C, taps, placed
         self._pack_bytes = L * itemsize
         self._packed_size = blocks * (taps + 1) * L
         self._packed_type = torch.float64 if T == "float64" else torch.float32
@@ -1069,10 +1069,10 @@ class _Correlation:
         epilogue: Epilogue | None,
     ) -> None:  # fmt: skip
         scale, residual, activation = (epilogue or NO_EPILOGUE)[:3]
-        packed, owner = shared_memory(self._packed_size * self._packed_type.itemsize)
+        packed = Shared(self._packed_size * self._packed_type.itemsize)
         self._pack.run(
             self._pack_count, 2.0 * self._packed_size,
-            w.data_ptr(), 0 if scale is None else scale.data_ptr(), packed, *self._pack_values,
+            w, scale, packed, *self._pack_values,
             scratch_bytes=self._pack_bytes,
         )  # fmt: skip
         limits = simd.LIMITS.get(activation) if residual is None else None
@@ -1080,8 +1080,7 @@ class _Correlation:
         (flat_x, flat_y), (W, Q) = self._flat, self._sizes
         self._task(limits is None).run(
             self._count, self._work,
-            x.data_ptr(), y.data_ptr(), packed, 0 if bias is None else bias.data_ptr(),
-            0 if residual is None else residual.data_ptr(), ACTIVATIONS.index(activation),
+            x, y, packed, bias, residual, ACTIVATIONS.index(activation),
             *(limits or simd.LIMITS["none"]), *self._values,
             flat_x and from_x[3] == W, flat_y and from_y[3] == Q, *from_x, *from_y,
             scratch_bytes=self._scratch_bytes,
@@ -1124,14 +1123,14 @@ class _WeightGradient:
         self._splits = groups * bands
         self._count = self._splits * shares
         self._work = float(N * Z * blocks * P * Q * (taps + 8))
-        self._tables = [
+        tables = [
             *lines.tables, np.arange(count_in + L, dtype=np.int32),
             *lines.picks,
         ]  # fmt: skip
         self._flat = lines.flat, flat_y
         self._sizes = W, Q
-        self._values = (
-            *(table.ctypes.data for table in self._tables),
+        self._values: tuple[Value, ...] = (
+            *map(Table, tables),
             N, C, Z, P, Q, H, W, *shape.TRS[1:], taps, len(row.segments), row.w_step, axes[2].step,
             lines.ring, row.pitch, lines.pitch, share, shares, lines.rows, band, bands, groups, FLUSH,
             lines.most, room, segments_at, sums_at, grads_at, grads_pitch,
@@ -1144,16 +1143,16 @@ class _WeightGradient:
         self._add_scratch_bytes = (taps + up(taps, L) + 1) * L * 8
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
-        sums, owner = shared_memory(self._sums_size * self._sums_type.itemsize)
+        sums = Shared(self._sums_size * self._sums_type.itemsize)
         from_x, from_y = strides(x), strides(grad_y)
         (flat_x, flat_y), (W, Q) = self._flat, self._sizes
         self._task.run(
-            self._count, self._work, x.data_ptr(), grad_y.data_ptr(), sums, *self._values,
+            self._count, self._work, x, grad_y, sums, *self._values,
             flat_x and from_x[3] == W, flat_y and from_y[3] == Q, *from_x, *from_y,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
         self._add.run(
-            self._add_count, float(self._sums_size), sums, grad_w.data_ptr(), *self._add_values,
+            self._add_count, float(self._sums_size), sums, grad_w, *self._add_values,
             scratch_bytes=self._add_scratch_bytes,
         )  # fmt: skip
 

@@ -12,7 +12,9 @@ import torch
 from cnnops.cpu.conv_axes import Frame, bytes_of
 from cnnops.cpu.task import (
     NAME,
+    Table,
     Task,
+    Value,
     ahead,
     layout,
     native,
@@ -79,29 +81,28 @@ class _Fold:
     """The plan of adding up a padded input's gradient."""
 
     def __init__(self, shape: ConvShape, T: str) -> None:
-        self._frame = frame = Frame(shape)
+        frame = Frame(shape)
         C, (D, H, W) = shape.C, shape.DHW
         # The other way round: the padded places that show each place of x, one behind another.
-        self._sources = []
+        tables = []
         for table, size in zip(frame.tables[:2], (D, H), strict=True):
             sources = np.argsort(table, kind="stable").astype(np.int32)
             starts = np.searchsorted(table[sources], np.arange(size + 1)).astype(np.int32)
-            self._sources += [starts, sources]
+            tables += [starts, sources]
         rows = min(H, -(-4096 // (W * min(C, 16))))
         self._task = _fold(T)
         self._count = shape.N * -(-C // 16) * D * -(-H // rows)
         self._work = float(math.prod(shape.padded.x_size))
         self._scratch_bytes = W * bytes_of(T)
         places_w = frame.tables[2]
-        self._values = (
-            *(table.ctypes.data for table in self._sources), places_w.ctypes.data,
-            frame.before, places_w.size, C, D, H, W, rows,
+        self._values: tuple[Value, ...] = (
+            *map(Table, (*tables, places_w)), frame.before, places_w.size, C, D, H, W, rows,
         )  # fmt: skip
 
     def run(self, padded: torch.Tensor, grad_x: torch.Tensor) -> None:
         self._task.run(
             self._count, self._work,
-            padded.data_ptr(), grad_x.data_ptr(), *self._values,
+            padded, grad_x, *self._values,
             *strides(padded), *strides(grad_x),
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip

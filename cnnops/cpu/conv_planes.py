@@ -20,7 +20,17 @@ from cnnops.cpu import rows, simd, vectors
 from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import bytes_of, up, zeros
 from cnnops.cpu.conv_rows import native_epilogue, vector
-from cnnops.cpu.task import Task, ahead, given, layout, native, pointer, unpack
+from cnnops.cpu.task import (
+    Shared,
+    Table,
+    Task,
+    ahead,
+    given,
+    layout,
+    native,
+    pointer,
+    unpack,
+)
 from cnnops.epilogue import ACTIVATIONS, Epilogue
 from cnnops.shapes import ConvShape
 
@@ -166,42 +176,40 @@ class _Plan:
         self._work = tasks * (C * 4 * V + up(K, M) * (C + 10) * V)
         self._kind, self._M, self._V, self._share = kind, M, V, share
         self._filters = np.arange(up(share, M) + M, dtype=np.int64)
-        self._rest_outs = np.arange(up(share, M), dtype=np.int64) * full
+        self._rest_outs = Table(np.arange(up(share, M), dtype=np.int64) * full)
         self._zeros = torch.zeros(full, dtype=torch.float64 if T == "float64" else torch.float32)
         self._channels = shape.groups * K
         self._task = _correlate(kind, lanes, M, V)
         self._values = (
             shape.groups, C, K, places, panels, share, parts, direct, rest_at, line_at, tail_at,
         )  # fmt: skip
-        self._tables: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._tables: dict[tuple[int, int], tuple[Table, Table]] = {}
 
-    def _strided(self, of_k: int, yk: int) -> tuple[np.ndarray, np.ndarray]:
+    def _strided(self, of_k: int, yk: int) -> tuple[Table, Table]:
         """Where each filter of a share begins, and each one's results."""
         found = self._tables.get((of_k, yk))
         if found is None:
-            found = self._tables[of_k, yk] = (self._filters * of_k, self._filters * yk)
+            found = Table(self._filters * of_k), Table(self._filters * yk)
+            self._tables[of_k, yk] = found
         return found
 
     def run(
-        self, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor,
+        self, x: torch.Tensor, w: torch.Tensor | Shared, bias: torch.Tensor | None, y: torch.Tensor,
         of_group: int, of_k: int, epilogue: Epilogue | None,
     ) -> None:  # fmt: skip
-        scale, residual, activation = 0, 0, -1
+        scale = residual = None
+        activation = -1
         if epilogue is not None:
+            scale, residual = epilogue.scale, epilogue.residual
             activation = ACTIVATIONS.index(epilogue.activation)
-            if epilogue.scale is not None:
-                scale = epilogue.scale.data_ptr()
-            if epilogue.residual is not None:
-                residual = epilogue.residual.data_ptr()
         elif bias is not None:
             activation = 0
-        shift = zeros(self._channels, w.dtype) if bias is None else bias
+        shift = zeros(self._channels, self._zeros.dtype) if bias is None else bias
         filters, outs = self._strided(of_k, y.stride(1))
         self._task.run(
             self._count, self._work,
-            x.data_ptr(), w.data_ptr(), scale, shift.data_ptr(), self._zeros.data_ptr(),
-            filters.ctypes.data, outs.ctypes.data, self._rest_outs.ctypes.data,
-            residual, y.data_ptr(), activation, *self._values,
+            x, w, scale, shift, self._zeros, filters, outs, self._rest_outs, residual, y, activation,
+            *self._values,
             x.stride(0), x.stride(1), y.stride(0), y.stride(1), of_group, of_k,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
@@ -263,11 +271,9 @@ def dgrad(
     C, K = shape.C // shape.groups, shape.K // shape.groups
     T = "float64" if w.dtype == torch.float64 else "float32"
     lanes = simd.lanes(T)
-    turned = torch.empty_like(w)
+    turned = Shared(w.nbytes)
     blocks = -(-K // lanes)
-    _turn(T, lanes).run(
-        shape.groups * blocks, 1.0 * w.numel(), w.data_ptr(), turned.data_ptr(), K, C, blocks
-    )
+    _turn(T, lanes).run(shape.groups * blocks, 1.0 * w.numel(), w, turned, K, C, blocks)
     direct = grad_x.dtype == w.dtype
     plan = _plan(vectors.KIND[grad_y.dtype], shape, K, C, direct, torch.get_num_threads())
     plan.run(grad_y, turned, vector(bias), grad_x, K * C, K, native_epilogue(epilogue, grad_x))

@@ -38,14 +38,17 @@ from cnnops.cpu.conv_axes import (
 )
 from cnnops.cpu.task import (
     NAME,
+    At,
+    Shared,
+    Table,
     Task,
+    Value,
     ahead,
     given,
     inside,
     layout,
     native,
     pointer,
-    shared_memory,
     unpack,
 )
 from cnnops.epilogue import ACTIVATIONS, Epilogue
@@ -776,7 +779,7 @@ class _Correlation:
             starts.append(up(starts[-1] + size, 64))
         _, tables_at, spare_at, sums_at, line_at, beside_at, halves_at, unused_at, end = starts
         self._scratch_bytes = end
-        self._tables = (
+        tables = (
             np.array(tap_offsets or [0], np.int64),
             np.array([len(slices), *(v for s in slices for v in s)], np.int64),
         )
@@ -784,7 +787,7 @@ class _Correlation:
         self._work = cycles * min(threads, self._count)
         self._stretches = len(slices)
         self._task = _correlate(x.kind, lanes, M, V, grain)
-        self._values = (
+        self._values: tuple[Value, ...] = (
             N, groups, C, K, J, share, parts, self._direct_x, self._direct_y,
             block.images, *block.outputs, *blocks_zpq, Z, H, W,
             tables_at, spare_at, sums_at, line_at, beside_at, halves_at, unused_at,
@@ -795,15 +798,15 @@ class _Correlation:
         )  # fmt: skip
         start = sum(axis.start * step for axis, step in zip(axes, y.strides[2:], strict=True))
         self._start = start * (2 if y.kind in ("float16", "bfloat16") else itemsize)
-        self._table_pointers = tuple(table.ctypes.data for table in self._tables)
+        self._table_values = tuple(map(Table, tables))
         _, R, S = kernel
         picks = product(*(axis.picks for axis in axes))
-        self._picks = np.array([(t * R + r) * S + s for t, r, s in picks] or [0], np.int64)
+        table = Table(np.array([(t * R + r) * S + s for t, r, s in picks] or [0], np.int64))
         self._pack = _pack(T, lanes, V, grain)
         self._pack_count = groups * -(-padded // full)
         places = math.prod(kernel)
         self._pack_scratch = max(lanes, 256 // places * places + places) * lanes * itemsize
-        self._pack_values = (self._picks.ctypes.data, K, C, taps, places, *along, J)
+        self._pack_values: tuple[Value, ...] = (table, K, C, taps, places, *along, J)
         self._packed_size = groups * padded * J
 
     @staticmethod
@@ -865,28 +868,26 @@ class _Correlation:
         epilogue: Epilogue | None = None,
     ) -> None:  # fmt: skip
         """w, bias and scale in the type that is computed in."""
-        scale, residual, activation = 0, 0, -1
+        scale = residual = None
+        activation = -1
         shift = zeros(self._channels, self._real) if bias is None else bias
         begin = shift
         if epilogue is None and bias is not None and self._stretches > 1:
             activation = 0  # as an epilogue adds it: behind all of a sum
         if epilogue is not None:
+            scale, residual = epilogue.scale, epilogue.residual
             activation = ACTIVATIONS.index(epilogue.activation)
-            if epilogue.scale is not None:
-                scale = epilogue.scale.data_ptr()
-            if epilogue.residual is not None:
-                residual = epilogue.residual.data_ptr() + self._start
         if activation >= 0 or not self._direct_y:
             begin = zeros(self._padded, self._real)
-        packed, owner = shared_memory(self._packed_size * self._real.itemsize)
+        packed = Shared(self._packed_size * self._real.itemsize)
         self._pack.run(
-            self._pack_count, self._packed_size, w.data_ptr(), packed, *self._pack_values,
+            self._pack_count, self._packed_size, w, packed, *self._pack_values,
             scratch_bytes=self._pack_scratch,
         )  # fmt: skip
         self._task.run(
             self._count, self._work,
-            x.data_ptr(), packed, scale, shift.data_ptr(), begin.data_ptr(),
-            *self._table_pointers, residual, y.data_ptr() + self._start, activation, *self._values,
+            x, packed, scale, shift, begin, *self._table_values, At(residual, self._start),
+            At(y, self._start), activation, *self._values,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
 
@@ -946,7 +947,7 @@ class _WeightGradient:
         ]
         _, R, S = kernel
         picks = product(*(axis.picks for axis in axes))
-        self._tables = (
+        tables = (
             np.array(offsets, np.int64),
             np.array([(t * R + r) * S + s for t, r, s in picks], np.int64),
         )
@@ -954,7 +955,7 @@ class _WeightGradient:
         self._count = splits * groups * parts_k * parts_c
         self._splits, self._sums = splits, sums
         self._task = _weights(x.kind, lanes, M, V, rows.grain(lanes))
-        self._values = (
+        self._values: tuple[Value, ...] = (
             N, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, self.CHUNK,
             pad, block.images, *block.outputs, *counts, Z, H, W,
             places_at, panel_at, sums_at, spare_at,
@@ -962,7 +963,7 @@ class _WeightGradient:
             *(axis.stride for axis in axes), *(axis.low for axis in axes),
             *(axis.size for axis in axes), *x.strides, *y.strides, *along,
         )  # fmt: skip
-        self._table_pointers = tuple(table.ctypes.data for table in self._tables)
+        self._table_values = tuple(map(Table, tables))
         self._add = _add_splits(T, lanes, M)
         self._add_count = groups * parts_k * parts_c * (pitch // lanes)
         self._add_values = (
@@ -1015,18 +1016,16 @@ class _WeightGradient:
         return best[1], best[2]
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
-        partial, owner = 0, None
+        partial = None
         if self._splits > 1:
-            partial, owner = shared_memory(self._count * self._sums * grad_w.itemsize)
-        pointers = partial, grad_w.data_ptr()
+            partial = Shared(self._count * self._sums * grad_w.itemsize)
         self._task.run(
-            self._count, self._work, x.data_ptr(), grad_y.data_ptr(), *pointers,
-            *self._table_pointers, *self._values,
+            self._count, self._work, x, grad_y, partial, grad_w, *self._table_values, *self._values,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
-        if partial:
+        if partial is not None:
             self._add.run(
-                self._add_count, self._count * self._sums, *pointers, self._table_pointers[1],
+                self._add_count, self._count * self._sums, partial, grad_w, self._table_values[1],
                 *self._add_values,
                 scratch_bytes=self._add_scratch,
             )  # fmt: skip

@@ -54,7 +54,7 @@ from cnnops.config import settings
 from cnnops.cpu import simd, vectors
 from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import up
-from cnnops.cpu.task import Task, ahead, given, layout, pointer, shared_memory, unpack
+from cnnops.cpu.task import Shared, Task, ahead, given, layout, pointer, unpack
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import Axes, ConvShape, Direction
 
@@ -885,13 +885,9 @@ class _Plan:
         scale, residual, activation, *_ = epilogue
         scale = None if scale is None else scale.float().contiguous()
         shift = self._zeros if bias is None else bias.float().contiguous()
-        shared, owner = shared_memory(4 * self._shared_size)
-        u, v = (0, shared) if self._given_v else (shared, 0)
-        ends = (
-            x.data_ptr(), w.data_ptr(), u, v, 0 if scale is None else scale.data_ptr(), shift.data_ptr(),
-            0 if residual is None else residual.data_ptr(), y.data_ptr(),
-            ACTIVATIONS.index(activation),
-        )  # fmt: skip
+        shared = Shared(4 * self._shared_size)
+        u, v = (None, shared) if self._given_v else (shared, None)
+        ends = x, w, u, v, scale, shift, residual, y, ACTIVATIONS.index(activation)
         strides = *x.stride(), *along, *y.stride()
         for first, count in self._waves:
             blocks = -(-count // self._tiles)

@@ -31,7 +31,6 @@ import torch
 from cnnops.cpu.compiler import routine
 from cnnops.cpu.norm import (
     _activate,
-    _addresses,
     _deliver,
     _dense,
     _real,
@@ -637,7 +636,7 @@ def _forward(
     work = _forward_work(shape, together)
     kernel = _columns_forward if together else _rows_forward
     kernel(NAME[x.dtype], ACTIVATIONS.index(activation)).run(
-        work.tasks, work.cycles, *_addresses(x, *affine, result, mean, rstd), *work.sizes, eps,
+        work.tasks, work.cycles, x, *affine, result, mean, rstd, *work.sizes, eps,
         scratch_bytes=work.scratch,
     )  # fmt: skip
     _deliver((result, y))
@@ -668,21 +667,21 @@ def _backward(
     kernel = _columns_backward if together else _planes_backward if L > 1 else _rows_backward
     outputs = (result, lows, *sums) if kernel is _rows_backward else (result, *sums)
     kernel(name, kind).run(
-        work.tasks, work.cycles, *_addresses(*inputs, *outputs), *work.sizes, scratch_bytes=work.scratch
+        work.tasks, work.cycles, *inputs, *outputs, *work.sizes, scratch_bytes=work.scratch
     )  # fmt: skip
     if long and grads != [None, None]:
         gamma, beta, means, rstds = inputs[2:]
         blocks = -(-channels // STRETCH)
         _parameters(name, kind).run(
             groups * blocks, work.cycles / 2,
-            *_addresses(grad_y, x, gamma, beta, means, lows, rstds, *grads), shape.N, groups, channels,
+            grad_y, x, gamma, beta, means, lows, rstds, *grads, shape.N, groups, channels,
             blocks, scratch_bytes=32 * STRETCH,
         )  # fmt: skip
     else:
         for partial, grad in zip(sums, grads, strict=True):
             if partial is not None and grad is not None:
                 _total(name).run(
-                    -(-C // SPAN), 1.0 * work.parts * C, *_addresses(partial, grad), work.parts, C,
+                    -(-C // SPAN), 1.0 * work.parts * C, partial, grad, work.parts, C,
                     scratch_bytes=8 * SPAN,
                 )  # fmt: skip
     _deliver(*zip((result, *grads), asked, strict=True))

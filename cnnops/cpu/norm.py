@@ -29,6 +29,7 @@ from cnnops.cpu.compiler import routine
 from cnnops.cpu.phases import done, wait
 from cnnops.cpu.task import (
     NAME,
+    Shared,
     Task,
     ahead,
     given,
@@ -620,10 +621,6 @@ def _deliver(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
             t.copy_(computed)
 
 
-def _addresses(*tensors: torch.Tensor | None) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
 def _kind(x: torch.Tensor) -> tuple[str, torch.dtype]:
     """The name of the type of x, and the type in which it is computed with."""
     kind = vectors.kind(x.dtype)
@@ -684,21 +681,21 @@ def _forward(
     found = [_vector(t, dtype) for t in statistics]
     result = _result(y, x.dtype, together)
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
-    addresses = *_addresses(*tensors), *_addresses(x, residual, result), *_addresses(*found)
+    ends = *tensors, x, residual, result, *found
     past = y is not None and x.nbytes >= PAST
     work = 2.0 * shape.C * shape.count
     if together:
         plan = _columns(shape, V)
         parts, pieces = plan.parts if training else 0, 0 if y is None else plan.pieces
-        memory = torch.empty(plan.bytes(parts), dtype=torch.uint8)
+        memory = Shared(plan.bytes(parts))
         _columns_forward(kind, act, V).run(
-            parts + plan.blocks + pieces, work, 0, *addresses, memory.data_ptr(), *plan.sizes, parts,
+            parts + plan.blocks + pieces, work, 0, *ends, memory, *plan.sizes, parts,
             plan.blocks, pieces, past, training, momentum, eps, scratch_bytes=plan.scratch + 32 * V,
         )  # fmt: skip
     else:
         sizes, count = _planes(shape)
         _planes_forward(kind, act, V).run(
-            count, work, *addresses, *sizes, past, training, momentum, eps, scratch_bytes=64 + 16 * V,
+            count, work, *ends, *sizes, past, training, momentum, eps, scratch_bytes=64 + 16 * V,
         )  # fmt: skip
     if training:
         _deliver(*zip(tensors[2:], averages, strict=True), *zip(found, statistics, strict=True))
@@ -759,22 +756,20 @@ def batch_norm_bwd(
         *(_vector(t, dtype) for t in asked[2:]),
     ]
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
-    addresses = (
-        *_addresses(grad_y, x, beside, *results[:2]), *_addresses(*given), *_addresses(*results[2:])
-    )  # fmt: skip
+    ends = grad_y, x, beside, *results[:2], *given, *results[2:]
     past = x.nbytes >= PAST
     work = 3.0 * shape.C * shape.count
     if together:
         plan = _columns(shape, V)
         pieces = plan.pieces if training and grad_x is not None else 0
-        memory = torch.empty(plan.bytes(plan.parts), dtype=torch.uint8)
+        memory = Shared(plan.bytes(plan.parts))
         _columns_backward(kind, act, form, V).run(
-            2 * plan.blocks + plan.parts + pieces, work, 0, *addresses, memory.data_ptr(), *plan.sizes,
+            2 * plan.blocks + plan.parts + pieces, work, 0, *ends, memory, *plan.sizes,
             plan.parts, plan.blocks, pieces, past, training, scratch_bytes=plan.scratch + 32 * V,
         )  # fmt: skip
     else:
         sizes, count = _planes(shape)
         _planes_backward(kind, act, form, V).run(
-            count, work, *addresses, *sizes, past, training, scratch_bytes=128 + 16 * V
+            count, work, *ends, *sizes, past, training, scratch_bytes=128 + 16 * V
         )
     _deliver(*zip(results, asked, strict=True))

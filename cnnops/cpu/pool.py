@@ -21,7 +21,6 @@ many, place in the first) along depths and rows, and of runs of places along a r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 
@@ -33,6 +32,7 @@ from cnnops.cpu.compiler import routine
 from cnnops.cpu.simd import sum_of
 from cnnops.cpu.task import (
     NAME,
+    Table,
     Task,
     ahead,
     given,
@@ -996,37 +996,33 @@ def _tiled(shape: PoolShape) -> PoolShape | None:
     return replace(shape, stride=shape.kernel, adaptive_output=None)
 
 
-class Tables:
-    """One array an axis, as kernels take them: by address."""
-
-    def __init__(self, arrays: Iterable[np.ndarray]) -> None:
-        self.arrays = tuple(arrays)
-        self.addresses: tuple[int, ...] = tuple(array.ctypes.data for array in self.arrays)
-
-
 @lru_cache(512)
-def _starts(shape: PoolShape) -> Tables:
+def _starts(shape: PoolShape) -> tuple[Table, ...]:
     """For each axis, the first place of every window, int64: negative in the padding."""
     if shape.adaptive_output is not None:
         axes = zip(shape.DHW, shape.ZPQ, strict=True)
-        return Tables(np.arange(out, dtype=np.int64) * size // out for size, out in axes)
+        return tuple(
+            map(Table, (np.arange(out, dtype=np.int64) * size // out for size, out in axes))
+        )
     pads = _three(tuple(before for before, _ in shape.padding), 0)
     moves = zip(shape.ZPQ, _three(shape.stride), pads, strict=True)
-    return Tables(np.arange(out, dtype=np.int64) * stride - pad for out, stride, pad in moves)
+    return tuple(
+        map(Table, (np.arange(out, dtype=np.int64) * stride - pad for out, stride, pad in moves))
+    )
 
 
 @lru_cache(512)
-def _origins(shape: PoolShape) -> Tables:
+def _origins(shape: PoolShape) -> tuple[Table, ...]:
     """Where each window of a plane begins in the input, counted from the plane's first element, int32: all
     rows of windows are one then, and short ones cost no more than their values do."""
-    d, h, w = (axis.tolist() for axis in _starts(shape).arrays)
+    d, h, w = (table.array.tolist() for table in _starts(shape))
     _, H, W = shape.DHW
     rows = [(z * H + p) * W for z in d for p in h]
-    return Tables([np.add.outer(np.array(rows), np.array(w)).ravel().astype(np.int32)])
+    return tuple(map(Table, [np.add.outer(np.array(rows), np.array(w)).ravel().astype(np.int32)]))
 
 
 @lru_cache(512)
-def _tables(shape: PoolShape) -> Tables:
+def _tables(shape: PoolShape) -> tuple[Table, ...]:
     """For each axis, (start, stop, extent) of every average window, int32: clipped to the input, and the
     extent that counts padding."""
     tables = []
@@ -1044,11 +1040,11 @@ def _tables(shape: PoolShape) -> Tables:
                 stop = min(start + kernel, size + pad)
                 rows.append((max(start, 0), min(stop, size), stop - start))
         tables.append(np.array(rows, np.int32))
-    return Tables(tables)
+    return tuple(map(Table, tables))
 
 
 @lru_cache(512)
-def _places(shape: PoolShape) -> Tables:
+def _places(shape: PoolShape) -> tuple[Table, ...]:
     """For each axis, of every window the first place in the input, where it stops, and which of the window's
     places the first one is, int32."""
     tables = []
@@ -1065,11 +1061,11 @@ def _places(shape: PoolShape) -> Tables:
                 stop = min(start + (kernel - 1) * dilation + 1, size)
                 rows.append((start + skipped * dilation, stop, skipped))
         tables.append(np.array(rows, np.int32))
-    return Tables(tables)
+    return tuple(map(Table, tables))
 
 
 @lru_cache(512)
-def _covering(shape: PoolShape) -> Tables:
+def _covering(shape: PoolShape) -> tuple[Table, ...]:
     """For depths and for rows, of every one of the input the first window that it lies in, how many there
     are, and which place of the first one it is, int32. Windows without dilation."""
     tables = []
@@ -1083,11 +1079,11 @@ def _covering(shape: PoolShape) -> Tables:
             last = min(out - 1, place // stride)
             rows.append((first, max(0, last - first + 1), place - first * stride))
         tables.append(np.array(rows, np.int32))
-    return Tables(tables)
+    return tuple(map(Table, tables))
 
 
 @lru_cache(512)
-def _runs(shape: PoolShape) -> Tables:
+def _runs(shape: PoolShape) -> tuple[Table, ...]:
     """The places of a row in runs of a stride from one to the next, whose windows lie alike, int32: the first
     place, how many there are, a window q that would have the first one as its number s, and the windows q + j
     that the row has, the first j and behind the last. Windows without dilation."""
@@ -1105,7 +1101,7 @@ def _runs(shape: PoolShape) -> Tables:
             else:
                 rows.append([w, 1, q, s, *windows])
             former = windows
-    return Tables([np.array(rows, np.int32)])
+    return tuple(map(Table, [np.array(rows, np.int32)]))
 
 
 @lru_cache(512)
@@ -1173,10 +1169,10 @@ def _scatter_or_gather(
     wide = any(r > h for r, h in zip(shape.dilation, shape.spatial, strict=True))
     rows = not (together or wide) and math.prod(shape.spatial) < 2**31
     dense = rows and all(map(_dense, (a, b, offsets)))
-    origins = _origins(shape).addresses[0] if dense else 0
+    origins = _origins(shape)[0] if dense else None
     _max_kept(NAME[a.dtype], NAME[offsets.dtype], backward).run(
-        count, work, a.data_ptr(), b.data_ptr(), offsets.data_ptr(),
-        *starts.addresses, origins, *sizes, *shape.TRS, *_three(shape.dilation),
+        count, work, a, b, offsets,
+        *starts, origins, *sizes, *shape.TRS, *_three(shape.dilation),
         *strides(a), *strides(b), *strides(offsets), wide,
         scratch_bytes=8 * (shape.places + shape.ZPQ[2]),
     )  # fmt: skip
@@ -1192,7 +1188,7 @@ def _average(shape: PoolShape, backward: bool, x: torch.Tensor, y: torch.Tensor)
     T, W = NAME[x.dtype], shape.DHW[2]
     L = simd.lanes(T)
     _avg(T, backward, L).run(
-        count, work, x.data_ptr(), y.data_ptr(), *_tables(shape).addresses, *sizes, uniform,
+        count, work, x, y, *_tables(shape), *sizes, uniform,
         shape.kernel[-1], shape.stride[-1], shape.padding[-1][0], *_divisors(shape), *strides(x),
         *strides(y), scratch_bytes=8 * (3 + W + L + shape.ZPQ[2] * (1 + (sizes[1] if together else 1))),
     )  # fmt: skip
@@ -1204,7 +1200,7 @@ def _whole(shape: PoolShape, kind: str, backward: bool, x: torch.Tensor, y: torc
     cycles = 30 + size / 4
     each = max(1, min(shape.C, shape.N * shape.C // 16, int(20_000 / cycles)))
     _mean(kind, backward, _lanes(kind)).run(
-        shape.N * -(-shape.C // each), cycles * shape.N * shape.C, x.data_ptr(), y.data_ptr(), shape.C, each,
+        shape.N * -(-shape.C // each), cycles * shape.N * shape.C, x, y, shape.C, each,
         size, *x.stride()[:2], *y.stride()[:2], shape.divisor_override or size, scratch_bytes=16 * each,
     )  # fmt: skip
 
@@ -1227,7 +1223,7 @@ def _put_or_take(
     cycles = 4.0 * math.prod(shape.spatial) + math.prod(shape.output) + 200
     sizes, count, work = _shares(shape, together, cycles)
     _unpool(NAME[x.dtype], backward).run(
-        count, work, x.data_ptr(), y.data_ptr(), indices.data_ptr(), *sizes, *strides(x), *strides(y),
+        count, work, x, y, indices, *sizes, *strides(x), *strides(y),
         *strides(indices),
     )  # fmt: skip
 
@@ -1251,7 +1247,7 @@ def max_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: to
     if together:
         (each, lines), count, work = _rows(shape, True, False)
         _max_last_fwd(kind, NAME[kept.dtype], _lanes(kind)).run(
-            count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), *_places(shape).addresses, shape.C,
+            count, work, x, result, kept, *_places(shape), shape.C,
             each, lines, *shape.ZPQ, *shape.TRS[1:], *_three(shape.dilation), *strides(x), *strides(result),
             *strides(kept),
         )  # fmt: skip
@@ -1259,7 +1255,7 @@ def max_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: to
         (_, each, *_), count, work = _sizes(shape, False)
         L, Q = _lanes(kind), shape.ZPQ[2]
         _max_rows_fwd(kind, NAME[kept.dtype], plain.stride[-1], L).run(
-            count, work, x.data_ptr(), result.data_ptr(), kept.data_ptr(), shape.C, each, *shape.DHW,
+            count, work, x, result, kept, shape.C, each, *shape.DHW,
             *shape.ZPQ, *_windows(plain), *strides(x)[:4], *result.stride()[:2], *kept.stride()[:2],
             scratch_bytes=4 * (Q + L),
         )  # fmt: skip
@@ -1270,13 +1266,14 @@ def max_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor, offsets: to
         T, kept_type = NAME[x.dtype], NAME[kept.dtype]
         if plain:
             task = _max_fwd(T, kept_type)
-            tables, windows = Tables(()), _windows(plain)
+            tables: tuple[Table, ...] = ()
+            windows = _windows(plain)
             planes: tuple[int, ...] = (*shape.DHW, *shape.ZPQ)
         else:
             task = _adaptive_max_fwd(T, kept_type)
             tables, planes, windows = _tables(shape), shape.ZPQ, shape.TRS[1:]
         task.run(
-            count, work, x.data_ptr(), values.data_ptr(), kept.data_ptr(), *tables.addresses, shape.C, each,
+            count, work, x, values, kept, *tables, shape.C, each,
             *planes, *windows, *strides(x), *strides(values), *strides(kept),
             scratch_bytes=12 * (shape.ZPQ[2] + 16),
         )  # fmt: skip
@@ -1302,8 +1299,8 @@ def max_pool_bwd(
         runs = _runs(plain)
         covering = math.prod(-(-k // s) for k, s in zip(plain.kernel, plain.stride, strict=True))
         _max_last_bwd(kind, NAME[offsets.dtype], _lanes(kind)).run(
-            count, work, grad_x.data_ptr(), grad_y.data_ptr(), offsets.data_ptr(),
-            *_covering(plain).addresses, *runs.addresses, shape.C, each, lines, len(runs.arrays[0]),
+            count, work, grad_x, grad_y, offsets,
+            *_covering(plain), *runs, shape.C, each, lines, len(runs[0].array),
             *shape.DHW[:2], *shape.TRS[1:], *_three(plain.stride), *strides(grad_x), *strides(grad_y),
             *strides(offsets), scratch_bytes=24 * covering,
         )  # fmt: skip
@@ -1313,7 +1310,7 @@ def max_pool_bwd(
     if kind and pairs and not together and _disjoint(shape):
         (_, each, *_), count, work = _sizes(shape, False)
         _max_tiles_bwd(kind, NAME[offsets.dtype], _lanes(kind)).run(
-            count, work, grad_x.data_ptr(), grad_y.data_ptr(), offsets.data_ptr(), shape.C, each, *shape.DHW,
+            count, work, grad_x, grad_y, offsets, shape.C, each, *shape.DHW,
             *shape.ZPQ, *shape.TRS, *strides(grad_x), *strides(grad_y), *strides(offsets), scratch_bytes=8,
         )  # fmt: skip
         return
@@ -1373,7 +1370,7 @@ def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
         L = _lanes(kind)
         (each, lines), count, work = _rows(shape, True, False)
         _avg_last_fwd(kind, L).run(
-            count, work, x.data_ptr(), result.data_ptr(), *_tables(shape).addresses, shape.C, each, lines,
+            count, work, x, result, *_tables(shape), shape.C, each, lines,
             *shape.ZPQ, *_divisors(shape), *strides(x), *strides(result),
             scratch_bytes=8 * (3 + shape.ZPQ[2] + each + L),
         )  # fmt: skip
@@ -1381,7 +1378,7 @@ def avg_pool_fwd(shape: PoolShape, x: torch.Tensor, y: torch.Tensor) -> None:
         (_, each, *_), count, work = _sizes(shape, False)
         L, Q = _lanes(kind), shape.ZPQ[2]
         _avg_rows_fwd(kind, shape.stride[-1], L).run(
-            count, work, x.data_ptr(), result.data_ptr(), *_tables(shape).addresses, shape.C, each,
+            count, work, x, result, *_tables(shape), shape.C, each,
             *shape.DHW, *shape.ZPQ, shape.kernel[-1], shape.padding[-1][0], *_divisors(shape),
             *strides(x)[:4], *result.stride()[:2], scratch_bytes=8 * (3 + Q + L),
         )  # fmt: skip
@@ -1408,7 +1405,7 @@ def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -
         (each, lines), count, work = _rows(shape, together, True)
         task = _avg_tiles_last_bwd(kind, L) if together else _avg_tiles_bwd(kind, L)
         task.run(
-            count, work, grad_x.data_ptr(), grad_y.data_ptr(), *_tables(shape).addresses, shape.C, each,
+            count, work, grad_x, grad_y, *_tables(shape), shape.C, each,
             *((lines,) if together else ()), *shape.DHW, *shape.ZPQ, *shape.TRS, *_divisors(shape),
             *strides(grad_x), *strides(grad_y), scratch_bytes=8 * (3 + 3 * Q + 2 * L),
         )  # fmt: skip
@@ -1418,8 +1415,8 @@ def avg_pool_bwd(shape: PoolShape, grad_y: torch.Tensor, grad_x: torch.Tensor) -
         (_, each, *_), count, work = _sizes(shape, False)
         L, Q, S = _lanes(kind), shape.ZPQ[2], shape.kernel[-1]
         _avg_rows_bwd(kind, shape.stride[-1], L).run(
-            count, work, grad_x.data_ptr(), grad_y.data_ptr(), *_tables(shape).addresses,
-            *_covering(shape).addresses, shape.C, each, *shape.DHW, *shape.ZPQ, S, shape.padding[-1][0],
+            count, work, grad_x, grad_y, *_tables(shape),
+            *_covering(shape), shape.C, each, *shape.DHW, *shape.ZPQ, S, shape.padding[-1][0],
             *_divisors(shape), *strides(grad_x)[:4], *strides(grad_y)[:4],
             scratch_bytes=8 * (3 + 2 * Q + 2 * S + 3 * L + math.prod(shape.ZPQ)),
         )  # fmt: skip

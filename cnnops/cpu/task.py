@@ -18,10 +18,13 @@ import ctypes
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -374,18 +377,108 @@ def _pages(size: int) -> tuple[int, int, object]:
 _scratch = _Scratch()
 
 
-def shared_memory(size: int) -> tuple[int, object]:
-    """The address of so many bytes, from a new page on, and their owner, to be kept as long as they are used:
-    for what the tasks of an operation leave each other. It is another's with the next call in this thread."""
-    memory = _scratch.shared
-    if memory[0] < size:
-        memory = _pages(size)
-        if size <= KEPT_BYTES:
-            _scratch.shared = memory
-    return memory[1:]
+class Shared:
+    """So many bytes, from a new page on, for what the tasks of an operation leave each other. They are
+    another's with the next one that is made in this thread."""
+
+    def __init__(self, size: int) -> None:
+        memory = _scratch.shared
+        if memory[0] < size:
+            memory = _pages(size)
+            if size <= KEPT_BYTES:
+                _scratch.shared = memory
+        self.size = size
+        _, self.address, self._owner = memory
 
 
 # ---- tasks ------------------------------------------------------------------------------------------------
+
+
+class Table:
+    """An array that kernels read, with its address."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array = array
+        self.address: int = array.ctypes.data
+
+
+Memory = torch.Tensor | Shared | Table | None
+
+
+class At(NamedTuple):
+    """The place so many bytes behind where `memory` begins."""
+
+    memory: Memory
+    offset: int
+
+
+Value = float | Memory | At
+"""What a kernel may be given: a number, or memory, by whose address it is told; 0 for None."""
+
+
+def _address(value: Any) -> Any:
+    """The address of memory; numbers as they are."""
+    if value is None:
+        return 0
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr()
+    if isinstance(value, At):
+        return 0 if value.memory is None else _address(value.memory) + value.offset
+    return value.address if isinstance(value, (Table, Shared)) else value
+
+
+def _team_for(count: int, work: float) -> tuple[int, int]:
+    """How many threads work, and how many there are to be."""
+    if count < 2 or work < SERIAL_WORK or (_forked and _forked == threading.get_ident()):
+        return 1, 1
+    # All of torch's threads, also for fewer indices: libgomp ends threads that a smaller team has no place
+    # for, and the next operation has to make them again.
+    threads = torch.get_num_threads()
+    return min(count, threads), threads
+
+
+def _scratch_for(workers: int, scratch_bytes: int) -> tuple[int, int]:
+    """Where scratch is, and how many bytes each worker has of it."""
+    if not scratch_bytes:
+        return 0, 0
+    room = (scratch_bytes + PAGE - 1) & -PAGE
+    pages = _scratch.pages
+    if pages[0] < room * workers:
+        pages = _pages(room * workers)
+        if room <= KEPT_BYTES:
+            _scratch.pages = pages
+    return pages[1], room
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a task was run."""
+
+    task: Task
+    count: int
+    work: float
+    values: tuple[Value, ...]
+    scratch_bytes: int
+
+
+class _Watched(threading.local):
+    """What `watched` found in this thread so far, None outside of it."""
+
+    runs: list[Run] | None = None
+
+
+_watched = _Watched()
+
+
+@contextmanager
+def watched() -> Iterator[list[Run]]:
+    """Within the block, what this thread's tasks are run with is listed."""
+    runs: list[Run] = []
+    _watched.runs = runs
+    try:
+        yield runs
+    finally:
+        _watched.runs = None
 
 
 class Task:
@@ -398,46 +491,76 @@ class Task:
         self.name = function.__name__
         kernel = code.compiled(function, 3)
         self.from_cache = kernel.from_cache
-        fields = "".join("d" if word == "float64" else "q" for word in layout.split())
-        self._pack = struct.Struct(f"{_HEAD_BYTES // 8}q{fields}").pack
+        self.fields = "".join("d" if word == "float64" else "q" for word in layout.split())
+        self._pack = struct.Struct(f"{_HEAD_BYTES // 8}q{self.fields}").pack
         drivers = _drivers()
         self._drive, self._openmp = drivers.drive, drivers.openmp
         self._constants = (ctypes.c_int64 * 4)(kernel.address, *drivers.addresses)
-        self._task = ctypes.addressof(self._constants)
+        self.address = ctypes.addressof(self._constants)
 
-    def run(self, count: int, work: float, *values: float, scratch_bytes: int = 0) -> None:
-        """Do the indices 0 to `count`; `work` estimates the cycles of all of them together.
+    def run(self, count: int, work: float, *values: Value, scratch_bytes: int = 0) -> None:
+        """Do the indices 0 to `count`; `work` estimates the cycles of all of them together."""
+        if _watched.runs is not None:
+            _watched.runs.append(Run(self, count, work, values, scratch_bytes))
+        workers, threads = _team_for(count, work)
+        scratch = _scratch_for(workers, scratch_bytes)
+        plain = [value if type(value) is int else _address(value) for value in values]
+        self.start(self._pack(self.address, count, workers, threads, *scratch, *plain), workers)
 
-        Pointers are passed as ints (`Tensor.data_ptr`, 0 for none); whoever calls keeps their owners alive.
-        """
-        workers = threads = 1
-        if count > 1 and work >= SERIAL_WORK and not (_forked and _forked == threading.get_ident()):
-            # All of torch's threads, also for fewer indices: libgomp ends threads that a smaller team has no
-            # place for, and the next operation has to make them again.
-            threads = torch.get_num_threads()
-            workers = min(count, threads)
-        scratch = room = 0
-        if scratch_bytes:
-            room = (scratch_bytes + PAGE - 1) & -PAGE
-            pages = _scratch.pages
-            if pages[0] < room * workers:
-                pages = _pages(room * workers)
-                if room <= KEPT_BYTES:
-                    _scratch.pages = pages
-            scratch = pages[1]
-        block = self._pack(self._task, count, workers, threads, scratch, room, *values)
+    def start(self, block: bytes, workers: int) -> None:
+        """Drive a block of memory."""
+        if _only_compiling:
+            return
         if workers < 2 or self._openmp:
             self._drive(block)
         else:
             _drive_by_pool(block, workers)
 
 
+class Launch:
+    """A task with all that it is run with but the addresses of some memory.
+
+    `sources` leads from indices among the run's values to indices among the addresses given later.
+    """
+
+    def __init__(self, run: Run, sources: Mapping[int, int], addresses: int) -> None:
+        task, self._count, self._scratch_bytes = run.task, run.count, run.scratch_bytes
+        plain = [_address(value) for value in run.values]
+        # What lies behind the last address does not change.
+        end = 1 + max(sources, default=-1)
+        self._rest = struct.pack(task.fields[end:], *plain[end:])
+        self._constants = [value for index, value in enumerate(plain[:end]) if index not in sources]
+        numbers = iter(range(addresses, addresses + len(self._constants)))
+        # Where all that stands in front is found: among the addresses, with the constants behind them.
+        picks = [sources[index] if index in sources else next(numbers) for index in range(end)]
+        self._picked: Callable[[list[int]], Sequence[int]] = (
+            itemgetter(*picks) if end > 1 else lambda known: [known[index] for index in picks]
+        )
+        self._pack = partial(
+            struct.Struct(f"{_HEAD_BYTES // 8}q{task.fields[:end]}").pack, task.address, run.count
+        )
+        self._work = run.work
+        self._start = task.start
+        # Tables and constants are to stay; what has an address of its own every time is not.
+        self._kept = [value for index, value in enumerate(run.values) if index not in sources]
+
+    def run(self, addresses: list[int]) -> None:
+        """Do what the run did with memory at these addresses."""
+        workers, threads = _team_for(self._count, self._work)
+        scratch, room = _scratch_for(workers, self._scratch_bytes)
+        values = self._picked(addresses + self._constants)
+        self._start(self._pack(workers, threads, scratch, room, *values) + self._rest, workers)
+
+
+_only_compiling = False
+
+
 @contextmanager
 def compiling_only() -> Iterator[None]:
     """Within the block kernels are compiled, but none runs: results hold what memory held."""
-    run = Task.run
-    setattr(Task, "run", lambda *_, **__: None)  # noqa: B010
+    global _only_compiling
+    former, _only_compiling = _only_compiling, True
     try:
         yield
     finally:
-        setattr(Task, "run", run)  # noqa: B010
+        _only_compiling = former

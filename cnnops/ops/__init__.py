@@ -31,6 +31,7 @@ from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from cnnops import huge_pages, registry
+from cnnops.ops.repeat import repeated
 from cnnops.ops.vmap import Rule, one_by_one
 from cnnops.shapes import Shape
 
@@ -84,6 +85,18 @@ def compute(op: str, engine: str, shape: Shape, dtype: torch.dtype, *arguments: 
     registry.choose(op, engine, shape, dtype)(shape, *arguments)
 
 
+def direct(body: Callable[..., Any]) -> Callable[..., Any]:
+    """``body(compute, *arguments)``, the last of which is the engine, as a function of the arguments; for
+    calls that are `eager`."""
+    run = partial(body, compute)
+    again = repeated(run)
+
+    def at_once(*arguments: Any) -> Any:
+        return again(arguments) if arguments[-1] == "cpu" else run(*arguments)
+
+    return at_once
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on `x`'s device, None where it is off."""
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else ""
@@ -97,7 +110,8 @@ def define(schema: str, body: Callable[..., Any], vmap: Rule | None = None) -> C
 
     ``body(run, *arguments)`` checks, allocates, calls ``run(op, engine, shape, dtype, *arguments)`` and
     returns the results. It serves twice: `run` computes for the CPU and CUDA keys, and does nothing for fake
-    and meta tensors, so that what torch.compile is told cannot differ from what happens. `vmap` is the rule
+    and meta tensors, so that what torch.compile is told cannot differ from what happens. The engine is the
+    last argument. `vmap` is the rule
     for ``torch.func.vmap`` of an op that is called without a Function; by default maps are computed in turn.
     """
     name = schema[: schema.index("(")]
@@ -107,8 +121,10 @@ def define(schema: str, body: Callable[..., Any], vmap: Rule | None = None) -> C
     torch.library.register_fake(f"cnnops::{name}", partial(body, lambda *_: None), lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.cnnops, name).default
 
+    at_once = direct(body)
+
     def operation(*arguments: Any) -> Any:
-        return body(compute, *arguments) if eager(arguments) else op(*arguments)
+        return at_once(*arguments) if eager(arguments) else op(*arguments)
 
     torch.library.register_vmap(f"cnnops::{name}", vmap or one_by_one(operation), lib=_LIBRARY)
     return operation

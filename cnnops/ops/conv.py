@@ -32,8 +32,8 @@ from cnnops.ops import (
     cached,
     call,
     channels_last_strides,
-    compute,
     define,
+    direct,
     eager,
     empty,
     empty_strided,
@@ -258,12 +258,9 @@ def gradients(ctx: Any, grad_y: Tensor) -> Any:
     grad_x = grad_w = grad_b = None
     if not torch.is_grad_enabled() and eager((grad_y, x, w)):
         # The usual case: `dgrad` and its like would each find out the same again.
-        if to_x:
-            grad_x = _conv_dgrad(compute, grad_y, w, None, x_size, last, *arguments)
-        if to_w:
-            grad_w = _conv_wgrad(compute, grad_y, x, w_size, last, *arguments)
-        if to_bias:
-            grad_b = _conv_bgrad(compute, grad_y, arguments[-1])
+        wanted = to_x, to_w, to_bias
+        found = iter(_conv_gradients(grad_y, x, w, wanted, x_size, w_size, last, *arguments))
+        grad_x, grad_w, grad_b = [next(found) if want else None for want in wanted]
     else:
         if to_x:
             grad_x = dgrad(grad_y, w, x_size, last, *arguments)
@@ -525,6 +522,24 @@ def _conv_bgrad(run: Run, grad_y: Tensor, engine: str) -> Tensor:
     else:
         grad_bias.zero_()
     return grad_bias
+
+
+@direct
+def _conv_gradients(
+    run: Run, grad_y: Tensor, x: Tensor, w: Tensor, wanted: tuple[bool, bool, bool], x_size: Ints,
+    w_size: Ints, last: bool, *arguments: Any,
+) -> list[Tensor]:  # fmt: skip
+    """Those of the three gradients that are wanted; of x and w the one that another's gradient needs may be
+    None."""
+    to_x, to_w, to_bias = wanted
+    found = []
+    if to_x:
+        found.append(_conv_dgrad(run, grad_y, w, None, x_size, last, *arguments))
+    if to_w:
+        found.append(_conv_wgrad(run, grad_y, x, w_size, last, *arguments))
+    if to_bias:
+        found.append(_conv_bgrad(run, grad_y, arguments[-1]))
+    return found
 
 
 _ARGUMENTS = "int[] stride, int[] padding, int[] dilation, int groups, str padding_mode, str engine"
