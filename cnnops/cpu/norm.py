@@ -398,7 +398,7 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
             scale, shift, past,
         )  # fmt: skip
 
-    return Task(batch_norm_columns_forward, args)
+    return Task(batch_norm_columns_forward, args, in_order=True)
 
 
 @lru_cache(None)
@@ -567,7 +567,7 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
                     none, ahead(grad_x, at), lines, W, count, high, scale, shift, a, b, past,
                 )  # fmt: skip
 
-    return Task(batch_norm_columns_backward, args)
+    return Task(batch_norm_columns_backward, args, in_order=True)
 
 
 # ---- operations -------------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """Several phases in one run of a task, each of which needs all of the one before.
 
-Workers take indices in rising order, so whoever waits for those below its own waits for workers that have
-begun them: nobody waits for itself, and with one worker nobody waits at all. The count of indices done is
-kept in the task's first argument, an int64 that is passed as 0: its address is the arguments' own.
+Workers take the indices of such a task, which is made with `in_order`, in rising order. So whoever waits for
+those below its own waits for workers that have begun them: nobody waits for itself, and with one worker
+nobody at all. The count of indices done is kept in the task's first argument, an int64 that is passed as
+0: its address is the arguments' own.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls

@@ -176,12 +176,17 @@ def inside(first, step, size, count):
 # A driver is given one block of memory: the fields of _HEAD, then the kernel's arguments. The first field is
 # the address of those of _TASK, which do not change between calls.
 
-_HEAD = layout("int64*6")
-_HEAD_BYTES = 48
+_HEAD = layout("int64*7")
+_HEAD_BYTES = 56
 _TASK = layout("int64*4")
 
-_JOB_WORDS = 3
-"""A job, shared by the threads of a team: the next index, the next thread's number, the block's address."""
+MOST_SHARES = 64
+"""Threads beyond so many begin in another's share."""
+
+_LINE = 64
+_JOB_WORDS = (1 + MOST_SHARES) * _LINE // 8
+"""A job, shared by the threads of a team: the block's address and the next thread's number; then, each in a
+cache line of its own, how many indices of each share are taken."""
 
 
 @intrinsic
@@ -215,9 +220,11 @@ def _new_job(typing_context, block):
     def generate(context, builder, signature, values):
         i64 = ir.IntType(64)
         job = cgutils.alloca_once(builder, ir.ArrayType(i64, _JOB_WORDS))
-        zero = ir.Constant(i64, 0)
-        for word, value in enumerate((zero, zero, values[0])):
+        for word, value in enumerate((values[0], ir.Constant(i64, 0))):
             builder.store(value, cgutils.gep_inbounds(builder, job, 0, word))
+        for share in range(MOST_SHARES):
+            taken = cgutils.gep_inbounds(builder, job, 0, (1 + share) * _LINE // 8)
+            builder.store(ir.Constant(i64, 0), taken)
         return builder.ptrtoint(job, i64)
 
     return types.int64(types.int64), generate
@@ -252,22 +259,27 @@ def _number_from(typing_context, function):
 
 
 def _team(job: int) -> None:
-    """What every thread of a team does: take indices from a counter until there are no more, so that a core
-    that is busy elsewhere takes fewer. A team may be larger than the number of workers asked for, or smaller.
+    """What every thread of a team does: take the indices of its own share one by one, the same in every run,
+    so that it finds in its core's cache what it wrote there; then what others have not yet come to, so that a
+    core that is busy elsewhere does less. A team may be larger than the workers asked for, or smaller.
     """
-    block = pointer(job, "int64")[2]
-    task, count, workers, _, scratch, room = unpack(block, _HEAD)
+    block = pointer(job, "int64")[0]
+    task, count, workers, _, scratch, room, shares = unpack(block, _HEAD)
     kernel, _, _, thread_number = unpack(task, _TASK)
     number = _number_from(thread_number) if thread_number else _take(job + 8)
     if number < workers:
-        index = _take(job)
-        while index < count:
-            _call(kernel, block + _HEAD_BYTES, index, scratch + number * room)
-            index = _take(job)
+        for turn in range(shares):
+            share = (number + turn) % shares
+            first, taken = count * share // shares, job + (1 + share) * _LINE
+            stop = count * (share + 1) // shares
+            index = first + _take(taken)
+            while index < stop:
+                _call(kernel, block + _HEAD_BYTES, index, scratch + number * room)
+                index = first + _take(taken)
 
 
 def _drive(block: int) -> None:
-    task, count, workers, threads, scratch, _ = unpack(block, _HEAD)
+    task, count, workers, threads, scratch, _, _ = unpack(block, _HEAD)
     kernel, enter, team, _ = unpack(task, _TASK)
     if workers < 2:
         for index in range(count):
@@ -320,7 +332,7 @@ def _drive_by_pool(block: bytes, workers: int) -> None:
     """As `_drive`, by Python's threads. The caller does whatever none of them has begun by then: it never
     waits for a thread that others keep busy."""
     address = ctypes.cast(ctypes.c_char_p(block), ctypes.c_void_p).value or 0
-    job = (ctypes.c_int64 * _JOB_WORDS)(0, 0, address)
+    job = (ctypes.c_int64 * _JOB_WORDS)(address)
     helpers: list[Future[None]] = []
     try:
         for _ in range(workers - 1):
@@ -437,17 +449,17 @@ def _team_for(count: int, work: float) -> tuple[int, int]:
     return min(count, threads), threads
 
 
-def _scratch_for(workers: int, scratch_bytes: int) -> tuple[int, int]:
-    """Where scratch is, and how many bytes each worker has of it."""
+def _scratch_for(workers: int, scratch_bytes: int) -> tuple[int, int, object]:
+    """Where scratch is, how many bytes each worker has of it, and its owner, to be kept while it is used."""
     if not scratch_bytes:
-        return 0, 0
+        return 0, 0, None
     room = (scratch_bytes + PAGE - 1) & -PAGE
     pages = _scratch.pages
     if pages[0] < room * workers:
         pages = _pages(room * workers)
         if room <= KEPT_BYTES:
             _scratch.pages = pages
-    return pages[1], room
+    return pages[1], room, pages
 
 
 @dataclass(frozen=True)
@@ -484,10 +496,13 @@ def watched() -> Iterator[list[Run]]:
 class Task:
     """A kernel, compiled when made: its function and the layout of its arguments.
 
-    Make one inside a factory under ``lru_cache`` whose parameters are the kernel's free variables.
+    Make one inside a factory under ``lru_cache`` whose parameters are the kernel's free variables. Indices
+    are taken `in_order` where one may wait for those below it; see `cnnops.cpu.phases`.
     """
 
-    def __init__(self, function: Callable[[int, int, int], None], layout: str) -> None:
+    def __init__(
+        self, function: Callable[[int, int, int], None], layout: str, in_order: bool = False
+    ) -> None:
         self.name = function.__name__
         kernel = code.compiled(function, 3)
         self.from_cache = kernel.from_cache
@@ -497,15 +512,18 @@ class Task:
         self._drive, self._openmp = drivers.drive, drivers.openmp
         self._constants = (ctypes.c_int64 * 4)(kernel.address, *drivers.addresses)
         self.address = ctypes.addressof(self._constants)
+        self.most_shares = 1 if in_order else MOST_SHARES
 
     def run(self, count: int, work: float, *values: Value, scratch_bytes: int = 0) -> None:
         """Do the indices 0 to `count`; `work` estimates the cycles of all of them together."""
         if _watched.runs is not None:
             _watched.runs.append(Run(self, count, work, values, scratch_bytes))
         workers, threads = _team_for(count, work)
-        scratch = _scratch_for(workers, scratch_bytes)
+        scratch, room, owner = _scratch_for(workers, scratch_bytes)
+        shares = min(workers, self.most_shares)
         plain = [value if type(value) is int else _address(value) for value in values]
-        self.start(self._pack(self.address, count, workers, threads, *scratch, *plain), workers)
+        block = self._pack(self.address, count, workers, threads, scratch, room, shares, *plain)
+        self.start(block, workers)
 
     def start(self, block: bytes, workers: int) -> None:
         """Drive a block of memory."""
@@ -539,7 +557,7 @@ class Launch:
         self._pack = partial(
             struct.Struct(f"{_HEAD_BYTES // 8}q{task.fields[:end]}").pack, task.address, run.count
         )
-        self._work = run.work
+        self._work, self._most_shares = run.work, task.most_shares
         self._start = task.start
         # Tables and constants are to stay; what has an address of its own every time is not.
         self._kept = [value for index, value in enumerate(run.values) if index not in sources]
@@ -547,9 +565,11 @@ class Launch:
     def run(self, addresses: list[int]) -> None:
         """Do what the run did with memory at these addresses."""
         workers, threads = _team_for(self._count, self._work)
-        scratch, room = _scratch_for(workers, self._scratch_bytes)
+        scratch, room, owner = _scratch_for(workers, self._scratch_bytes)
         values = self._picked(addresses + self._constants)
-        self._start(self._pack(workers, threads, scratch, room, *values) + self._rest, workers)
+        shares = min(workers, self._most_shares)
+        block = self._pack(workers, threads, scratch, room, shares, *values) + self._rest
+        self._start(block, workers)
 
 
 _only_compiling = False
