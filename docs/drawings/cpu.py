@@ -150,15 +150,16 @@ def tasks() -> Canvas:
     for i in range(10):
         c.box(20 + i * 44, 40, 40, 30, GREEN, f"{i}")
     c.text(470, 60, "indices of work, cut by the shape alone", size=11)
-    order = [[0, 2, 3, 6, 8], [1, 4, 5, 7, 9]]
+    order = [[0, 1, 2, 3, 4, 8], [5, 6, 7, 9]]
     for t, indices in enumerate(order):
         y = 100 + t * 40
         c.text(20, y + 20, f"thread {t}", size=11)
         for n, index in enumerate(indices):
-            c.box(90 + n * 74, y, 70, 30, ORANGE, f"index {index}", size=11)
-    c.text(470, 120, "threads of torch's own OpenMP take", size=11)
-    c.text(470, 135, "what comes next; which thread takes", size=11)
-    c.text(470, 150, "what decides no bit of a result", size=11)
+            c.box(90 + n * 64, y, 60, 30, ORANGE, f"index {index}", size=11)
+    c.text(490, 112, "threads of torch's own OpenMP take their", size=11)
+    c.text(490, 127, "own share first, the same in every run,", size=11)
+    c.text(490, 142, "then what others have not come to; who", size=11)
+    c.text(490, 157, "takes what decides no bit of a result", size=11)
     c.text(
         20,
         204,
