@@ -26,7 +26,7 @@ from cnnops.config import settings
 if TYPE_CHECKING:
     from cnnops.cpu.task import Launch, Run
 
-MOST = 4096
+MOST = 1024
 """So many calls of one operation are kept; then all are forgotten."""
 
 _LEAST_ADDRESS = 2**32
