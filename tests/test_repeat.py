@@ -291,7 +291,9 @@ def test_not_within_what_somebody_watches() -> None:
     assert any("cnnops::avg_pool" in event.key for event in profile.key_averages())
 
 
-def test_an_address_among_numbers_is_not_repeated() -> None:
-    """What a kernel was told of memory by a number cannot be known to be another's next time."""
-    run = task.Run(None, 1, 1.0, (2**47, 1.5), 0)  # type: ignore[arg-type]
-    assert repeat._found([run], [], [], []) is None
+def test_memory_that_cannot_be_told_is_not_repeated() -> None:
+    """An address that was given as a number, or another's view of memory, may be elsewhere next time."""
+    x = torch.randn(4)
+    for value in (2**47, x.data, x[1:]):
+        run = task.Run(None, 1, 1.0, (value, 1.5), 0)  # type: ignore[arg-type]
+        assert repeat._found([run], [x], [], []) is None

@@ -106,6 +106,7 @@ def _found(
     from cnnops.cpu.task import At, Launch, Shared
 
     number = {id(t): index for index, t in enumerate((*tensors, *made))}
+    storages = {t.untyped_storage().data_ptr() for t in (*tensors, *made)}
     shared: list[int] = []
     uses: list[dict[int, tuple[int, int]]] = []
     for run in runs:
@@ -119,6 +120,8 @@ def _found(
                 uses[-1][index] = number[id(memory)], offset
             elif isinstance(memory, int) and abs(memory) >= _LEAST_ADDRESS:
                 return None
+            elif isinstance(memory, Tensor) and memory.untyped_storage().data_ptr() in storages:
+                return None  # a view, not a constant
     inner = sorted({use for of_run in uses for use in of_run.values() if use[1]})
     places = {(index, 0): index for index in range(len(number))}
     places |= {use: len(number) + index for index, use in enumerate(inner)}
