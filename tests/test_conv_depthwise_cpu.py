@@ -160,6 +160,48 @@ def test_rows_done_together_change_no_bits(name: str, monkeypatch: pytest.Monkey
         assert all(map(torch.equal, results[0], others))
 
 
+LARGE = {
+    "half_a_pair": of((2, 48, 9, 11), (3, 3), padding=1),
+    "half_a_pair_stride_2": of((3, 112, 18, 29), (3, 3), padding=1, stride=2),
+    "one_block": of((2, 16, 9, 11), (3, 3), padding=1),
+    "not_in_lines": of((2, 36, 20, 19), (5, 5), padding=2),
+    "many_channels": of((1, 4128, 3, 9), (3, 3), padding=1),
+    "cropped": of((2, 64, 12, 14), (3, 3), padding=((-2, 1), (3, -4)), stride=(2, 1)),
+    "1d": of((2, 48, 61), (5,), padding=2, stride=2),
+    "3d": of((2, 32, 5, 9, 9), (3, 2, 3), padding=((2, 2), (0, 2), (1, 1)), stride=(1, 2, 1)),
+    "3d_unreached": of((2, 32, 5, 6, 9), (1, 2, 3), padding=((2, 0), (0, 0), (1, 1))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", LARGE)
+def test_larger_than_the_caches(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Results are written past the caches then, and what is read next is asked for."""
+    monkeypatch.setattr(simd, "PAST", 0)
+    check(LARGE[name], dtype, (LAST, LAST))
+
+
+@pytest.mark.parametrize("start", [0, 4, 16, 20])
+def test_some_channels_of_a_larger_tensor(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past the caches or not, as lines of memory have it; its other channels stay as they were."""
+    monkeypatch.setattr(simd, "PAST", 0)
+    shape = LARGE["half_a_pair"]
+    N, C, *places = shape.y_size
+    x, w = (normal(n, torch.float32)(s) for n, s in enumerate((shape.x_size, shape.w_size)))
+    x = x.to(memory_format=torch.channels_last)
+    whole = nothing((N, C + 32, *places), LAST, torch.float32)
+    y = whole[:, start : start + C]
+    assert depthwise._in_lines(y)
+    assert (y.data_ptr() % simd.LINE == 0) == (start % 16 == 0)
+    depthwise.fprop(shape, x, w, None, y)
+    expected = convolved(shape, x.double(), w.double())
+    assert_close(y, expected, TOLERANCE[torch.float32].output, f"from {start} on")
+    assert whole[:, :start].isnan().all()
+    assert whole[:, start + C :].isnan().all()
+
+
 @every_dtype
 @pytest.mark.parametrize("layouts", LAYOUTS[:2], ids="-".join)
 @pytest.mark.parametrize("name", ["3x3", "3x3_stride_2", "uneven", "half_a_vector", "3d"])
@@ -301,6 +343,9 @@ tests.depthwise._run_length = lambda *_: tests.LENGTH
 for layouts in tests.LAYOUTS[:2]:
     for name in ("3x3_stride_2", "3d"):
         tests.check(tests.SHAPES[name], torch.float32, layouts)
+tests.simd.PAST = 0
+for name in ("half_a_pair", "half_a_pair_stride_2"):
+    tests.check(tests.LARGE[name], torch.float32, tests.LAYOUTS[0])
 assert tests.simd.simd_bits() == {bits}
 """
     done = subprocess.run(

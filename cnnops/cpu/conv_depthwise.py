@@ -7,7 +7,8 @@ the taps in segments, up to `SEGMENT` neighbouring ones in a row: a vector of x 
 Channels-last float32 and float64 are read and written in place, rows and columns outside of x left out. Two
 vectors go together as one of twice the lanes; where channels fill no whole number of them the last one begins
 early, of which only the lanes that are left count. All channels of a few places are done together, so that
-memory is gone through in its order.
+memory is gone through in its order; where that is more than the caches hold, what the places behind them need
+is asked for meanwhile, line after line, and the results go past the caches.
 
 Anything else comes to scratch first, row by row as it is needed, into a ring of as many rows as are read
 together; half types are widened there, planes are turned into vectors of channels, and zeros stand beside:
@@ -40,7 +41,7 @@ from numba.extending import intrinsic
 from cnnops.cpu import simd, vectors
 from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import up
-from cnnops.cpu.simd import Loop, int_constant, splat
+from cnnops.cpu.simd import LINE, Loop, int_constant, splat
 from cnnops.cpu.task import Shared, Table, Task, Value, ahead, layout, pointer, strides, unpack
 from cnnops.cpu.vectors import KIND, Vectors, elements
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
@@ -314,7 +315,7 @@ def _add_columns(emit, placed, near, count, row, sums, products):
 @intrinsic(prefer_literal=True)
 def _correlate_run(
     typing_context, lanes, run, kind, placed, to, step, count, skip, channels, x, row, w, w_step, segments,
-    length, finish, clamped,
+    length, finish, clamped, past,
 ):  # fmt: skip
     """``to[b * step] = clamp(shift + sum_t w[t] * x[b + t])`` for b < count <= run, in vectors, of which
     `channels` lanes behind the first `skip` are written.
@@ -322,14 +323,15 @@ def _correlate_run(
     The taps come as `length` segments of four int64: elements to go in x and in w, how many neighbours, and
     the first one's column; in w those are `w_step` elements apart. `row` is `_columns`'s account of a row,
     with the column of what a segment at column 0 would read. `finish` holds three vectors: shift, and the
-    clamp's limits, if there is one.
+    clamp's limits, if there is one. With `past` y is written past the caches; of the vectors then either all
+    lanes count or the latter half, which is a line of memory.
     """
     L, B, of = lanes.literal_value, run.literal_value, kind.literal_value
     in_place = placed.literal_value
 
     def generate(context, builder, signature, values):
         (
-            to, step, count, skip, channels, x, row, w, w_step, segments, length, finish, clamped,
+            to, step, count, skip, channels, x, row, w, w_step, segments, length, finish, clamped, past,
         ) = values[4:]  # fmt: skip
         emit = Vectors(builder, of, L)
         x_step, first, by, width = (builder.extract_value(row, n) for n in range(4))
@@ -362,25 +364,50 @@ def _correlate_run(
 
         limits = builder.icmp_signed("!=", clamped, int_constant(0))
         results = _where(builder, limits, sums, limited)
-        full = builder.and_(
-            builder.icmp_signed("==", count, int_constant(B)),
-            builder.icmp_signed("==", channels, int_constant(L)),
-        )
-        with builder.if_else(full) as (whole, part):
-            with whole:
-                for b, z in enumerate(results):
-                    emit.write(z, _far(builder, to, step, b))
-            with part:
-                mask = _lanes(emit, skip, channels)
-                for b, z in enumerate(results):
-                    with builder.if_then(builder.icmp_signed(">", count, int_constant(b))):
-                        emit.write(z, _far(builder, to, step, b), mask)
+
+        def written(write):
+            for b, z in enumerate(results):
+                with builder.if_then(builder.icmp_signed(">", count, int_constant(b))):
+                    write(z, _far(builder, to, step, b))
+
+        def latter_half(z, place):
+            half = Vectors(builder, of, L // 2)
+            lanes = ir.Constant(ir.VectorType(ir.IntType(32), L // 2), list(range(L // 2, L)))
+            z = builder.shuffle_vector(z, z, lanes)
+            half.write(z, _far(builder, place, L // 2), past=True)
+
+        def written_near():
+            full = builder.and_(every, builder.icmp_signed("==", count, int_constant(B)))
+            with builder.if_else(full) as (whole, part):
+                with whole:
+                    for b, z in enumerate(results):
+                        emit.write(z, _far(builder, to, step, b))
+                with part:
+                    mask = _lanes(emit, skip, channels)
+                    written(lambda z, place: emit.write(z, place, mask))
+
+        def written_past():
+            with builder.if_else(every) as (whole, part):
+                with whole:
+                    written(lambda z, place: emit.write(z, place, past=True))
+                with part:
+                    written(latter_half)
+
+        every = builder.icmp_signed("==", channels, int_constant(L))
+        if in_place:
+            with builder.if_else(builder.icmp_signed("!=", past, int_constant(0))) as (far, near):
+                with far:
+                    written_past()
+                with near:
+                    written_near()
+        else:
+            written_near()
         return context.get_dummy_value()
 
     i64 = types.int64
     signature = types.void(
         lanes, run, kind, placed, to, i64, i64, i64, i64, x, row, w, i64, types.CPointer(i64), i64, finish,
-        i64,
+        i64, i64,
     )  # fmt: skip
     return signature, generate
 
@@ -536,6 +563,21 @@ def _list_segments(L, placed, segments, depth, line, across, sizes, kernel, ring
     return length
 
 
+@routine(forceinline=True)
+def _ask_some(x, count, at, rows, columns, pitch):
+    """Ask for `count` elements from `at`, a row and a place in it, on: of the rows before `rows` those from
+    the first to before the second of `columns`. Where to go on."""
+    (i, j), (j0, j1) = at, columns
+    while count > 0 and i < rows:
+        some = min(count, j1 - j)
+        simd.ask(ahead(x, i * pitch + j), some)
+        count -= some
+        j += some
+        if j == j1:
+            i, j = i + 1, j0
+    return i, j
+
+
 @lru_cache(None)
 def _correlate(
     kind: str, L: int, B: int, placed: int, x_last: bool, y_last: bool, finishing: bool
@@ -543,7 +585,7 @@ def _correlate(
     T = _computed(kind)
     real = np.float64 if T == "float64" else np.float32
     straight = y_last and not finishing
-    args = layout(f"int64*2 {T}* int64*3 float64*2 int32**15 int64*39")
+    args = layout(f"int64*2 {T}* int64*3 float64*2 int32**15 int64*42")
 
     def depthwise_correlate(address: int, index: int, scratch: int) -> None:
         """Some rows of one image, for the channels of some vectors."""
@@ -552,9 +594,10 @@ def _correlate(
             starts_d, taps_d, places_d, starts_h, taps_h, slots_h, first_h, top_h,
             places, numbers, starts_w, taps_w, places_w, sizes_w, widths,
             C, Z, P, Q, H, W, R, S, taps, classes, w_step, by, ring, row, pitch, group, share, shares,
-            rows, band, bands, most, room, segments_at, finish_at, out_at, beside_at, flat_x, flat_y,
-            xn, xc, xd, xh, xw, yn, yk, yd, yh, yw,
+            rows, band, bands, most, room, segments_at, finish_at, out_at, beside_at, reach,
+            asks, in_lines, flat_x, flat_y, xn, xc, xd, xh, xw, yn, yk, yd, yh, yw,
         ) = unpack(address, args)  # fmt: skip
+        past = in_lines if y % LINE == 0 else 0
         part = index % shares
         rest = index // shares
         p0 = rest % bands * band
@@ -574,6 +617,7 @@ def _correlate(
         for j in range(L):
             finish[j], finish[L + j], finish[2 * L + j] = 0, low, high
         d0, d1 = starts_d[z], starts_d[z + 1]
+        deepest = ahead(elements(x, T), n * xn + (places_d[d1 - 1] * xd if d1 > d0 else 0))
         behind = min((part + 1) * share, (C + L - 1) // L)
         for first in range(part * share, behind, group):
             c = first * L
@@ -604,6 +648,20 @@ def _correlate(
                         )  # fmt: skip
                 # All channels of a few places, so that y is written in its order where they are innermost.
                 for q in range(0, widths[0], B):
+                    if placed:
+                        # Meanwhile what the next places are the first to read is asked for.
+                        i = top_h[block - 1] + 1 if block > p0 else first_h[p0]
+                        i1 = top_h[end - 1] + 1
+                        j0, j1 = q * by + reach, (q + B) * by + reach
+                        if q + B >= widths[0]:
+                            i, i1 = i1, top_h[min(end + rows, p1) - 1] + 1
+                            j0, j1 = 0, reach
+                        j0, j1 = min(max(j0, 0), W) * C, min(max(j1, 0), W) * C
+                        if not asks or channels < C or j0 == j1:
+                            i1 = i
+                        steps = (channels + L - 1) // L * (end - block)
+                        each = ((i1 - i) * (j1 - j0) + steps - 1) // steps
+                        j = j0
                     for v in range(0, channels, L):
                         some = min(L, channels - v)
                         skip = L - some if placed else 0
@@ -612,6 +670,8 @@ def _correlate(
                             shift = ahead(elements(bias, kind), c + v - skip)
                             vectors.widen(L, kind, finish, shift, min(L, C - c - v + skip))
                         for p in range(block, end):
+                            if placed:
+                                i, j = _ask_some(deepest, each, (i, j), i1, (j0, j1), xh)
                             for k in range(classes):
                                 number = (p - block) * classes + k
                                 count = min(B, widths[k] - q)
@@ -629,7 +689,7 @@ def _correlate(
                                     _correlate_run(
                                         L, B, kind, placed, ahead(elements(y, kind), place), classes * yw,
                                         count, skip, some, near, line, filters, w_step * L, picks,
-                                        lengths[number], finish, clamped,
+                                        lengths[number], finish, clamped, past,
                                     )  # fmt: skip
                                     continue
                                 at = 0
@@ -638,7 +698,7 @@ def _correlate(
                                 _correlate_run(
                                     L, B, T, placed, ahead(out, at * L), L if y_last else classes * L,
                                     count, 0, L, near, line, filters, w_step * L, picks,
-                                    lengths[number], finish, clamped,
+                                    lengths[number], finish, clamped, 0,
                                 )  # fmt: skip
                                 if not y_last:
                                     continue
@@ -998,6 +1058,12 @@ class _Lines:
         return vectors * self.pitch + (B + SEGMENT) * L
 
 
+def _in_lines(y: torch.Tensor) -> bool:
+    """Whether the channels of every place are whole lines of memory, if y begins with one."""
+    steps = (y.shape[1], y.stride(0), *y.stride()[2:])
+    return all(y.element_size() * step % LINE == 0 for step in steps)
+
+
 class _Correlation:
     """The forward pass or the input gradient: all that does not change from call to call."""
 
@@ -1056,7 +1122,11 @@ class _Correlation:
             C, Z, P, Q, H, W, *shape.TRS[1:], taps, len(row.widths), row.w_step, axes[2].step,
             lines.ring, row.pitch, lines.pitch, group, share, shares, lines.rows, band, bands,
             lines.most, room, segments_at, finish_at, out_at, beside_at,
+            # Behind the last place that the first run of outputs reads.
+            max((place for taps in axes[2].classes for _, place in taps), default=0)
+            + (B - 1) * axes[2].step + 1,
         )  # fmt: skip
+        self._placed, self._blocks = placed, blocks
         self._pack, self._pack_count = _pack(kind, L // wide, L), blocks
         table = Table(_int32(range(0, taps * wide + L, wide)))
         self._pack_values: tuple[Value, ...] = table, C, taps, placed
@@ -1078,10 +1148,13 @@ class _Correlation:
         limits = simd.LIMITS.get(activation) if residual is None else None
         from_x, from_y = strides(x), strides(y)
         (flat_x, flat_y), (W, Q) = self._flat, self._sizes
+        far = self._placed and x.nbytes + y.nbytes >= 2 * simd.PAST
+        # The vectors of one block follow each other: the core itself sees what comes next.
+        asks = far and self._blocks > 1 and x.stride(-1) == x.shape[1]
         self._task(limits is None).run(
             self._count, self._work,
             x, y, packed, bias, residual, ACTIVATIONS.index(activation),
-            *(limits or simd.LIMITS["none"]), *self._values,
+            *(limits or simd.LIMITS["none"]), *self._values, asks, far and _in_lines(y),
             flat_x and from_x[3] == W, flat_y and from_y[3] == Q, *from_x, *from_y,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip

@@ -50,9 +50,6 @@ FAR = 64
 PIECE = 65_536
 """Elements of a channels-last task: what starting it costs is little beside."""
 
-PAST = (16 if simd.third_level_is_near() else 2) << 20
-"""Bytes beyond which a result is written past the caches: nobody will find it there."""
-
 
 # ---- kernels ----------------------------------------------------------------------------------------------
 # `_activate` and `_slope` serve the other norms: `kind` is an index into ACTIVATIONS there, `real` the type
@@ -682,7 +679,7 @@ def _forward(
     result = _result(y, x.dtype, together)
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
     ends = *tensors, x, residual, result, *found
-    past = y is not None and x.nbytes >= PAST
+    past = y is not None and x.nbytes >= simd.PAST
     work = 2.0 * shape.C * shape.count
     if together:
         plan = _columns(shape, V)
@@ -757,7 +754,7 @@ def batch_norm_bwd(
     ]
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
     ends = grad_y, x, beside, *results[:2], *given, *results[2:]
-    past = x.nbytes >= PAST
+    past = x.nbytes >= simd.PAST
     work = 3.0 * shape.C * shape.count
     if together:
         plan = _columns(shape, V)

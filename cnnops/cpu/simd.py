@@ -74,6 +74,14 @@ def third_level_is_near() -> bool:
     return _cpu_name().startswith("znver")
 
 
+LINE = 64
+"""Bytes of memory that caches hold and ask for together."""
+
+PAST = (16 if third_level_is_near() else 2) << 20
+"""Bytes of a result, made from as many, beyond which it is written past the caches: nobody will find it
+there."""
+
+
 def lanes(name: str) -> int:
     """Elements of the type called `name` in one vector."""
     return simd_bits() // {"float32": 32, "float64": 64}[name]
@@ -152,12 +160,12 @@ class Emit:
         function = declared(self.builder.module, f"llvm.fmuladd.{self._suffix}", kind)
         return self.builder.call(function, [a, b, c])
 
-    def prefetch(self, place: ir.Value) -> None:
-        """Ask for a line of memory; any address will do."""
+    def prefetch(self, place: ir.Value, level: int = 1) -> None:
+        """Ask for a line of memory, into the cache of a level; any address will do."""
         i32 = ir.IntType(32)
         kind = ir.FunctionType(ir.VoidType(), [place.type, i32, i32, i32])
         function = declared(self.builder.module, "llvm.prefetch.p0", kind)
-        self.builder.call(function, [place, i32(0), i32(3), i32(1)])
+        self.builder.call(function, [place, i32(0), i32(4 - level), i32(1)])
 
     def constant(self, value: float) -> ir.Constant:
         return ir.Constant(self.vector, [value] * self.lanes)
@@ -305,6 +313,21 @@ class Loop:
 
 def int_constant(value: int) -> ir.Constant:
     return ir.Constant(_I64, value)
+
+
+@intrinsic
+def ask(typing_context, values, count):
+    """Ask for the lines of memory of `count` values, into the second-level cache; any address will do."""
+
+    def generate(context, builder, signature, operands):
+        start, count = operands
+        emit = Emit(builder, start.type.pointee, 1)
+        loop = Loop(builder, int_constant(0), count, LINE // emit.align, [])
+        emit.prefetch(builder.gep(start, [loop.index]), 2)
+        loop.close([])
+        return context.get_dummy_value()
+
+    return types.void(values, types.int64), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -99,7 +99,7 @@ class Vectors(simd.Emit):
     ) -> None:
         """A vector, or its lanes of `mask`, to memory: rounded to nearest, ties to even.
 
-        `past`: whole vectors go past the caches; `place` is aligned to them then.
+        `past`: whole vectors go past the caches; `place` is aligned to them then, or to a line of memory.
         """
         if not self.half:
             if past and mask is None:
@@ -133,7 +133,7 @@ class Vectors(simd.Emit):
     def _store_past(self, value: ir.Value, place: ir.Value) -> None:
         size = self.lanes * (2 if self.half else self.align)
         pointer = self.builder.bitcast(place, value.type.as_pointer())
-        store = self.builder.store(value, pointer, align=size)
+        store = self.builder.store(value, pointer, align=min(size, simd.LINE))
         once = self.builder.module.add_metadata([ir.IntType(32)(1)])
         store.set_metadata("nontemporal", once)
 
