@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 import cnnops
 from cnnops import nn
+from cnnops.cpu import simd
 from cnnops.cuda import emulate
 from cnnops.functional import batch_norm, batch_norm_act
 from cnnops.ops.norm import batch_norm_stats
@@ -429,6 +430,24 @@ def test_statistics_of_unlike_values(dtype: torch.dtype, layout: str) -> None:
     finite = wanted_var.isfinite()
     assert torch.equal(var.isfinite(), finite)
     assert ((var - wanted_var)[finite].abs() <= 2 * limit * wanted_var[finite] + 1e-30).all()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("bits", [bits for bits in simd.WIDTHS if bits != simd.simd_bits()])
+def test_vectors_of_other_widths(bits: int, layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planes and rows of several times four vectors, two more, another and a part of one."""
+    monkeypatch.setattr(simd, "simd_bits", lambda: bits)
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    x, g = (torch.randn(3, 117, 9, 13).to(memory_format=form) for _ in range(2))
+    inputs = [t.requires_grad_() for t in (x, *torch.randn(2, 117))]
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    with cnnops.engine("cpu"):
+        y = batch_norm(inputs[0], None, None, *inputs[1:], training=True)
+        ours = (y, *torch.autograd.grad(y, inputs, g))
+    y = F.batch_norm(exact[0], None, None, *exact[1:], training=True)
+    theirs = (y, *torch.autograd.grad(y, exact, g.double()))
+    for name, a, b in zip(("y", "x", "weight", "bias"), ours, theirs, strict=True):
+        assert_close(a, b, 1e-6, name)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -118,16 +118,6 @@ def _clear(values, count):
 
 
 @routine
-def _added(values, count):
-    """The sum of `count` sums, pair by pair: `count` a power of two."""
-    while count > 1:
-        count //= 2
-        for i in range(count):
-            values[i] += values[count + i]
-    return values[0]
-
-
-@routine
 def _settled(off, var):
     """Whether sums about a number that is `off` the mean tell the variance: most digits of neither are lost,
     and squares stayed within float32's range."""
@@ -136,17 +126,17 @@ def _settled(off, var):
 
 @routine
 def _plane_moments(V, kind, exact, x, images, pitch, length, about, sums):
-    """Sums of ``x - about`` and of their squares over a channel's planes; `sums` is scratch for 2 V."""
-    _clear(sums, 2 * V)
+    """Sums of ``x - about`` and of their squares over a channel's planes; `sums` is scratch for two."""
+    _clear(sums, 2)
     longest = norm_vectors.VECTORS * V
     together = max(1, longest // length)
     for image in range(0, images, together):
         for start in range(0, length, longest):
             norm_vectors.moments(
                 V, kind, False, exact, ahead(x, image * pitch + start), min(together, images - image),
-                pitch, min(longest, length - start), about, sums, ahead(sums, V), about,
+                pitch, min(longest, length - start), about, sums, ahead(sums, 1),
             )  # fmt: skip
-    return _added(sums, V), _added(ahead(sums, V), V)
+    return sums[0], sums[1]
 
 
 @routine
@@ -154,7 +144,7 @@ def _plane_products(
     V, kind, act, form, grad_y, x, beside, grad_z, grad_x, images, pitch, length, table, sums, past
 ):  # fmt: skip
     """As `_plane_moments`, of ``grad_z`` and of ``grad_z * (x - high)``: `norm_vectors.back_sums`."""
-    _clear(sums, 2 * V)
+    _clear(sums, 2)
     longest = norm_vectors.VECTORS * V
     together = max(1, longest // length)
     for image in range(0, images, together):
@@ -163,10 +153,10 @@ def _plane_products(
             norm_vectors.back_sums(
                 V, kind, act, form, False, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
                 _ahead(grad_z, at), _ahead(grad_x, at), min(together, images - image), pitch,
-                min(longest, length - start), table, ahead(table, 1), ahead(table, 2), sums, ahead(sums, V),
-                table, past,
+                min(longest, length - start), table, ahead(table, 1), ahead(table, 2), sums, ahead(sums, 1),
+                past,
             )  # fmt: skip
-    return _added(sums, V), _added(ahead(sums, V), V)
+    return sums[0], sums[1]
 
 
 @routine
@@ -236,10 +226,7 @@ def _planes_forward(kind: str, act: int, V: int) -> Task:
             place = ahead(x, c * L)
             if training:
                 # About a number near the mean, float32 tells differences and their squares well enough.
-                some = min(L, 64)
-                near = vectors.total(V, kind, place, some)
-                near += vectors.total(V, kind, ahead(place, N // 2 * C * L), some)
-                table[0] = near / (2 * some)
+                table[0] = norm_vectors.near(V, kind, place, N // 2 * C * L, min(L, V))
                 first, second = _plane_moments(V, kind, False, place, N, C * L, L, table, sums)
                 off = first / total
                 mean, var = table[0] + off, second / total - off * off
@@ -301,27 +288,15 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
             second = ahead(first, room)
             _clear(first, 2 * room)
             near = pointer(scratch, T)
-            sums = ahead(near, room)
             _guess(V, kind, x, C, total, C, near)
             _repeat(near, C, W)
             start, stop = rows * index // parts, rows * (index + 1) // parts
             norm_vectors.moments(
-                V,
-                kind,
-                True,
-                False,
-                ahead(x, start * W),
-                stop - start,
-                W,
-                W,
-                near,
-                first,
-                second,
-                sums,
+                V, kind, True, False, ahead(x, start * W), stop - start, W, W, near, first, second
             )
             if index == parts - 1 and rest > 0:
                 norm_vectors.moments(
-                    V, kind, True, False, ahead(x, rows * W), 1, W, rest, near, first, second, sums
+                    V, kind, True, False, ahead(x, rows * W), 1, W, rest, near, first, second
                 )
             done(address)
             return
@@ -349,7 +324,7 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
                     _clear(first, n)
                     _clear(second, n)
                     norm_vectors.moments(
-                        V, kind, True, True, ahead(x, c0), total, C, n, about, first, second, about
+                        V, kind, True, True, ahead(x, c0), total, C, n, about, first, second
                     )
                     for i in range(n):
                         off = first[i] / total
@@ -488,7 +463,7 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
                 for i in range(n):
                     about[i] = means[c0 + i]
                 norm_vectors.moments(
-                    V, kind, True, True, ahead(x, c0), total, C, n, about, first, second, about
+                    V, kind, True, True, ahead(x, c0), total, C, n, about, first, second
                 )
                 for i in range(n):
                     lows[c0 + i] = first[i] / total
@@ -513,14 +488,14 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
             norm_vectors.back_sums(
                 V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
                 _ahead(grad_z, at), _ahead(direct, at), stop - start, W, W, high, scale, shift, first, second,
-                pointer(scratch, T), past,
+                past,
             )  # fmt: skip
             if index == parts - 1 and rest > 0:
                 at = rows * W
                 norm_vectors.back_sums(
                     V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
                     _ahead(grad_z, at), _ahead(direct, at), 1, W, rest, high, scale, shift, first, second,
-                    pointer(scratch, T), past,
+                    past,
                 )  # fmt: skip
             done(address)
             return

@@ -29,14 +29,12 @@ VECTORS = 256
 """Vectors of a row that are added up in the elements' own type, in four sums."""
 
 ROWS = 64
-"""Rows whose sums across are added up before they meet float64."""
+"""Rows whose sums across are added up before they meet float64, a quarter of them where a row takes several
+strips: so few are fetched as one piece, whichever strip they are read by."""
 
 NONE, RESIDUAL, RESULT, READY = range(4)
 """What tells the backward the activation's derivative: x alone, x and the residual, the result y; or the
 gradient that is read has that factor already."""
-
-_FUSED = ("contract",)
-"""Of a product and the sum it goes into: one instruction where the CPU has it."""
 
 _int = simd.int_constant
 
@@ -116,42 +114,47 @@ def _cheap(name: str) -> bool:
 
 # ---- loops -------------------------------------------------------------------------------------------------
 
-Body = Callable[[list[ir.Value], ir.Value, "ir.Value | None"], None]
-"""Gets the offsets of some vectors, the column that they begin in (they share it across; along it is of no
-use), and the mask of a last vector."""
+Body = Callable[[int, list[ir.Value], list[ir.Value], "ir.Value | None"], None]
+"""Gets the place of its first vector among those that are done together, the offsets of some vectors, the
+columns that they begin in, and the mask of a last vector."""
+
+
+def _parts(
+    emit: Vectors, unroll: int, count: ir.Value,
+    part: Callable[[int, ir.Value, int, ir.Value | None], None],
+) -> None:  # fmt: skip
+    """`part` of all vectors of a row: of the place of its first one among those done together, of the column
+    that it begins in, of their number, and of a last one's mask. They are `unroll`, a power of two, and at
+    the row's end ever fewer by halves: a short row costs few steps, and whole vectors have no masks."""
+    builder, L = emit.builder, emit.lanes
+    start = builder.and_(count, _int(-unroll * L))
+    loop = simd.Loop(builder, _int(0), start, unroll * L, [])
+    part(0, loop.index, unroll, None)
+    loop.close([])
+    done, vectors = 0, unroll // 2
+    while vectors > 0:
+        here = builder.and_(count, _int(vectors * L))
+        with builder.if_then(builder.icmp_signed("!=", here, _int(0))):
+            part(done, start, vectors, None)
+        start, done, vectors = builder.add(start, here), done + vectors, vectors // 2
+    rest = builder.and_(count, _int(L - 1))
+    with builder.if_then(builder.icmp_signed("!=", rest, _int(0))):
+        part(done, start, 1, emit.first(rest))
 
 
 def _sweep(
-    emit: Vectors, across: bool, unroll: int, rows: ir.Value, pitch: ir.Value, count: ir.Value, body: Body
-) -> None:  # fmt: skip
-    """`body` of all vectors of all rows: along, `unroll` of a row at a time."""
-    builder, L = emit.builder, emit.lanes
-
-    def columns(offsets: list[ir.Value], start: ir.Value) -> None:
-        """The whole vectors from `start` on, as many at a time as there are `offsets`, then what is left."""
-        rest = builder.and_(count, _int(L - 1))
-        whole = builder.sub(count, rest)
-        loop = simd.Loop(builder, start, whole, L, [])
-        body([builder.add(offset, loop.index) for offset in offsets], loop.index, None)
-        loop.close([])
-        with builder.if_then(builder.icmp_signed("!=", rest, _int(0))):
-            body([builder.add(offset, whole) for offset in offsets], whole, emit.first(rest))
-
-    if across:
-        # Row by row, in the order of memory: the CPU foresees nothing else as well.
-        loop = simd.Loop(builder, _int(0), rows, 1, [])
-        columns([builder.mul(loop.index, pitch)], _int(0))
-        loop.close([])
-        return
-    many = builder.sub(count, builder.and_(count, _int(unroll * L - 1)))
+    emit: Vectors, unroll: int, rows: ir.Value, pitch: ir.Value, count: ir.Value, body: Body
+) -> None:
+    """`body` of all vectors of all rows, in the order of memory."""
+    builder = emit.builder
     outer = simd.Loop(builder, _int(0), rows, 1, [])
     line = builder.mul(outer.index, pitch)
-    if unroll > 1:
-        inner = simd.Loop(builder, _int(0), many, unroll * L, [])
-        first = builder.add(line, inner.index)
-        body([builder.add(first, _int(u * L)) for u in range(unroll)], inner.index, None)
-        inner.close([])
-    columns([line], many if unroll > 1 else _int(0))
+
+    def part(first: int, start: ir.Value, vectors: int, mask: ir.Value | None) -> None:
+        columns = [builder.add(start, _int(v * emit.lanes)) for v in range(vectors)]
+        body(first, [builder.add(line, column) for column in columns], columns, mask)
+
+    _parts(emit, unroll, count, part)
     outer.close([])
 
 
@@ -185,12 +188,12 @@ class _Sums:
             for place in kept:
                 self._emit.builder.store(self._emit.zero(), place)
 
-    def add(self, *terms: list[ir.Value]) -> None:
-        """A list for each table, of a vector for each slot, or for the first few."""
-        builder = self._emit.builder
-        for kept, values in zip(self._kept, terms, strict=True):
-            for place, value in zip(kept, values, strict=False):
-                builder.store(builder.fadd(builder.load(place), value, flags=_FUSED), place)
+    def add(self, slot: int, terms: list[Term]) -> None:
+        """A term for each table."""
+        emit = self._emit
+        for kept, term in zip(self._kept, terms, strict=True):
+            place = kept[slot]
+            emit.builder.store(_added(emit, emit.builder.load(place), term), place)
 
     def add_columns(self, columns: list[ir.Value]) -> None:
         """Slots belong to the vectors that begin in these columns."""
@@ -204,111 +207,86 @@ class _Sums:
         builder = self._emit.builder
         for kept, table in zip(self._kept, self._tables, strict=True):
             values = [builder.load(place) for place in kept]
-            self.widen(self._tree(values), table)
-
-    def _tree(self, values: list[ir.Value]) -> ir.Value:
-        while len(values) > 1:
-            pairs = zip(values[::2], values[1::2], strict=True)
-            values = [self._emit.builder.fadd(a, b, flags=_FUSED) for a, b in pairs]
-        return values[0]
+            while len(values) > 1:
+                values = [
+                    builder.fadd(a, b) for a, b in zip(values[::2], values[1::2], strict=True)
+                ]
+            total = self._wide.total(self._widened(values[0]))
+            builder.store(builder.fadd(builder.load(table), total), table)
 
     def widen(self, value: ir.Value, place: ir.Value) -> None:
         """Add a vector to float64 sums."""
-        builder, wide = self._emit.builder, self._wide
-        if self._emit.align == 4:
-            value = builder.fpext(value, wide.vector)
-        wide.store(builder.fadd(wide.load(place), value), place)
+        wide = self._wide
+        wide.store(self._emit.builder.fadd(wide.load(place), self._widened(value)), place)
+
+    def _widened(self, value: ir.Value) -> ir.Value:
+        return (
+            value if self._emit.align == 8 else self._emit.builder.fpext(value, self._wide.vector)
+        )
 
 
-Terms = Callable[[ir.Value, "ir.Value | None", list[ir.Value]], list[ir.Value]]
+Term = tuple[ir.Value, "ir.Value | None"]
+"""A vector, or two to be multiplied."""
+
+
+def _added(emit: Vectors, former: ir.Value, term: Term) -> ir.Value:
+    value, factor = term
+    return (
+        emit.builder.fadd(former, value)
+        if factor is None
+        else emit.multiply_add(value, factor, former)
+    )
+
+
+Terms = Callable[[ir.Value, "ir.Value | None", list[ir.Value]], list[Term]]
 """What the vector at an offset, with a mask or whole, adds to each table; with the channels' values."""
+
+
+def _rows_together(emit: Vectors, slots: int, count: ir.Value) -> ir.Value:
+    one_strip = emit.builder.icmp_signed("<=", count, _int(slots * emit.lanes))
+    return emit.builder.select(one_strip, _int(ROWS), _int(ROWS // 4))
 
 
 def _add_up(
     emit: Vectors, across: bool, rows: ir.Value, pitch: ir.Value, count: ir.Value, tables: list[ir.Value],
-    sums: list[ir.Value], near: ir.Value | None, terms: Terms, slots: int,
+    sums: list[ir.Value], terms: Terms, slots: int,
 ) -> None:  # fmt: skip
-    """Sums of all vectors of all rows. Across, `near` is memory for sums of some rows: two tables."""
+    """Sums of all vectors of all rows."""
     builder, L = emit.builder, emit.lanes
     kept, channel = _Sums(emit, slots, sums), _Values(emit, across, tables)
 
-    def add(offsets: list[ir.Value], mask: ir.Value | None, values: list[list[ir.Value]]) -> None:
-        found = [terms(offset, mask, v) for offset, v in zip(offsets, values, strict=True)]
-        kept.add(*map(list, zip(*found, strict=True)))
+    def add(first, offsets, columns, mask):
+        found = [
+            terms(offset, mask, channel.at(column))
+            for offset, column in zip(offsets, columns, strict=True)
+        ]
+        for slot, each in enumerate(found, first):
+            kept.add(slot, each)
 
     if not across:
         kept.clear()
-        _sweep(
-            emit, False, slots, rows, pitch, count,
-            lambda offsets, column, mask: add(offsets, mask, [channel.at(column)] * len(offsets)),
-        )  # fmt: skip
+        _sweep(emit, slots, rows, pitch, count, add)
         kept.add_lanes()
         return
 
-    stretches = builder.udiv(builder.add(rows, _int(ROWS - 1)), _int(ROWS))
+    # Strips of some rows, whose sums stay in registers.
+    together = _rows_together(emit, slots, count)
+    stretches = builder.udiv(builder.add(rows, builder.sub(together, _int(1))), together)
     stretch = simd.Loop(builder, _int(0), stretches, 1, [])
-    start_row = builder.mul(stretch.index, _int(ROWS))
-    end = builder.add(start_row, _int(ROWS))
+    first_row = builder.mul(stretch.index, together)
+    end = builder.add(first_row, together)
     end = builder.select(builder.icmp_signed("<", end, rows), end, rows)
 
-    def columns(start: ir.Value, vectors: int, mask: ir.Value | None) -> None:
-        starts = [builder.add(start, _int(v * L)) for v in range(vectors)]
-        values = [channel.at(column) for column in starts]
+    def strip(_: int, start: ir.Value, vectors: int, mask: ir.Value | None) -> None:
+        columns = [builder.add(start, _int(v * L)) for v in range(vectors)]
         kept.clear()
-        loop = simd.Loop(builder, start_row, end, 1, [])
+        loop = simd.Loop(builder, first_row, end, 1, [])
         line = builder.mul(loop.index, pitch)
-        add([builder.add(line, column) for column in starts], mask, values)
+        add(0, [builder.add(line, column) for column in columns], columns, mask)
         loop.close([])
-        kept.add_columns(starts)
+        kept.add_columns(columns)
 
-    def short() -> None:
-        """Rows of a few vectors, whose sums stay in registers."""
-        rest = builder.and_(count, _int(L - 1))
-        whole = builder.sub(count, rest)
-        many = builder.sub(count, builder.and_(count, _int(slots * L - 1)))
-        loop = simd.Loop(builder, _int(0), many, slots * L, [])
-        columns(loop.index, slots, None)
-        loop.close([])
-        if slots > 1:
-            loop = simd.Loop(builder, many, whole, L, [])
-            columns(loop.index, 1, None)
-            loop.close([])
-        with builder.if_then(builder.icmp_signed("!=", rest, _int(0))):
-            columns(whole, 1, emit.first(rest))
-
-    def long(near: ir.Value) -> None:
-        """One row after the other, in the order of memory: its sums stay in the nearest cache."""
-        room = builder.mul(builder.sdiv(builder.add(count, _int(L - 1)), _int(L)), _int(L))
-        places = [near, builder.gep(near, [room])]
-        loop = simd.Loop(builder, _int(0), room, L, [])
-        for place in places:
-            emit.store(emit.zero(), builder.gep(place, [loop.index]))
-        loop.close([])
-        lines = simd.Loop(builder, start_row, end, 1, [])
-        line = builder.mul(lines.index, pitch)
-
-        def update(column: ir.Value, mask: ir.Value | None) -> None:
-            found = terms(builder.add(line, column), mask, channel.at(column))
-            for value, table in zip(found, places, strict=True):
-                place = builder.gep(table, [column])
-                emit.store(builder.fadd(emit.load(place), value, flags=_FUSED), place)
-
-        emit.over(count, update)
-        lines.close([])
-        loop = simd.Loop(builder, _int(0), room, L, [])
-        for place, table in zip(places, sums, strict=True):
-            value = emit.load(builder.gep(place, [loop.index]))
-            kept.widen(value, builder.gep(table, [loop.index]))
-        loop.close([])
-
-    if near is None:
-        short()
-    else:
-        with builder.if_else(builder.icmp_signed("<=", count, _int(slots * L))) as (few, many):
-            with few:
-                short()
-            with many:
-                long(near)
+    _parts(emit, slots, count, strip)
     stretch.close([])
 
 
@@ -318,19 +296,15 @@ def _where(emit: Vectors, mask: ir.Value | None, value: ir.Value) -> ir.Value:
 
 @intrinsic(prefer_literal=True)
 def moments(
-    typing_context, lanes, kind, across, exact, x, rows, pitch, count, about, first, second, near
+    typing_context, lanes, kind, across, exact, x, rows, pitch, count, about, first, second
 ):
-    """``first += x - about`` and ``second += (x - about)²``: of every column (across), or in `lanes` sums of
-    the one channel (along), at most `VECTORS` vectors at a time.
-
-    `near` is memory for two tables as long as a row, of the type that is computed in; along it is of no use.
-    `exact`: every term is float64, and so is `about`; without `near`.
-    """
+    """``first += x - about`` and ``second += (x - about)²``: of every column (across), or of the one channel
+    (along), at most `VECTORS` vectors at a time. `exact`: every term is float64, and so is `about`."""
     L, of, wide = lanes.literal_value, kind.literal_value, across.literal_value
     in_double = bool(exact.literal_value)
 
     def generate(context, builder, signature, values):
-        x, rows, pitch, count, about, first, second, near = values[4:]
+        x, rows, pitch, count, about, first, second = values[4:]
         source = Vectors(builder, of, L)
         emit = Vectors(builder, "float64", L) if in_double else source
 
@@ -339,15 +313,32 @@ def moments(
             if emit.vector != source.vector:
                 value = builder.fpext(value, emit.vector)
             d = _where(emit, mask, builder.fsub(value, values[0]))
-            return [d, builder.fmul(d, d, flags=_FUSED)]
+            return [(d, None), (d, d)]
 
         slots = 1 if in_double else 4
-        near = None if in_double else near
-        _add_up(emit, wide, rows, pitch, count, [about], [first, second], near, terms, slots)
+        _add_up(emit, wide, rows, pitch, count, [about], [first, second], terms, slots)
         return context.get_dummy_value()
 
     i64, T = types.int64, types.CPointer(types.float64)
-    return types.void(lanes, kind, across, exact, x, i64, i64, i64, about, T, T, near), generate
+    return types.void(lanes, kind, across, exact, x, i64, i64, i64, about, T, T), generate
+
+
+@intrinsic(prefer_literal=True)
+def near(typing_context, lanes, kind, x, apart, count):
+    """A number near the mean: that of `count` elements from x on and as many `apart` from these, `lanes` at
+    most."""
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        x, apart, count = values[2:]
+        emit = Vectors(builder, of, L)
+        mask = emit.first(count)
+        pair = [emit.read(place, mask) for place in (x, builder.gep(x, [apart]))]
+        total = emit.total(builder.fadd(*pair))
+        return builder.fdiv(total, builder.sitofp(builder.add(count, count), emit.element))
+
+    T = types.float64 if of == "float64" else types.float32
+    return T(lanes, kind, x, types.int64, types.int64), generate
 
 
 def _past(
@@ -381,10 +372,10 @@ def normalise(
         tables = _Values(emit, wide, [high, scale, shift])
 
         def loops(residual_given: bool, past: bool) -> None:
-            def body(offsets, column, mask):
-                h, factor, addend = tables.at(column)
+            def body(_, offsets, columns, mask):
                 results = []
-                for offset in offsets:
+                for offset, column in zip(offsets, columns, strict=True):
+                    h, factor, addend = tables.at(column)
                     d = builder.fsub(emit.read(builder.gep(x, [offset]), mask), h)
                     z = emit.multiply_add(d, factor, addend)
                     if residual_given:
@@ -393,8 +384,7 @@ def normalise(
                 for offset, result in zip(offsets, results, strict=True):
                     emit.write(result, builder.gep(y, [offset]), mask, past)
 
-            unroll = 4 if _cheap(name) else 1
-            _sweep(emit, wide, unroll, rows, pitch, count, body)
+            _sweep(emit, 4 if _cheap(name) else 1, rows, pitch, count, body)
 
         past = _past(builder, emit, past, pitch, y)
         with builder.if_else(_given(builder, residual)) as (with_residual, without):
@@ -443,7 +433,7 @@ class _Back:
 @intrinsic(prefer_literal=True)
 def back_sums(
     typing_context, lanes, kind, act, form, across, grad_y, x, beside, grad_z, grad_x, rows, pitch, count,
-    high, scale, shift, first, second, near, past,
+    high, scale, shift, first, second, past,
 ):  # fmt: skip
     """``grad_z = grad_y * act'``, ``first += grad_z`` and ``second += grad_z * (x - high)``: as `moments`.
 
@@ -455,37 +445,55 @@ def back_sums(
 
     def generate(context, builder, signature, values):
         grad_y, x, beside, grad_z, grad_x, rows, pitch, count = values[5:13]
-        high, scale, shift, first, second, near, past = values[13:]
+        high, scale, shift, first, second, past = values[13:]
         emit = Vectors(builder, of, L)
         back = _Back(emit, name, told, (grad_y, x, beside))
         z_given, x_given = _given(builder, grad_z), _given(builder, grad_x)
+        past = _past(builder, emit, past, pitch, grad_z, grad_x)
 
-        def terms(past):
+        def write(value, place, mask):
+            if mask is not None:
+                emit.write(value, place, mask)
+                return
+            with builder.if_else(past) as (through, kept):
+                with through:
+                    emit.write(value, place, None, True)
+                with kept:
+                    emit.write(value, place)
+
+        # Where much is computed of each vector, the CPU runs too few rows ahead to have memory busy.
+        slow = wide and not _cheap(name)
+        slots = 4 if _cheap(name) else 2 if wide else 1
+        ahead = builder.mul(pitch, _rows_together(emit, slots, count))
+
+        def terms(writing):
             def of(offset, mask, values):
+                for place in (grad_y, x) if slow else ():
+                    emit.prefetch(builder.gep(place, [builder.add(offset, ahead)]))
                 g, d = back.at(offset, mask, *values)
-                with builder.if_then(z_given):
-                    emit.write(g, builder.gep(grad_z, [offset]), mask, past)
-                with builder.if_then(x_given):
-                    result = builder.fmul(g, values[1])
-                    emit.write(result, builder.gep(grad_x, [offset]), mask, past)
-                return [_where(emit, mask, g), _where(emit, mask, builder.fmul(g, d, flags=_FUSED))]
+                if writing:
+                    with builder.if_then(z_given):
+                        write(g, builder.gep(grad_z, [offset]), mask)
+                    with builder.if_then(x_given):
+                        write(builder.fmul(g, values[1]), builder.gep(grad_x, [offset]), mask)
+                g = _where(emit, mask, g)
+                return [(g, None), (g, _where(emit, mask, d))]
 
             return of
 
-        slots = 4 if _cheap(name) else 1
-        arguments = wide, rows, pitch, count, [high, scale, shift], [first, second], near
-        with builder.if_else(_past(builder, emit, past, pitch, grad_z, grad_x)) as (through, near):
-            with through:
-                _add_up(emit, *arguments, terms(True), slots)
-            with near:
-                _add_up(emit, *arguments, terms(False), slots)
+        arguments = wide, rows, pitch, count, [high, scale, shift], [first, second]
+        # In training nothing is written yet.
+        with builder.if_else(builder.or_(z_given, x_given)) as (given, nothing):
+            for writing, branch in ((True, given), (False, nothing)):
+                with branch:
+                    _add_up(emit, *arguments, terms(writing), slots)
         return context.get_dummy_value()
 
     i64, T = types.int64, types.CPointer(types.float64)
     return (
         types.void(
             lanes, kind, act, form, across, grad_y, x, beside, grad_z, grad_x, i64, i64, i64,
-            high, scale, shift, T, T, near, i64,
+            high, scale, shift, T, T, i64,
         ),
         generate,
     )  # fmt: skip
@@ -510,21 +518,24 @@ def back_combine(
         z_given, x_given = _given(builder, grad_z), _given(builder, grad_x)
 
         def loops(past: bool) -> None:
-            def body(offsets, column, mask):
-                *here, first, slope = tables.at(column)
-                pairs = [back.at(offset, mask, *here) for offset in offsets]
+            def body(_, offsets, columns, mask):
+                values = list(map(tables.at, columns))
+                pairs = [
+                    back.at(offset, mask, *here[:3])
+                    for offset, here in zip(offsets, values, strict=True)
+                ]
                 with builder.if_then(z_given):
                     for (g, _), offset in zip(pairs, offsets, strict=True):
                         emit.write(g, builder.gep(grad_z, [offset]), mask, past)
                 with builder.if_then(x_given):
-                    for (g, d), offset in zip(pairs, offsets, strict=True):
-                        g = emit.multiply_add(g, here[1], builder.fneg(first))
+                    for (g, d), offset, here in zip(pairs, offsets, values, strict=True):
+                        _, scale, _, first, slope = here
+                        g = emit.multiply_add(g, scale, builder.fneg(first))
                         result = emit.multiply_add(builder.fneg(d), slope, g)
                         emit.write(result, builder.gep(grad_x, [offset]), mask, past)
 
             simple = _cheap(name) or told == READY
-            unroll = 4 if simple else 1
-            _sweep(emit, wide, unroll, rows, pitch, count, body)
+            _sweep(emit, 4 if simple else 1, rows, pitch, count, body)
 
         past = _past(builder, emit, past, pitch, grad_z, grad_x)
         with builder.if_else(past) as (through, kept):
