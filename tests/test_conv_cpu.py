@@ -372,6 +372,39 @@ def test_same_bits_for_any_number_of_threads(mode: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("K", [1, 20, 64, 515])
+def test_bias_gradient_of_many_places(K: int, dtype: torch.dtype) -> None:
+    """In either order of memory, in a slice of it, and expanded; the same bits for any number of threads."""
+    shape = ConvShape.of((9, 1, 33, 35), (K, 1, 1, 1))
+    wide = torch.randn(9, K, 35, 40).to(dtype)
+    last = wide.to(memory_format=torch.channels_last)
+    dense = wide[:, :, :33, :35].contiguous()
+    for grad_y in (
+        dense,
+        dense.to(memory_format=torch.channels_last),
+        wide[:, :, 2:, 5:],
+        last[:, :, 2:, 5:],
+        dense.transpose(2, 3).contiguous().transpose(2, 3),
+        wide.repeat_interleave(2, 3)[:, :, 2:, 10::2],
+        dense[:, :, :1, :1].expand(shape.y_size),
+    ):
+        found = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            grad_bias = torch.empty(K, dtype=dtype)
+            cnnops.cpu.conv.conv_bgrad(shape, grad_y, grad_bias)
+            found.append(grad_bias)
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        expected = grad_y.double().sum((0, 2, 3))
+        allowed = grad_y.double().abs().sum((0, 2, 3))
+        allowed *= 1e-14 if dtype == torch.float64 else 1e-6
+        if dtype == torch.bfloat16:
+            allowed += 4e-3 * expected.abs()
+        assert ((found[0].double() - expected).abs() <= allowed).all()
+
+
 @pytest.mark.usefixtures("products")
 @every_mode
 def test_infinity_goes_where_the_padding_shows_it(mode: str) -> None:

@@ -16,7 +16,7 @@ from cases.base import laid_out, normal
 from torch import Tensor
 
 import cnnops
-from cnnops.cpu import conv_winograd
+from cnnops.cpu import conv, conv_winograd, conv_winograd_weights
 from cnnops.epilogue import ACTIVATIONS, Epilogue
 from cnnops.shapes import ConvShape
 
@@ -31,6 +31,8 @@ SIZES = {
     "two stretches": ((1, 100, 9, 10), 130, 1),
     # The filters' transforms are too large to be kept; tiles of several images, in several blocks.
     "deep": ((11, 240, 7, 7), 250, 1),
+    # The weight gradient's sum is split, into blocks of several images of which the last has fewer.
+    "batch": ((41, 5, 8, 7), 50, 1),
 }
 """Sizes of x, filters and padding."""
 
@@ -85,7 +87,7 @@ def computed(
 @pytest.mark.parametrize(("side", "layout"), LAYOUTS)
 @pytest.mark.parametrize("size", SIZES)
 def test_values(size: str, side: int, layout: str, dtype: torch.dtype) -> None:
-    """Forward and input gradient, with a bias for each."""
+    """Forward and both gradients, with a bias for the first two."""
     x_size, K, padding = SIZES[size]
     if side == 5 and size == "one tile":
         padding = ((4, 1), (0, 3))
@@ -93,17 +95,21 @@ def test_values(size: str, side: int, layout: str, dtype: torch.dtype) -> None:
     w = laid_out((K, x_size[1], side, side), layout, normal(2, dtype))
     shape = ConvShape.of(x.shape, w.shape, padding=padding)
     bias, bias_x = normal(3, dtype)((K,)), normal(4, dtype)((x_size[1],))
-    leaf = x.double().requires_grad_()
-    expected = correlated(shape, leaf, w)
+    leaf, weight = x.double().requires_grad_(), w.double().requires_grad_()
+    expected = correlated(shape, leaf, weight)
     y = computed(shape, x, w, bias, layout=layout)
     assert_close(y, expected + bias.double().view(-1, 1, 1), TOLERANCE[dtype].output, "output")
 
     grad_y = laid_out(shape.y_size, layout, normal(5, dtype))
     grad_x = torch.empty_like(x)
     conv_winograd.dgrad(shape, grad_y, w, bias_x, grad_x)
-    (expected,) = torch.autograd.grad(expected, leaf, grad_y.double())
-    expected += bias_x.double().view(-1, 1, 1)
-    assert_close(grad_x, expected, TOLERANCE[dtype].output, "input gradient")
+    to_x, to_w = torch.autograd.grad(expected, (leaf, weight), grad_y.double())
+    to_x += bias_x.double().view(-1, 1, 1)
+    assert_close(grad_x, to_x, TOLERANCE[dtype].output, "input gradient")
+
+    grad_w = laid_out(shape.w_size, layout, lambda size: torch.full(size, 7.0, dtype=dtype))
+    conv_winograd_weights.wgrad(shape, grad_y, x, grad_w)
+    assert_close(grad_w, to_w, TOLERANCE[dtype].gradient, "weight gradient")
 
 
 def test_what_lies_between_results_stays() -> None:
@@ -118,6 +124,12 @@ def test_what_lies_between_results_stays() -> None:
         assert_close(y, correlated(shape, x, w), TOLERANCE[FLOAT].output, "output")
         y.fill_(7.0)
         assert (wide == 7.0).all()
+    wide = torch.full((23, 21, 5, 5), 7.0)
+    grad_w = wide[1:-1, 1:-1, 1:-1, 1:-1]
+    conv_winograd_weights.wgrad(shape, normal(3, FLOAT)(shape.y_size), x, grad_w)
+    assert not (grad_w == 7.0).any()
+    grad_w.fill_(7.0)
+    assert (wide == 7.0).all()
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -152,6 +164,20 @@ def test_float32_errors_are_small_for_many_channels(side: int) -> None:
     expected = correlated(shape, x, w)
     error = (computed(shape, x, w).double() - expected).abs()
     assert error.norm() <= 0.9e-6 * expected.norm()
+    assert error.max() <= 1e-5 * expected.std()
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_errors_of_the_weight_gradient_are_those_of_a_direct_convolution(side: int) -> None:
+    """As its module says; of this one, and no more than of PyTorch's."""
+    x, grad_y = normal(1, FLOAT)((16, 32, 28, 28)), normal(2, FLOAT)((16, 48, 28, 28))
+    shape = ConvShape.of(x.shape, (48, 32, side, side), padding=side // 2)
+    grad_w = torch.empty(shape.w_size)
+    conv_winograd_weights.wgrad(shape, grad_y, x, grad_w)
+    weights = (shape.w_size, grad_y.double(), 1, side // 2)
+    expected = torch.nn.grad.conv2d_weight(x.double(), *weights)
+    error = (grad_w.double() - expected).abs()
+    assert error.norm() <= 1.2e-6 * expected.norm()
     assert error.max() <= 1e-5 * expected.std()
 
 
@@ -219,6 +245,44 @@ def test_nan_in_a_filter_is_in_its_outputs_alone() -> None:
     assert wild[:, 18].all() and wild.sum() == 36
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("side", SIDES)
+def test_what_is_not_finite_stays_in_its_channel_of_the_weight_gradient(
+    side: int, layout: str, value: float
+) -> None:
+    shape = ConvShape.of((2, 16, 9, 10), (20, 16, side, side), padding=side // 2)
+    x, grad_y = (
+        laid_out(size, layout, normal(seed, FLOAT))
+        for seed, size in enumerate((shape.x_size, shape.y_size))
+    )
+    grad_w = torch.empty(shape.w_size)
+    wild = x.clone(memory_format=torch.preserve_format)
+    wild[1, 3, 8, 9] = value
+    conv_winograd_weights.wgrad(shape, grad_y, wild, grad_w)
+    finite = grad_w.isfinite()
+    assert finite[:, :3].all() and finite[:, 4:].all() and not finite[:, 3, 1:, 1:].any()
+    wild = grad_y.clone(memory_format=torch.preserve_format)
+    wild[1, 18, 8, 9] = value
+    conv_winograd_weights.wgrad(shape, wild, x, grad_w)
+    finite = grad_w.isfinite()
+    assert finite[:18].all() and finite[19:].all() and not finite[18].any()
+
+
+def test_what_another_call_left_in_scratch_does_not_matter() -> None:
+    """Lanes without a channel, and tiles that reach beyond x."""
+    shape = ConvShape.of((3, 19, 13, 9), (23, 19, 3, 3), padding=1)
+    x, grad_y = normal(1, FLOAT)(shape.x_size), normal(2, FLOAT)(shape.y_size)
+    results = []
+    for _ in range(2):
+        grad_w = torch.empty(shape.w_size)
+        conv_winograd_weights.wgrad(shape, grad_y, x, grad_w)
+        results.append(grad_w)
+        nan = torch.full_like(x, torch.nan), torch.full_like(grad_y, torch.nan)
+        conv_winograd_weights.wgrad(shape, nan[1], nan[0], torch.empty(shape.w_size))
+    assert torch.equal(*results)
+
+
 # ---- threads and widths -----------------------------------------------------------------------------------
 
 
@@ -231,7 +295,7 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("size", ["two stretches", "deep"])
+@pytest.mark.parametrize("size", ["two stretches", "deep", "batch"])
 def test_same_bits_for_any_number_of_threads(size: str, side: int) -> None:
     x_size, K, padding = SIZES[size]
     x, w = normal(1, FLOAT)((4, *x_size[1:])), normal(2, FLOAT)((K, x_size[1], side, side))
@@ -242,7 +306,9 @@ def test_same_bits_for_any_number_of_threads(size: str, side: int) -> None:
         grad_x = torch.empty_like(x)
         y = computed(shape, x, w)
         conv_winograd.dgrad(shape, y, w, None, grad_x)
-        results.append((y, grad_x))
+        grad_w = torch.empty_like(w)
+        conv_winograd_weights.wgrad(shape, y, x, grad_w)
+        results.append((y, grad_x, grad_w))
     for others in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
@@ -283,6 +349,20 @@ def test_taken(direction: str) -> None:
         assert not conv_winograd.takes(shape, torch.float64, direction)  # type: ignore[arg-type]
 
 
+def test_weight_gradients_that_are_taken() -> None:
+    for size in ((16, 56), (64, 56), (128, 28), (256, 14), (512, 7)):
+        shape = shape_of(x=(8, size[0], size[1], size[1]), w=(size[0], size[0], 3, 3))
+        large = shape_of(x=shape.x_size, w=(size[0], size[0], 5, 5), padding=2)
+        for dtype in TYPES:
+            assert conv_winograd_weights.takes(shape, dtype)
+            assert conv_winograd_weights.takes(large, dtype)
+        assert not conv_winograd_weights.takes(shape, torch.float64)
+    assert not conv_winograd_weights.takes(shape_of(stride=2), FLOAT)
+    # Transforms would take longer than the products.
+    assert not conv_winograd_weights.takes(shape_of(x=(8, 3, 28, 28), w=(64, 3, 3, 3)), FLOAT)
+    assert not conv_winograd_weights.takes(shape_of(w=(4, 64, 3, 3)), FLOAT)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -313,4 +393,8 @@ def test_the_setting() -> None:
     with cnnops.winograd(False):
         assert not conv_winograd.takes(shape_of(), FLOAT, "fprop")
     assert conv_winograd.takes(shape_of(), FLOAT, "fprop")
-    assert not conv_winograd.takes(shape_of(), FLOAT, "wgrad")
+    x = torch.empty(shape_of().x_size)
+    for allowed in (False, True):
+        with cnnops.winograd(allowed):
+            form = conv._form("wgrad", shape_of(), x, x)
+        assert (form is conv_winograd_weights) is allowed

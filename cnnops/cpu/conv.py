@@ -3,7 +3,8 @@
 Each has several forms, one module each; what a call takes depends on shape, type and memory alone:
 
     conv_depthwise  one filter a channel, of that channel alone
-    conv_winograd   3x3 and 5x5 taps a step apart: a quarter, and a third, of the multiplications
+    conv_winograd   3x3 and 5x5 taps a step apart: a quarter, and a third, of the multiplications; the weight
+                    gradient by conv_winograd_weights
     conv_rows       channels last: what most convolutions are fastest as, whatever their memory
     conv_planes     one tap, and channels in planes
     conv_blocks     channels in planes: results of few channels, padding modes other than zeros, dense layers
@@ -12,6 +13,7 @@ Each has several forms, one module each; what a call takes depends on shape, typ
 # mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from types import ModuleType
 
@@ -24,22 +26,23 @@ from cnnops.cpu import (
     conv_planes,
     conv_rows,
     conv_winograd,
+    conv_winograd_weights,
     rows,
     simd,
     vectors,
 )
-from cnnops.cpu.conv_axes import is_framed, up
+from cnnops.cpu.conv_axes import SPLITS, is_framed, up
 from cnnops.cpu.conv_fold import conv_fold as conv_fold
 from cnnops.cpu.norm import batch_norm_stats
-from cnnops.cpu.simd import sum_of
 from cnnops.cpu.task import (
     NAME,
+    Shared,
     Task,
     ahead,
     collapse,
     layout,
-    native,
     native_result,
+    pointer,
     strides,
     unpack,
 )
@@ -79,7 +82,9 @@ def _chosen(
         )
     if conv_depthwise.takes(shape, direction):
         return conv_depthwise
-    if winograd and conv_winograd.takes(shape, dtype, direction):
+    if winograd and direction == "wgrad" and conv_winograd_weights.takes(shape, dtype):
+        return conv_winograd_weights
+    if winograd and direction != "wgrad" and conv_winograd.takes(shape, dtype, direction):
         return conv_winograd
     channels_last = all(strides[1] == 1 for strides in activations)
     if direction != "wgrad" and not channels_last and conv_planes.takes(shape, *activations):
@@ -91,30 +96,88 @@ def _form(direction: Direction, shape: ConvShape, a: torch.Tensor, b: torch.Tens
     return _chosen(direction, shape, a.dtype, settings.winograd, a.stride(), b.stride())
 
 
+STRETCH = 64
+"""Rows of channels that are added up in their own type before float64 takes over."""
+
+SIDE = 512
+"""Elements of rows that are done as one: with fewer, an addition waits for the one before in its place."""
+
+PIECE = 65_536
+"""Elements of a task that adds up rows: what starting it costs is little beside."""
+
+
 @lru_cache(None)
-def _bias(T: str) -> Task:
-    args = layout(f"{T}**2 int64*9")
+def _bias(kind: str, L: int) -> Task:
+    T = "float64" if kind == "float64" else "float32"
+    args = layout(f"int64 float64* {T}* int64*13")
 
     def conv_bias(address: int, index: int, scratch: int) -> None:
-        """The sum of channel `index`, in float64 whatever the type."""
-        grad_y, grad_bias, of_k, A, a, B, b, D, d, E, e = unpack(address, args)
-        plane = ahead(grad_y, index * of_k)
-        total = 0.0
+        """The sum of channel `index`, whose places are neighbours. Or, where channels are: of all of them a
+        share of the places, and with `adding` the sum of the shares, in their order."""
+        (
+            grad_y_, shares, grad_bias, K, of_k, parts, side, adding, A, a, B, b, D, d, E, e,
+        ) = unpack(address, args)  # fmt: skip
+        grad_y = vectors.elements(grad_y_, kind)
+        if parts == 0:
+            plane = ahead(grad_y, index * of_k)
+            total = 0.0
+            for i in range(A):
+                for j in range(B):
+                    for m in range(D):
+                        total += vectors.total(L, kind, ahead(plane, i * a + j * b + m * d), E)
+            grad_bias[index] = total
+            return
+        if adding:
+            for k in range(K):
+                total = 0.0
+                for part in range(parts):
+                    total += shares[part * K + k]
+                grad_bias[k] = total
+            return
+        wide = ahead(shares, index * K)
+        for k in range(K):
+            wide[k] = 0
+        # Rows are short where channels are few: `side` of them lie side by side and are done as one.
+        near, W = pointer(scratch, T), side * K
+        first, behind = E * index // parts, E * (index + 1) // parts
         for i in range(A):
             for j in range(B):
-                for k in range(D):
-                    total += sum_of(ahead(plane, i * a + j * b + k * d), E, e)
-        grad_bias[index] = total
+                for m in range(D):
+                    row = ahead(grad_y, i * a + j * b + m * d)
+                    for start in range(first, behind, STRETCH * side):
+                        stop = min(start + STRETCH * side, behind)
+                        for k in range(W):
+                            near[k] = 0
+                        for q in range(start, stop, side):
+                            there = min(W, (stop - q) * K)
+                            vectors.sum_up(L, kind, near, ahead(row, q * e), there)
+                        for s in range(side):
+                            for k in range(K):
+                                wide[k] += near[s * K + k]
 
     return Task(conv_bias, args)
 
 
 @lru_cache(1024)
-def _bias_loops(shape: ConvShape, strides: tuple[int, ...]) -> tuple[int, ...]:
-    """The stride of channels, and sizes and strides of what is added up."""
+def _bias_loops(
+    shape: ConvShape, strides: tuple[int, ...]
+) -> tuple[tuple[int, int, int, int], tuple[int, ...]] | None:
+    """What `conv_bias` is told of channels and shares, and of loops, for grad_y of these strides; None where
+    neither channels are neighbours nor places."""
     n, k, *places = strides
-    loops = collapse((shape.N, *shape.ZPQ), (n, *places))
-    return k, *(v for pair in zip(*loops, strict=True) for v in pair)
+    sizes, steps = collapse((shape.N, *shape.ZPQ), (n, *places))
+    loops = tuple(v for pair in zip(sizes, steps, strict=True) for v in pair)
+    if steps[-1] == 1 or sizes[-1] == 1:
+        return (shape.K, k, 0, 0), loops
+    if k != 1:
+        return None
+    # As many rows as fill whole vectors, and enough of these, if nothing lies between them.
+    side = 1
+    if steps[-1] == shape.K:
+        side = 16 // math.gcd(shape.K, 16)
+        side *= -(-SIDE // (side * shape.K))
+    parts = max(1, min(SPLITS, shape.K * math.prod(sizes) // PIECE))
+    return (shape.K, k, parts, side), loops
 
 
 def conv_fprop(
@@ -155,12 +218,24 @@ def conv_wgrad(
 
 
 def conv_bgrad(shape: ConvShape, grad_y: torch.Tensor, grad_bias: torch.Tensor) -> None:
-    """The gradient with respect to the bias: grad_y's sum over everything but its channels."""
-    grad_y = native(grad_y)
-    result = native_result(grad_bias, grad_y.dtype, contiguous=True)
-    _bias(NAME[grad_y.dtype]).run(
-        shape.K, grad_y.numel(), grad_y, result,
-        *_bias_loops(shape, strides(grad_y)),
-    )  # fmt: skip
+    """The gradient with respect to the bias: grad_y's sum over everything but its channels, the same bits for
+    any number of threads."""
+    grad_y = vectors.readable(grad_y)
+    plan = _bias_loops(shape, strides(grad_y))
+    if plan is None:
+        grad_y = grad_y.contiguous()
+        plan = _bias_loops(shape, strides(grad_y))
+        assert plan is not None
+    sizes, loops = plan
+    K, _, parts, side = sizes
+    kind = vectors.KIND[grad_y.dtype]
+    real = torch.float64 if kind == "float64" else torch.float32
+    result = native_result(grad_bias, real, contiguous=True)
+    values = grad_y, Shared(8 * parts * K), result, *sizes
+    task = _bias(kind, simd.lanes(NAME[real]))
+    room = 8 * (side * K + 16)  # sums are written in whole vectors
+    task.run(parts or K, grad_y.numel(), *values, False, *loops, scratch_bytes=room)
+    if parts:
+        task.run(1, parts * K, *values, True, *loops)
     if result is not grad_bias:
         grad_bias.copy_(result)

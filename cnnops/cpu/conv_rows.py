@@ -437,7 +437,7 @@ def _copy_panel(L, kind, g, panel, K, width, images, zs, ps, qs, along, spare):
 
 
 @routine
-def _deliver(L, T, sums, pitch, spare, grad_w, K, lines, side, stretch, C, along, picks):
+def deliver(L, T, sums, pitch, spare, grad_w, K, lines, side, stretch, C, along, picks):
     """Write at most `L` filters' gradients from ``sums [line] [side, C] [pitch]``, a line being `stretch`."""
     of_k, of_c, of_tap = along
     for t in range(lines * side):
@@ -564,7 +564,7 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
         if splits == 1:
             to = ahead(grad_w, group * of_group + k0 * of_k + c0 * of_c)
             for k in range(0, filters, L):
-                _deliver(
+                deliver(
                     L, T, ahead(sums, k), pitch, pointer(scratch + spare_at, T), ahead(to, k * of_k),
                     min(L, filters - k), lines, side, stretch, channels, (of_k, of_c, of_tap), picks,
                 )  # fmt: skip
@@ -573,7 +573,7 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
 
 
 @lru_cache(None)
-def _add_splits(T: str, L: int, M: int) -> Task:
+def add_splits(T: str, L: int, M: int) -> Task:
     args = layout(f"{T}**2 int64* int64*14")
 
     def conv_rows_add(address: int, index: int, scratch: int) -> None:
@@ -605,7 +605,7 @@ def _add_splits(T: str, L: int, M: int) -> Task:
                     for n in range(L):
                         total[j * L + n] += source[j * pitch + n]
         to = ahead(grad_w, group * of_group + (k0 + k) * of_k + c0 * of_c)
-        _deliver(
+        deliver(
             L, T, total, L, ahead(total, size * L), to, min(L, filters), lines, side, stretch,
             min(share_c, C - c0), (of_k, of_c, of_tap), picks,
         )  # fmt: skip
@@ -964,7 +964,7 @@ class _WeightGradient:
             *(axis.size for axis in axes), *x.strides, *y.strides, *along,
         )  # fmt: skip
         self._table_values = tuple(map(Table, tables))
-        self._add = _add_splits(T, lanes, M)
+        self._add = add_splits(T, lanes, M)
         self._add_count = groups * parts_k * parts_c * (pitch // lanes)
         self._add_values = (
             groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, *along,
@@ -1090,7 +1090,7 @@ def _wgrad(
 
 
 @lru_cache(1024)
-def _is_ordered(sizes: Strides, strides: Strides) -> bool:
+def is_ordered(sizes: Strides, strides: Strides) -> bool:
     """Whether a weight's taps follow each other, and something in it is neighbours."""
     expected = strides[-1]
     for size, stride in zip(reversed(sizes[2:]), reversed(strides[2:]), strict=True):
@@ -1101,7 +1101,7 @@ def _is_ordered(sizes: Strides, strides: Strides) -> bool:
 
 
 def _ordered(w: torch.Tensor) -> torch.Tensor:
-    return w if _is_ordered(w.shape, w.stride()) else w.contiguous()
+    return w if is_ordered(w.shape, w.stride()) else w.contiguous()
 
 
 def vector(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -1164,7 +1164,7 @@ def dgrad(
 def wgrad(shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
     """The gradient with respect to w; see `conv.conv_wgrad`."""
     result = grad_w
-    if result.dtype not in NAME or not _is_ordered(result.shape, result.stride()):
+    if result.dtype not in NAME or not is_ordered(result.shape, result.stride()):
         result = torch.empty(grad_w.shape, dtype=native(x[:0]).dtype)
     plan = _wgrad(shape, x.dtype, grad_y.stride(), x.stride(), result.stride())
     plan.run(grad_y, x, result)

@@ -148,32 +148,43 @@ def _times(builder, value, factor):
 
 
 @intrinsic(prefer_literal=True)
-def _transform_input(typing_context, lanes, to, plane, source, places, count):
+def _transform_input(typing_context, lanes, side, to, plane, source, places, count, more):
     """``to[xi * plane + c] = (Bᵀ d B)[xi]`` with ``d[k] = source[places[k] + c]``, for c < count, which is a
-    multiple of the lanes."""
-    L = lanes.literal_value
+    multiple of the lanes. Of fewer than 6 by 6 places it is ``G d Gᵀ``.
+
+    Where there are `more`, the next tile's places follow; what is there is asked for: tiles lie in so many
+    rows of pixels that the CPU would not foresee it."""
+    L, sizes = lanes.literal_value, side.literal_value
+    axis = _input_axis if sizes == 6 else _filter_axis
 
     def generate(context, builder, signature, values):
-        to, plane, source, places, count = values[1:]
+        to, plane, source, places, count, more = values[2:]
         emit = simd.Emit(builder, ir.FloatType(), L)
         loop = simd.Loop(builder, simd.int_constant(0), count, L, [])
         c = loop.index
         start = builder.gep(source, [c])
 
+        def pixel(number):
+            place = builder.load(builder.gep(places, [simd.int_constant(number)]))
+            return builder.gep(start, [place])
+
         def read(i, j):
-            place = builder.load(builder.gep(places, [simd.int_constant(6 * i + j)]))
-            return emit.load(builder.gep(start, [place]))
+            return emit.load(pixel(sizes * i + j))
+
+        with builder.if_then(builder.icmp_signed("!=", more, simd.int_constant(0))):
+            for number in range(sizes**2):
+                emit.prefetch(pixel(sizes**2 + number))
 
         def write(i, j, value):
             at = builder.add(_times(builder, plane, 6 * i + j), c)
             emit.store(value, builder.gep(to, [at]))
 
-        _both_axes(emit, _input_axis, read, 6, write)
+        _both_axes(emit, axis, read, sizes, write)
         loop.close([])
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(lanes, to, i64, source, types.CPointer(i64), i64), generate
+    return types.void(lanes, side, to, i64, source, types.CPointer(i64), i64, i64), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -200,7 +211,7 @@ def _transform_filter(typing_context, lanes, side, to, plane, source, step):
 
 
 @intrinsic(prefer_literal=True)
-def _transform_sums(typing_context, lanes, outputs, to, row, place, source, plane):
+def transform_sums(typing_context, lanes, outputs, to, row, place, source, plane):
     """``to[p * row + q * place + l] = (Aᵀ m A)[p, q]`` with ``m[xi] = source[xi * plane + l]``, `outputs` by
     `outputs` of them, for every lane l."""
     L, E = lanes.literal_value, outputs.literal_value
@@ -472,26 +483,30 @@ def _part(t, end, TH, TW):
 
 
 @routine
-def _set_places(places, top, left, h0, w0, H, W, sh, sw, nothing):
-    """Where the 36 inputs of a tile lie: 6 by 6 from (top, left); (h0, w0) is at place 0."""
-    for i in range(6):
+def _set_places(places, side, top, left, h0, w0, H, W, sh, sw, nothing):
+    """Where the inputs of a tile lie: `side` by `side` from (top, left); (h0, w0) is at place 0."""
+    for i in range(side):
         h = top + i
-        for j in range(6):
-            w = left + j
-            inside = 0 <= h < H and 0 <= w < W
-            places[6 * i + j] = (h - h0) * sh + (w - w0) * sw if inside else nothing
+        row = ahead(places, side * i)
+        if 0 <= h < H:
+            line = (h - h0) * sh + (left - w0) * sw
+            for j in range(side):
+                row[j] = line + j * sw if 0 <= left + j < W else nothing
+        else:
+            for j in range(side):
+                row[j] = nothing
 
 
 @routine
-def _inputs(
-    L, E, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk, room
+def inputs(
+    L, E, side, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk, room
 ):  # fmt: skip
     """V of `count` tiles from the `first` on, and zeros behind them up to so many rows:
-    ``to [xi] [stretch of C] [tile] [pitch]``.
+    ``to [xi] [stretch of C] [tile] [pitch]``. A tile is `side` by `side` places of x, the next one E further.
 
-    `room` has the addresses of scratch: 36 places a tile, zeros in place of a pixel, and the pixels that a
-    rectangle of tiles reads, ``[h, w] [chunk]``. Channels-last float32 is read where it is, though, if whole
-    vectors make up C. `chunk` channels are transformed at a time, a divisor of STRETCH.
+    `room` has the addresses of scratch: those places of each tile, zeros in place of a pixel, and the pixels
+    that a rectangle of tiles reads, ``[h, w] [chunk]``. Channels-last float32 is read where it is, though, if
+    whole vectors make up C. `chunk` channels are transformed at a time, a divisor of STRETCH.
     """
     N, H, W, TH, TW, pad_h, pad_w, itemsize = sizes
     xn, xc, xh, xw = strides
@@ -504,8 +519,8 @@ def _inputs(
     t = first
     while t < first + count:
         n, row, row_end, column, column_end = _part(t, first + count, TH, TW)
-        h0, h1 = max(E * row - pad_h, 0), min(E * (row_end - 1) + 6 - pad_h, H)
-        w0, w1 = max(E * column - pad_w, 0), min(E * (column_end - 1) + 6 - pad_w, W)
+        h0, h1 = max(E * row - pad_h, 0), min(E * (row_end - 1) + side - pad_h, H)
+        w0, w1 = max(E * column - pad_w, 0), min(E * (column_end - 1) + side - pad_w, W)
         start = x + (n * xn + h0 * xh + w0 * xw) * itemsize
         line, step, source_at = (w1 - w0) * chunk, chunk, pixels_at
         if straight:
@@ -515,8 +530,8 @@ def _inputs(
         for i in range(row, row_end):
             for j in range(column, column_end):
                 _set_places(
-                    ahead(places, 36 * tiles), E * i - pad_h, E * j - pad_w, h0, w0, H, W, line, step,
-                    (zeros_at - source_at) // 4,
+                    ahead(places, side * side * tiles), side, E * i - pad_h, E * j - pad_w, h0, w0, H, W,
+                    line, step, (zeros_at - source_at) // 4,
                 )  # fmt: skip
                 tiles += 1
         # Lines without gaps between them are one.
@@ -544,7 +559,10 @@ def _inputs(
             for k in range(tiles):
                 at = ahead(to, c0 // STRETCH * stretch + (t - first + k) * pitch + c0 % STRETCH)
                 here = ahead(source, c0 if straight else 0)
-                _transform_input(L, at, plane, here, ahead(places, 36 * k), some)
+                more = straight and k + 1 < tiles
+                _transform_input(
+                    L, side, at, plane, here, ahead(places, side * side * k), some, more
+                )
         t += tiles
     for t in range(count, rows):
         for k in range(36):
@@ -596,7 +614,7 @@ def _outputs(
                     to = ahead(results, ((E * i - p0) * length + E * j - q0) * group)
                     for v in range(0, group, L):
                         source = ahead(sums, tile * pitch + k + v)
-                        _transform_sums(L, E, ahead(to, v), length * group, group, source, plane)
+                        transform_sums(L, E, ahead(to, v), length * group, group, source, plane)
             some = min(group, k1 - k0 - k)
             if yk == 1:
                 values, outer, inner, gap, factor_outer, factor_inner = (
@@ -688,8 +706,8 @@ def _winograd(kind: str, R: int, L: int, M: int, V: int) -> Task:
         if not given_v:
             lines = pointer(scratch + v_at, "float32")
         if making == given_v:
-            _inputs(
-                L, E, kind, lines, plane_v, stretch, pitch, x, first + start, here, multiplied, C,
+            inputs(
+                L, E, 6, kind, lines, plane_v, stretch, pitch, x, first + start, here, multiplied, C,
                 (N, H, W, TH, TW, pad_h, pad_w, itemsize), (xn, xc, xh, xw), chunk,
                 (scratch + places_at, scratch + zeros_at, scratch + pixels_at),
             )  # fmt: skip
@@ -759,7 +777,7 @@ LINE = 16
 """Floats of a cache line: so much lies between the arrays of two xi, whose sizes are often powers of two."""
 
 
-class _Scratch:
+class Scratch:
     """Offsets of arrays in a task's scratch, each from a new line on; `bytes` of all together."""
 
     def __init__(self) -> None:
@@ -842,7 +860,7 @@ class _Plan:
         self._given_v, self._panels, self._tiles = given_v, panels, tiles
         self._waves, self._making = waves, making
         self._shared_size = 36 * (plane_v if given_v else padded * C + panels * LINE)
-        scratch = _Scratch()
+        scratch = Scratch()
         scratch.add(36 * (STRETCH * V * L + LINE) if given_v else 0)
         v = scratch.add(0 if given_v else 36 * plane_v)
         sums = scratch.add(36 * plane)
@@ -929,7 +947,12 @@ def _filter_strides(w: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]
     return w, (k, c, s)
 
 
-def _straight(x: torch.Tensor) -> bool:
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x with something that vectors can read as neighbours."""
+    return x if 1 in (x.stride(1), x.stride(3)) else x.contiguous()
+
+
+def straight(x: torch.Tensor) -> bool:
     """Whether the kernel reads vectors of x's channels from where they are."""
     whole = x.shape[1] % simd.lanes("float32") == 0
     return whole and x.dtype == torch.float32 and x.stride(1) == 1
@@ -951,9 +974,8 @@ def _correlate(
         result = torch.empty_like(y, memory_format=torch.contiguous_format)
         if epilogue.residual is not None:
             epilogue = epilogue._replace(residual=epilogue.residual.contiguous())
-    if 1 not in (x.stride(1), x.stride(3)):
-        x = x.contiguous()
-    plan = planned(shape, KINDS[x.dtype], _straight(x), torch.get_num_threads())
+    x = readable(x)
+    plan = planned(shape, KINDS[x.dtype], straight(x), torch.get_num_threads())
     plan.run(x, w, along, bias, result, epilogue)
     if result is not y:
         y.copy_(result)
@@ -962,7 +984,7 @@ def _correlate(
 # ---- operations -------------------------------------------------------------------------------------------
 
 
-def _fits(shape: ConvShape) -> bool:
+def fits(shape: ConvShape) -> bool:
     return (
         shape.kernel in ((3, 3), (5, 5))
         and shape.stride == shape.dilation == (1, 1)
@@ -995,13 +1017,7 @@ def takes(shape: ConvShape, dtype: torch.dtype, direction: Direction) -> bool:
     """Whether `fprop` or `dgrad` computes the problem, and in less time than a direct convolution would: 2-D,
     3 by 3 or 5 by 5 taps, stride, dilation and groups of 1, zeros as padding, less on each side than taps.
     Never where `cnnops.winograd` forbids it."""
-    return (
-        settings.winograd
-        and direction != "wgrad"
-        and dtype in KINDS
-        and _fits(shape)
-        and _is_worth_it(shape, direction)
-    )
+    return settings.winograd and dtype in KINDS and fits(shape) and _is_worth_it(shape, direction)
 
 
 def fprop(
