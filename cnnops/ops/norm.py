@@ -27,6 +27,8 @@ from cnnops.ops import (
     cached,
     call,
     define,
+    direct,
+    eager,
     empty,
     expect_bool,
     expect_float,
@@ -258,7 +260,9 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if not any(wanted):
         return None, None, None, passed_on
     arguments = (grad_y, *ctx.saved_tensors, eps, activation, training, wanted)
-    if forward_ad._current_level >= 0 or is_stack(grad_y):
+    if not torch.is_grad_enabled() and eager(arguments[:2]):
+        found = _backward_at_once(*arguments, engine)  # the usual case
+    elif forward_ad._current_level >= 0 or is_stack(grad_y):
         found = _composed_bwd(*arguments)
     else:
         found = call(_Backward, batch_norm_bwd, *arguments, engine)
@@ -490,6 +494,9 @@ def _batch_norm_bwd(
         for result in found:
             result.zero_()
     return found
+
+
+_backward_at_once = direct(_batch_norm_bwd)
 
 
 # ---- torch.func.vmap -------------------------------------------------------------------------------------
