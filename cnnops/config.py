@@ -101,9 +101,9 @@ def winograd(allowed: bool) -> Setting:
     three times as fast from 64 channels on. On from the start unless ``CNNOPS_WINOGRAD=0`` is set.
 
     Its results are further from the exact ones than a direct convolution's: in float32 by 7e-7 of the norm
-    instead of 3e-7, and no single one by more than some 5e-6 of their standard deviation; weight gradients,
-    which are long sums, are as near. A NaN or an infinity may reach neighbours, within 4 by 4 outputs or
-    among the taps of a filter's channel, that a direct convolution would keep clear of it.
+    instead of 3e-7, weight gradients by up to 1e-6, and no single output by more than some 5e-6 of their
+    standard deviation. A NaN or an infinity may reach neighbours, within 4 by 4 outputs or among the taps of
+    a filter's channel, that a direct convolution would keep clear of it.
     """
     return Setting("winograd", bool(allowed))
 

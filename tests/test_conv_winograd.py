@@ -168,8 +168,8 @@ def test_float32_errors_are_small_for_many_channels(side: int) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_errors_of_the_weight_gradient_are_those_of_a_direct_convolution(side: int) -> None:
-    """As its module says; of this one, and no more than of PyTorch's."""
+def test_errors_of_the_weight_gradient_are_small(side: int) -> None:
+    """As its module says, with some room."""
     x, grad_y = normal(1, FLOAT)((16, 32, 28, 28)), normal(2, FLOAT)((16, 48, 28, 28))
     shape = ConvShape.of(x.shape, (48, 32, side, side), padding=side // 2)
     grad_w = torch.empty(shape.w_size)

@@ -211,13 +211,17 @@ def test_threads_are_heeded(convolved: tuple[Callable[[], Tensor], Tensor]) -> N
     assert len(known()) == 2
 
 
-def test_nothing_runs_where_kernels_are_compiled_only(
-    convolved: tuple[Callable[[], Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    call, _ = convolved
-    monkeypatch.setattr(task.Task, "_drive", None, raising=False)
+def test_nothing_runs_where_kernels_are_compiled_only() -> None:
+    norm, x = cnnops.nn.BatchNorm2d(4), torch.randn(3, 4, 5, 5) + 1
+    for _ in range(4):
+        norm(x)
+    assert norm.running_mean is not None and all(known())
+    before = norm.running_mean.clone()
     with task.compiling_only():
-        call()
+        norm(x)
+    assert torch.equal(norm.running_mean, before)
+    norm(x)
+    assert not torch.equal(norm.running_mean, before)
 
 
 def test_errors_come_as_ever() -> None:

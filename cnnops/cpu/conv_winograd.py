@@ -773,7 +773,7 @@ WAVE_BYTES = 16 * 1024 * 1024
 PIXEL_BYTES = 256 * 1024
 """Most bytes of x that lie in scratch, channels last, unless a vector of channels takes more."""
 
-LINE = 16
+LINE = simd.LINE // 4
 """Floats of a cache line: so much lies between the arrays of two xi, whose sizes are often powers of two."""
 
 

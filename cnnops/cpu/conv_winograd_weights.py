@@ -14,8 +14,8 @@ its M into taps: as small as a direct convolution's sums, which are added up in 
 for every share of filters, U for every share of channels, which takes less time than to keep them: both are
 in the second-level cache when they are used.
 
-Errors of float32 results from normally distributed numbers are those of a direct convolution: sums of that
-many places round more than the transforms do.
+Results in float32 from normally distributed numbers are 5e-7 to 1e-6 of their norm from exact ones, where a
+direct convolution's are 2e-7 to 3e-7 from them.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls

@@ -35,6 +35,7 @@ from numba.extending import intrinsic
 
 from cnnops.cpu import code
 from cnnops.cpu.compiler import routine
+from cnnops.cpu.simd import LINE
 
 SERIAL_WORK = 30_000
 """Below so many estimated cycles a second thread costs more than it brings."""
@@ -183,8 +184,7 @@ _TASK = layout("int64*4")
 MOST_SHARES = 64
 """Threads beyond so many begin in another's share."""
 
-_LINE = 64
-_JOB_WORDS = (1 + MOST_SHARES) * _LINE // 8
+_JOB_WORDS = (1 + MOST_SHARES) * LINE // 8
 """A job, shared by the threads of a team: the block's address and the next thread's number; then, each in a
 cache line of its own, how many indices of each share are taken."""
 
@@ -223,7 +223,7 @@ def _new_job(typing_context, block):
         for word, value in enumerate((values[0], ir.Constant(i64, 0))):
             builder.store(value, cgutils.gep_inbounds(builder, job, 0, word))
         for share in range(MOST_SHARES):
-            taken = cgutils.gep_inbounds(builder, job, 0, (1 + share) * _LINE // 8)
+            taken = cgutils.gep_inbounds(builder, job, 0, (1 + share) * LINE // 8)
             builder.store(ir.Constant(i64, 0), taken)
         return builder.ptrtoint(job, i64)
 
@@ -270,7 +270,7 @@ def _team(job: int) -> None:
     if number < workers:
         for turn in range(shares):
             share = (number + turn) % shares
-            first, taken = count * share // shares, job + (1 + share) * _LINE
+            first, taken = count * share // shares, job + (1 + share) * LINE
             stop = count * (share + 1) // shares
             index = first + _take(taken)
             while index < stop:
