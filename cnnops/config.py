@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -22,12 +23,21 @@ POLICIES = ("auto", "own")
 class _Settings:
     """The values in force. `engine` "" picks by device: cuda for CUDA tensors, cpu for CPU tensors."""
 
+    all: tuple[str | bool, ...] = ()
+    """All of them, to be compared at once."""
+
     def __init__(self) -> None:
         self.engine = _checked_engine(os.environ.get("CNNOPS_ENGINE") or None)
         self.fallback = "warn"
         self.algorithm = ""
         self.policy = _checked_policy(os.environ.get("CNNOPS_POLICY") or "auto")
         self.winograd = _checked_switch(os.environ.get("CNNOPS_WINOGRAD") or "1")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        values = vars(self) | {name: value}
+        values.pop("all", None)
+        super().__setattr__(name, value)
+        super().__setattr__("all", tuple(values.values()))
 
 
 class Setting:

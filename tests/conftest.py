@@ -15,7 +15,7 @@ import torch
 
 import cnnops
 from cnnops import tuned
-from cnnops.ops import repeat
+from cnnops.ops import alike
 
 # The same examples in every run, however slow the machine.
 hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -42,7 +42,7 @@ def all_bits() -> Iterator[None]:
 def settings() -> Iterator[None]:
     """Every test starts from the default engine, and no problem may slip away to PyTorch unnoticed. What
     calls did in another test, which may have changed it, is not repeated."""
-    repeat.forget()
+    alike.forget()
     with (
         cnnops.engine(None),
         cnnops.fallback("error"),

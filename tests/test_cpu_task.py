@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import cnnops
 from cnnops.cpu import conv, task
-from cnnops.cpu.task import SERIAL_WORK, Task, layout, pointer, unpack
+from cnnops.cpu.task import SERIAL_WORK, Program, Run, Task, layout, pointer, unpack
 from cnnops.shapes import ConvShape
 
 WORDS = 2000
@@ -116,6 +116,34 @@ def test_every_index_is_done_once(kernel: Task) -> None:
         torch.set_num_threads(threads)
         for count in (0, 1, 2, 5, 300):
             check(kernel, count)
+
+
+COUNTS = (20, 1, 300)
+
+
+def programmed(kernel: Task) -> Program:
+    """A run of each of these counts, with what is done and the sums behind it in a row of memory."""
+    runs = [Run(kernel, n, SERIAL_WORK, (None, None, WORDS), 8 * WORDS) for n in COUNTS]
+    places = [{0: (row, 0), 1: (row, 8 * n)} for row, n in enumerate(COUNTS)]
+    return Program(runs, places, len(COUNTS))
+
+
+def check_program(program: Program) -> None:
+    """Twice, in other memory."""
+    for _ in range(2):
+        rows = [np.zeros((2, n), np.int64) for n in COUNTS]
+        program.run([row.ctypes.data for row in rows])
+        for done, sums in rows:
+            expected = np.arange(len(sums)) * WORDS + WORDS * (WORDS - 1) // 2
+            assert (done == 1).all() and np.array_equal(sums, expected)
+
+
+def test_programs(kernel: Task) -> None:
+    check_program(programmed(kernel))
+
+
+def test_a_program_of_nothing() -> None:
+    Program([], [], 1).run([0])
 
 
 def test_small_work_stays_in_the_thread_that_calls(kernel: Task) -> None:
@@ -240,6 +268,14 @@ def test_forked_child_computes(kernel: Task) -> None:
         check(kernel, 20)  # the parent's threads are as they were
         assert in_child(compute) == 0
     compute()
+
+
+@forked
+def test_forked_child_runs_programs(kernel: Task) -> None:
+    program = programmed(kernel)
+    check_program(program)
+    assert in_child(lambda: check_program(program)) == 0
+    check_program(program)
 
 
 @forked

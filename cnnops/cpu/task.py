@@ -22,8 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
-from operator import itemgetter
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -178,8 +177,18 @@ def inside(first, step, size, count):
 # the address of those of _TASK, which do not change between calls.
 
 _HEAD = layout("int64*7")
-_HEAD_BYTES = 56
+_HEAD_FIELDS = "7q"
+_HEAD_BYTES = struct.calcsize(_HEAD_FIELDS)
+_WORKERS, _THREADS, _SCRATCH, _ROOM, _SHARES = range(2, 7)
 _TASK = layout("int64*4")
+
+# A call of a `Program` is its table, scratch and room, and then addresses. The table: how many tasks there
+# are, and words in the longest block; then of each how many words its block has, how many of them are
+# addresses, the block, and of each such word its place in the block, the number of its address, and how many
+# bytes it lies behind that.
+
+_CALL = "int64* int64 int64"
+_CALL_BYTES = 24
 
 MOST_SHARES = 64
 """Threads beyond so many begin in another's share."""
@@ -226,6 +235,17 @@ def _new_job(typing_context, block):
             taken = cgutils.gep_inbounds(builder, job, 0, (1 + share) * LINE // 8)
             builder.store(ir.Constant(i64, 0), taken)
         return builder.ptrtoint(job, i64)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def _new_words(typing_context, count):
+    """The address of so many words on the stack."""
+
+    def generate(context, builder, signature, values):
+        i64 = ir.IntType(64)
+        return builder.ptrtoint(builder.alloca(i64, values[0]), i64)
 
     return types.int64(types.int64), generate
 
@@ -278,7 +298,8 @@ def _team(job: int) -> None:
                 index = first + _take(taken)
 
 
-def _drive(block: int) -> None:
+@routine
+def _drive_one(block):
     task, count, workers, threads, scratch, _, _ = unpack(block, _HEAD)
     kernel, enter, team, _ = unpack(task, _TASK)
     if workers < 2:
@@ -288,6 +309,30 @@ def _drive(block: int) -> None:
         _parallel_region(enter, team, _new_job(block), threads)
 
 
+def _drive(block: int) -> None:
+    _drive_one(block)
+
+
+def _drive_all(call: int) -> None:
+    """Drive the tasks of a `Program` in turn: each one's block is copied, gets addresses, and is driven."""
+    table, scratch, room = unpack(call, _CALL)
+    addresses = pointer(call + _CALL_BYTES, "int64")
+    block = _new_words(table[1])
+    words = pointer(block, "int64")
+    at = 2
+    for _ in range(table[0]):
+        size, places = table[at], table[at + 1]
+        at += 2
+        for word in range(size):
+            words[word] = table[at + word]
+        at += size
+        for _ in range(places):
+            words[table[at]] = addresses[table[at + 1]] + table[at + 2]
+            at += 3
+        words[_SCRATCH], words[_ROOM] = scratch, room
+        _drive_one(block)
+
+
 class _Drivers:
     """The compiled drivers, and the address of what they need of OpenMP: 0 where torch has none."""
 
@@ -295,6 +340,7 @@ class _Drivers:
         # ctypes lets go of the GIL; one argument, of no declared type, is the fastest call that it has.
         team = code.compiled(_team, 1).address
         self.drive = ctypes.CFUNCTYPE(None)(code.compiled(_drive, 1).address)
+        self.drive_all = ctypes.CFUNCTYPE(None)(code.compiled(_drive_all, 1).address)
         self.help = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(team)
         openmp = _openmp()
         self.openmp = bool(openmp)
@@ -506,10 +552,10 @@ class Task:
         self.name = function.__name__
         kernel = code.compiled(function, 3)
         self.from_cache = kernel.from_cache
-        self.fields = "".join("d" if word == "float64" else "q" for word in layout.split())
-        self._pack = struct.Struct(f"{_HEAD_BYTES // 8}q{self.fields}").pack
+        fields = "".join("d" if word == "float64" else "q" for word in layout.split())
+        self.pack = struct.Struct(_HEAD_FIELDS + fields).pack
         drivers = _drivers()
-        self._drive, self._openmp = drivers.drive, drivers.openmp
+        self._drive, self.openmp = drivers.drive, drivers.openmp
         self._constants = (ctypes.c_int64 * 4)(kernel.address, *drivers.addresses)
         self.address = ctypes.addressof(self._constants)
         self.most_shares = 1 if in_order else MOST_SHARES
@@ -522,54 +568,76 @@ class Task:
         scratch, room, owner = _scratch_for(workers, scratch_bytes)
         shares = min(workers, self.most_shares)
         plain = [value if type(value) is int else _address(value) for value in values]
-        block = self._pack(self.address, count, workers, threads, scratch, room, shares, *plain)
+        block = self.pack(self.address, count, workers, threads, scratch, room, shares, *plain)
         self.start(block, workers)
 
     def start(self, block: bytes, workers: int) -> None:
         """Drive a block of memory."""
         if _only_compiling:
             return
-        if workers < 2 or self._openmp:
+        if workers < 2 or self.openmp:
             self._drive(block)
         else:
             _drive_by_pool(block, workers)
 
 
-class Launch:
-    """A task with all that it is run with but the addresses of some memory.
+class Program:
+    """What tasks are run with, one after the other, but for some addresses: these are given later."""
 
-    `sources` leads from indices among the run's values to indices among the addresses given later.
-    """
-
-    def __init__(self, run: Run, sources: Mapping[int, int], addresses: int) -> None:
-        task, self._count, self._scratch_bytes = run.task, run.count, run.scratch_bytes
-        plain = [_address(value) for value in run.values]
-        # What lies behind the last address does not change.
-        end = 1 + max(sources, default=-1)
-        self._rest = struct.pack(task.fields[end:], *plain[end:])
-        self._constants = [value for index, value in enumerate(plain[:end]) if index not in sources]
-        numbers = iter(range(addresses, addresses + len(self._constants)))
-        # Where all that stands in front is found: among the addresses, with the constants behind them.
-        picks = [sources[index] if index in sources else next(numbers) for index in range(end)]
-        self._picked: Callable[[list[int]], Sequence[int]] = (
-            itemgetter(*picks) if end > 1 else lambda known: [known[index] for index in picks]
-        )
-        self._pack = partial(
-            struct.Struct(f"{_HEAD_BYTES // 8}q{task.fields[:end]}").pack, task.address, run.count
-        )
-        self._work, self._most_shares = run.work, task.most_shares
-        self._start = task.start
+    def __init__(
+        self, runs: Sequence[Run], places: Sequence[Mapping[int, tuple[int, int]]], addresses: int
+    ) -> None:
+        """`places` says of each run which of its values lie how many bytes behind which of the addresses."""
+        self._blocks: list[tuple[Task, int, int]] = []
+        table = [len(runs), 0]
+        for run, behind in zip(runs, places, strict=True):
+            workers, threads = _team_for(run.count, run.work)
+            head = (run.task.address, run.count, workers, threads, 0, 0)
+            plain = [0 if i in behind else _address(value) for i, value in enumerate(run.values)]
+            block = run.task.pack(*head, min(workers, run.task.most_shares), *plain)
+            words = len(block) // 8
+            table += [words, len(behind)]
+            self._blocks.append((run.task, len(table), workers))
+            table += struct.unpack(f"{words}q", block)
+            for index, (number, offset) in behind.items():
+                table += [_HEAD_BYTES // 8 + index, number, offset]
+            table[1] = max(table[1], words)
+        self._table = (ctypes.c_int64 * len(table))(*table)
+        # A forked process has one thread: see `_forked`.
+        self._alone = (ctypes.c_int64 * len(table))(*table)
+        for _, start, _ in self._blocks:
+            for word in (_WORKERS, _THREADS, _SHARES):
+                self._alone[start + word] = 1
+        self._workers = max((workers for *_, workers in self._blocks), default=1)
+        self._scratch_bytes = max((run.scratch_bytes for run in runs), default=0)
+        self._drive = _drivers().drive_all
+        self._openmp = all(run.task.openmp for run in runs)
+        self._pack = struct.Struct(f"{_CALL_BYTES // 8 + addresses}q").pack
         # Tables and constants are to stay; what has an address of its own every time is not.
-        self._kept = [value for index, value in enumerate(run.values) if index not in sources]
+        self._kept = [
+            [value for i, value in enumerate(run.values) if i not in behind]
+            for run, behind in zip(runs, places, strict=True)
+        ]
 
-    def run(self, addresses: list[int]) -> None:
-        """Do what the run did with memory at these addresses."""
-        workers, threads = _team_for(self._count, self._work)
+    def run(self, addresses: Sequence[int]) -> None:
+        """Do what the runs did, with memory at these addresses."""
+        if _only_compiling:
+            return
+        workers, table = self._workers, self._table
+        if _forked and _forked == threading.get_ident():
+            workers, table = 1, self._alone
         scratch, room, owner = _scratch_for(workers, self._scratch_bytes)
-        values = self._picked(addresses + self._constants)
-        shares = min(workers, self._most_shares)
-        block = self._pack(workers, threads, scratch, room, shares, *values) + self._rest
-        self._start(block, workers)
+        if workers < 2 or self._openmp:
+            self._drive(self._pack(ctypes.addressof(table), scratch, room, *addresses))
+            return
+        for each, start, workers in self._blocks:
+            size, places = table[start - 2 : start]
+            block = table[start : start + size]
+            block[_SCRATCH], block[_ROOM] = scratch, room
+            for at in range(start + size, start + size + 3 * places, 3):
+                word, number, offset = table[at : at + 3]
+                block[word] = addresses[number] + offset
+            each.start(struct.pack(f"{size}q", *block), workers)
 
 
 _only_compiling = False

@@ -10,6 +10,7 @@ from torch import Tensor
 from cnnops.ops import batched, expect_tensor
 from cnnops.ops import conv as ops
 from cnnops.ops import conv_act as fused
+from cnnops.ops.entrance import entrance
 
 Ints = int | Sequence[int]
 
@@ -41,6 +42,7 @@ def _expect(dims: int, input: Tensor, weight: Tensor, bias: Tensor | None) -> No
         )
 
 
+@entrance
 def conv1d(
     input: Tensor,
     weight: Tensor,
@@ -54,6 +56,7 @@ def conv1d(
     return _conv(1, input, weight, bias, stride, padding, dilation, groups)
 
 
+@entrance
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -76,6 +79,7 @@ def conv2d(
     return _conv(2, input, weight, bias, stride, padding, dilation, groups)
 
 
+@entrance
 def conv3d(
     input: Tensor,
     weight: Tensor,
@@ -91,6 +95,7 @@ def conv3d(
     return _conv(3, input, weight, bias, stride, padding, dilation, groups)
 
 
+@entrance
 def conv_transpose1d(
     input: Tensor,
     weight: Tensor,
@@ -109,6 +114,7 @@ def conv_transpose1d(
     )
 
 
+@entrance
 def conv_transpose2d(
     input: Tensor,
     weight: Tensor,
@@ -133,6 +139,7 @@ def conv_transpose2d(
     )
 
 
+@entrance
 def conv_transpose3d(
     input: Tensor,
     weight: Tensor,
@@ -151,6 +158,7 @@ def conv_transpose3d(
     )
 
 
+@entrance
 def conv_act(
     input: Tensor,
     weight: Tensor,
@@ -188,6 +196,7 @@ def conv_act(
     return y.squeeze(0) if alone else y
 
 
+@entrance
 def conv_transpose_act(
     input: Tensor,
     weight: Tensor,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from cnnops.ops import expect_tensor
+from cnnops.ops.entrance import entrance
 from cnnops.ops.group_norm import group_norm as _group_norm
 from cnnops.ops.group_norm import instance_norm as _instance_norm
 from cnnops.ops.group_norm import layer_norm as _layer_norm
@@ -19,6 +20,7 @@ def _expect_tensors(input: Tensor, **others: Tensor | None) -> None:
             expect_tensor(name, tensor)
 
 
+@entrance
 def group_norm(
     input: Tensor,
     num_groups: int,
@@ -34,6 +36,7 @@ def group_norm(
     return group_norm_act(input, num_groups, weight, bias, eps, "none")
 
 
+@entrance
 def group_norm_act(
     input: Tensor,
     num_groups: int,
@@ -60,6 +63,7 @@ def group_norm_act(
     return _group_norm(input, num_groups, weight, bias, eps, activation)
 
 
+@entrance
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],

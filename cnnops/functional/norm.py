@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from cnnops.ops import expect_tensor
+from cnnops.ops.entrance import entrance
 from cnnops.ops.norm import batch_norm as _batch_norm
 
 
+@entrance
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -28,6 +30,7 @@ def batch_norm(
     )
 
 
+@entrance
 def batch_norm_act(
     input: Tensor,
     running_mean: Tensor | None,

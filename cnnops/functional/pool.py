@@ -15,12 +15,14 @@ from torch import Tensor
 
 from cnnops.ops import batched, expect_tensor
 from cnnops.ops import pool as ops
+from cnnops.ops.entrance import entrance
 from cnnops.shapes import axes
 
 Ints = int | Sequence[int]
 Sizes = int | Sequence[int | None]
 
 
+@entrance
 def max_pool1d(
     input: Tensor,
     kernel_size: Ints,
@@ -36,6 +38,7 @@ def max_pool1d(
     return _pair(alone, *maxima)
 
 
+@entrance
 def max_pool2d(
     input: Tensor,
     kernel_size: Ints,
@@ -62,6 +65,7 @@ def max_pool2d(
     return _pair(alone, *maxima)
 
 
+@entrance
 def max_pool3d(
     input: Tensor,
     kernel_size: Ints,
@@ -77,6 +81,7 @@ def max_pool3d(
     return _pair(alone, *maxima)
 
 
+@entrance
 def adaptive_max_pool1d(input: Tensor, output_size: Ints, return_indices: bool = False) -> Any:
     """1-D max pooling of ``N C W`` or ``C W`` to a given size: see `adaptive_max_pool2d`. An `output_size`
     of None is for two and three dimensions.
@@ -84,6 +89,7 @@ def adaptive_max_pool1d(input: Tensor, output_size: Ints, return_indices: bool =
     return _adaptive_max_pool(1, input, output_size, return_indices)
 
 
+@entrance
 def adaptive_max_pool2d(input: Tensor, output_size: Sizes, return_indices: bool = False) -> Any:
     """2-D max pooling to a given size, as ``F.adaptive_max_pool2d(input, output_size)``.
 
@@ -98,6 +104,7 @@ def adaptive_max_pool2d(input: Tensor, output_size: Sizes, return_indices: bool 
     return _adaptive_max_pool(2, input, output_size, return_indices)
 
 
+@entrance
 def adaptive_max_pool3d(input: Tensor, output_size: Sizes, return_indices: bool = False) -> Any:
     """3-D max pooling of ``N C D H W`` or ``C D H W`` to a given size: see `adaptive_max_pool2d`."""
     return _adaptive_max_pool(3, input, output_size, return_indices)
@@ -152,6 +159,7 @@ def max_unpool3d(
     return _max_unpool(3, input, indices, kernel_size, stride, padding, output_size)
 
 
+@entrance
 def avg_pool1d(
     input: Tensor,
     kernel_size: Ints,
@@ -166,6 +174,7 @@ def avg_pool1d(
     return y.squeeze(0) if alone else y
 
 
+@entrance
 def avg_pool2d(
     input: Tensor,
     kernel_size: Ints,
@@ -192,6 +201,7 @@ def avg_pool2d(
     return y.squeeze(0) if alone else y
 
 
+@entrance
 def avg_pool3d(
     input: Tensor,
     kernel_size: Ints,
@@ -211,6 +221,7 @@ def avg_pool3d(
     return y.squeeze(0) if alone else y
 
 
+@entrance
 def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
     """1-D average pooling of ``N C W`` or ``C W`` to a given size: see `adaptive_avg_pool2d`. An
     `output_size` of None is for two and three dimensions.
@@ -220,6 +231,7 @@ def adaptive_avg_pool1d(input: Tensor, output_size: Ints) -> Tensor:
     return y.squeeze(0) if alone else y
 
 
+@entrance
 def adaptive_avg_pool2d(input: Tensor, output_size: Sizes) -> Tensor:
     """2-D average pooling to a given size, as ``F.adaptive_avg_pool2d(input, output_size)``.
 
@@ -234,6 +246,7 @@ def adaptive_avg_pool2d(input: Tensor, output_size: Sizes) -> Tensor:
     return y.squeeze(0) if alone else y
 
 
+@entrance
 def adaptive_avg_pool3d(input: Tensor, output_size: Sizes) -> Tensor:
     """3-D average pooling of ``N C D H W`` or ``C D H W`` to a given size: see `adaptive_avg_pool2d`. As in
     PyTorch, a batch without channels is refused here.

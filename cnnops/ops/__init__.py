@@ -19,19 +19,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import (
-    _are_functorch_transforms_active,
-    _get_tracing_state,
-    _len_torch_dispatch_stack,
-)
-from torch._C._autograd import _profiler_enabled
+from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from cnnops import huge_pages, registry
-from cnnops.ops.repeat import repeated
+from cnnops.ops.alike import looked_on
+from cnnops.ops.repeat import Repeated, note
 from cnnops.ops.vmap import Rule, one_by_one
 from cnnops.shapes import Shape
 
@@ -47,18 +43,11 @@ S = TypeVar("S")
 def eager(arguments: Sequence[Any]) -> bool:
     """Whether a call concerns nobody but its kernel, so that the dispatcher may be passed by.
 
-    Not so where torch.compile, a trace, a profiler, a transform of torch.func or a dispatch mode looks on, or
-    a tensor is of a subclass, empty, on the meta device, left over from a transform, a view to be negated, or
-    a stack of gradients as ``torch.autograd.grad(is_grads_batched=True)`` hands them over.
+    Not so where it is `looked_on`, or a tensor is of a subclass, empty, on the meta device, left over from a
+    transform, a view to be negated, or a stack of gradients as
+    ``torch.autograd.grad(is_grads_batched=True)`` hands them over.
     """
-    if (
-        is_compiling()
-        or _len_torch_dispatch_stack()
-        or _are_functorch_transforms_active()
-        or _get_tracing_state() is not None
-        or _profiler_enabled()
-        or forward_ad._current_level >= 0
-    ):
+    if looked_on():
         return False
     try:
         for argument in arguments:
@@ -85,15 +74,28 @@ def compute(op: str, engine: str, shape: Shape, dtype: torch.dtype, *arguments: 
 
 
 def direct(body: Callable[..., Any]) -> Callable[..., Any]:
-    """``body(compute, *arguments)``, the last of which is the engine, as a function of the arguments; for
-    calls that are `eager`."""
-    run = partial(body, compute)
-    again = repeated(run)
+    """``body(compute, *arguments)``, the last of which is the engine, as a function of the arguments; what it
+    returns is None where the call is not `eager`."""
+    repeated = Repeated(partial(body, compute))
 
     def at_once(*arguments: Any) -> Any:
-        return again(arguments) if arguments[-1] == "cpu" else run(*arguments)
+        results = repeated.again(arguments)
+        if results is None and eager(arguments):
+            return repeated(arguments)
+        return results
 
     return at_once
+
+
+def _with_memory(function: Callable[..., Any], *arguments: Any) -> Any:
+    """``function(*arguments)``. Raises RuntimeError for a tensor whose storage was given back, as
+    ``untyped_storage().resize_(0)`` does: kernels know addresses only. `eager` keeps such tensors away."""
+    for argument in arguments:
+        if isinstance(argument, Tensor) and argument.numel() and not argument.data_ptr():
+            raise RuntimeError(
+                f"expected tensors that have memory, got one of size {list(argument.shape)} without any"
+            )
+    return function(*arguments)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -116,14 +118,15 @@ def define(schema: str, body: Callable[..., Any], vmap: Rule | None = None) -> C
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, partial(body, compute), key)
+        _LIBRARY.impl(name, partial(_with_memory, partial(body, compute)), key)
     torch.library.register_fake(f"cnnops::{name}", partial(body, lambda *_: None), lib=_LIBRARY)
     op: Callable[..., Any] = getattr(torch.ops.cnnops, name).default
 
     at_once = direct(body)
 
     def operation(*arguments: Any) -> Any:
-        return at_once(*arguments) if eager(arguments) else op(*arguments)
+        results = at_once(*arguments)
+        return op(*arguments) if results is None else results
 
     torch.library.register_vmap(f"cnnops::{name}", vmap or one_by_one(operation), lib=_LIBRARY)
     return operation
@@ -215,9 +218,11 @@ def call(function: type[Function], op: Callable[..., Any], *arguments: Any) -> A
 
     Tensors, and None in their place, come first among the arguments of every op.
     """
-    if is_transformed() or may_need_gradient(arguments):
-        return _record(function, arguments)
-    return op(*arguments)
+    recorded = is_transformed() or may_need_gradient(arguments)
+    results = _record(function, arguments) if recorded else op(*arguments)
+    if not is_compiling():
+        note(function if recorded else None, arguments, results)
+    return results
 
 
 def is_transformed() -> bool:

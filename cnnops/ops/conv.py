@@ -34,7 +34,6 @@ from cnnops.ops import (
     channels_last_strides,
     define,
     direct,
-    eager,
     empty,
     empty_strided,
     expect_same,
@@ -255,12 +254,14 @@ def gradients(ctx: Any, grad_y: Tensor) -> Any:
     x_size, x_strides, w_size, w_strides, arguments = ctx.call
     last = channels_last_strides(x_size, x_strides) or channels_last_strides(w_size, w_strides)
     to_x, to_w, to_bias = ctx.needs_input_grad[:3]
-    grad_x = grad_w = grad_b = None
-    if not torch.is_grad_enabled() and eager((grad_y, x, w)):
+    grad_x = grad_w = grad_b = found = None
+    wanted = to_x, to_w, to_bias
+    if not torch.is_grad_enabled():
         # The usual case: `dgrad` and its like would each find out the same again.
-        wanted = to_x, to_w, to_bias
-        found = iter(_conv_gradients(grad_y, x, w, wanted, x_size, w_size, last, *arguments))
-        grad_x, grad_w, grad_b = [next(found) if want else None for want in wanted]
+        found = _conv_gradients(grad_y, x, w, wanted, x_size, w_size, last, *arguments)
+    if found is not None:
+        grads = iter(found)
+        grad_x, grad_w, grad_b = [next(grads) if want else None for want in wanted]
     else:
         if to_x:
             grad_x = dgrad(grad_y, w, x_size, last, *arguments)

@@ -28,7 +28,6 @@ from cnnops.ops import (
     call,
     define,
     direct,
-    eager,
     empty,
     expect_bool,
     expect_float,
@@ -260,8 +259,10 @@ def _gradients(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     if not any(wanted):
         return None, None, None, passed_on
     arguments = (grad_y, *ctx.saved_tensors, eps, activation, training, wanted)
-    if not torch.is_grad_enabled() and eager(arguments[:2]):
-        found = _backward_at_once(*arguments, engine)  # the usual case
+    # The usual case is that of gradients nobody asks gradients of.
+    found = None if torch.is_grad_enabled() else _backward_at_once(*arguments, engine)
+    if found is not None:
+        pass
     elif forward_ad._current_level >= 0 or is_stack(grad_y):
         found = _composed_bwd(*arguments)
     else:

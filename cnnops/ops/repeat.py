@@ -1,50 +1,38 @@
 """Operations of the cpu engine that are called again with tensors of the same sizes, strides and types.
 
-What such an operation does follows from those, from its other arguments, from the settings and from the
-number of threads: what it checks, which results it makes, which kernels run and with what. All that differs
-from call to call are addresses. So the second such call is watched, and later ones repeat it with their own:
-most of a small call's time went into finding out the same again. What comes once is not worth watching.
-
-A call is repeated only where new tensors and launches are all that it was. One in which PyTorch did more, as
-a copy in another type, is not; nor one that was given a tensor twice, whose addresses would be one.
+The second of such calls (`alike`) is watched: what comes once is not worth watching. Later ones make such
+results, put their tensors' addresses in the places of the former ones, and run the same tasks. A call is
+repeated only where new tensors and tasks are all that it was. One in which PyTorch did more, as a copy in
+another type, is not; nor one that was given a tensor twice, whose addresses would be one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch._C._dynamo import guards
+from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cnnops import huge_pages, registry, tuned
-from cnnops.config import settings
+from cnnops import huge_pages
+from cnnops.ops.alike import Calls, looked_on, told_apart
 
 if TYPE_CHECKING:
-    from cnnops.cpu.task import Launch, Run
-
-MOST = 1024
-"""So many calls of one operation are kept; then all are forgotten."""
+    from cnnops.cpu.task import Program, Run
 
 _LEAST_ADDRESS = 2**32
 """No size, stride or count of elements is as large; what is may be an address that nobody said is one."""
 
-_CPU = torch.device("cpu")
 _NEW = (torch.ops.aten.new_empty_strided.default, torch.ops.aten.empty_strided.default)
 
-_kept: list[dict[Hashable, Any]] = []
-
-
-def forget() -> None:
-    """Forget all calls, as what they did may not be what they would do now."""
-    for calls in _kept:
-        calls.clear()
-
-
-tuned.when_changed(forget)
+_address = Tensor.data_ptr
+_new: Callable[..., Tensor] = getattr(guards, "_empty_strided_cpu")  # noqa: B009 (not among the stubs)
 
 
 class _Witness(TorchDispatchMode):
@@ -67,35 +55,35 @@ class _Witness(TorchDispatchMode):
 
 
 class Repeat:
-    """A call's results and launches, with other addresses."""
+    """An operation's results and launches, with other addresses."""
 
     def __init__(
-        self, made: Sequence[Tensor], shared: Sequence[int], inner: Sequence[tuple[int, int]],
-        launches: Sequence[Launch], results: Callable[[list[Tensor]], Any],
+        self, made: Sequence[Tensor], shared: Sequence[int], program: Program,
+        results: Callable[[list[Tensor]], Any],
     ) -> None:  # fmt: skip
-        """Addresses are numbered: of the tensors, of those `made`, of memory `shared` of so many bytes, and
-        of `inner` places, so many bytes behind another address."""
+        """Addresses are numbered: of the tensors, of those `made`, and of memory `shared` of so many
+        bytes."""
         from cnnops.cpu.task import Shared
 
         self._memory = Shared
-        self._made = [(t.shape, t.stride(), t.dtype, t.numel() >= huge_pages.LEAST) for t in made]
-        self._shared, self._inner = shared, inner
-        self._launches, self._results = launches, results
+        self._made = [(tuple(t.shape), t.stride(), t.dtype) for t in made]
+        self._large = [i for i, t in enumerate(made) if t.numel() >= huge_pages.LEAST]
+        self._shared, self._run, self._results = shared, program.run, results
 
-    def __call__(self, tensors: list[Tensor]) -> Any:
-        """The results for these tensors."""
-        made = []
-        for size, strides, dtype, is_large in self._made:
-            t = torch.empty_strided(size, strides, dtype=dtype, device=_CPU)
-            made.append(huge_pages.use_for(t) if is_large else t)
-        addresses = [t.data_ptr() for t in (*tensors, *made)]
+    def __call__(self, tensors: Sequence[Tensor]) -> Any:
+        """The results for these tensors; None where one of them has no memory."""
+        addresses = list(map(_address, tensors))
+        if 0 in addresses:
+            return None
+        # As compiled code makes its tensors: PyTorch's dispatcher takes longer than many a kernel.
+        made = [_new(*form) for form in self._made]
+        for index in self._large:
+            huge_pages.use_for(made[index])
+        addresses += map(_address, made)
         if self._shared:
             shared = [self._memory(size) for size in self._shared]
             addresses += [memory.address for memory in shared]
-        for index, offset in self._inner:
-            addresses.append(addresses[index] + offset)
-        for launch in self._launches:
-            launch.run(addresses)
+        self._run(addresses)
         return self._results(made)
 
 
@@ -103,7 +91,7 @@ def _found(
     runs: Sequence[Run], tensors: Sequence[Tensor], made: Sequence[Tensor], results: Any
 ) -> Repeat | None:
     """What does the same as these runs did with these tensors; None where that cannot be told."""
-    from cnnops.cpu.task import At, Launch, Shared
+    from cnnops.cpu.task import At, Program, Shared
 
     number = {id(t): index for index, t in enumerate((*tensors, *made))}
     storages = {t.untyped_storage().data_ptr() for t in (*tensors, *made)}
@@ -122,26 +110,23 @@ def _found(
                 return None
             elif isinstance(memory, Tensor) and memory.untyped_storage().data_ptr() in storages:
                 return None  # a view, not a constant
-    inner = sorted({use for of_run in uses for use in of_run.values() if use[1]})
-    places = {(index, 0): index for index in range(len(number))}
-    places |= {use: len(number) + index for index, use in enumerate(inner)}
-    launches = [
-        Launch(run, {index: places[use] for index, use in of_run.items()}, len(places))
-        for run, of_run in zip(runs, uses, strict=True)
-    ]
     order = {id(t): index for index, t in enumerate(made)}
-    alone = isinstance(results, Tensor)
-    if any(id(t) not in order for t in ([results] if alone else results)):
+    found = [results] if isinstance(results, Tensor) else list(results)
+    if any(id(t) not in order for t in found):
         return None
-    if alone:
-        form: Callable[[list[Tensor]], Any] = itemgetter(order[id(results)])
+    picks = [order[id(t)] for t in found]
+    form: Callable[[list[Tensor]], Any]
+    if isinstance(results, Tensor):
+        form = itemgetter(*picks)
+    elif picks == list(range(len(made))):
+        form = type(results)
     else:
-        kind, picks = type(results), [order[id(t)] for t in results]
+        kind = type(results)
 
         def form(made: list[Tensor]) -> Any:
             return kind([made[index] for index in picks])
 
-    return Repeat(made, shared, inner, launches, form)
+    return Repeat(made, shared, Program(runs, uses, len(number)), form)
 
 
 def _watched(call: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Any, Repeat | None]:
@@ -158,38 +143,84 @@ def _watched(call: Callable[[], Any], tensors: Sequence[Tensor]) -> tuple[Any, R
     return results, _found(runs, tensors, witness.made, results) if plain else None
 
 
-def repeated(body: Callable[..., Any]) -> Callable[[tuple[Any, ...]], Any]:
-    """`body`, a function of plain tensors, of what else can be compared, and of "cpu" as the engine: called
-    with all of them in a tuple, and repeated where that does the same."""
-    calls: dict[Hashable, Any] = {}
-    _kept.append(calls)
+class Repeated:
+    """`body`, a function of plain tensors, of what else can be compared, and of the engine."""
 
-    def call(arguments: tuple[Any, ...]) -> Any:
-        tensors: list[Tensor] = []
-        traits = [settings.algorithm, settings.policy, settings.winograd, torch.get_num_threads()]
-        for argument in arguments:
-            kind = type(argument)
-            if kind is Tensor or kind is Parameter:
-                if not argument.is_cpu:
-                    return body(*arguments)
-                tensors.append(argument)
-                traits += argument.shape, argument.stride(), argument.dtype
-            elif kind is list:
-                traits.append(tuple(argument))
-            else:
-                traits.append(argument)
-        key = tuple(traits)
-        known = calls.get(key)
-        if known and registry.is_unobserved():
-            return known(tensors)
-        if known is None and registry.is_unobserved():
-            if key in calls:
-                results, found = _watched(lambda: body(*arguments), tensors)
-                calls[key] = found or False
+    def __init__(self, body: Callable[..., Any]) -> None:
+        self._body = body
+        self._calls = Calls()
+
+    def again(self, arguments: tuple[Any, ...]) -> Any:
+        """The results if this is a repetition, else None."""
+        if arguments[-1] != "cpu" or looked_on():
+            return None
+        key, tensors = told_apart(arguments)
+        call = self._calls.find(key, tensors)
+        if call is None or not call.found:
+            return None
+        results = call.found(tensors)
+        if results is not None and _listening.heard is not None:
+            _listening.heard.repeats.append((call.found, tensors))
+        return results
+
+    def __call__(self, arguments: tuple[Any, ...]) -> Any:
+        """The results by the long way, for calls that concern nobody but their kernel (`ops.eager`)."""
+        if arguments[-1] == "cpu" and not looked_on():
+            key, tensors = told_apart(arguments)
+            call = self._calls.find(key, tensors)
+            if call is None:
+                self._calls.add(key, tensors)
+            elif call.found is None:
+                results, found = _watched(lambda: self._body(*arguments), tensors)
+                call.found = found or False
                 return results
-            if len(calls) >= MOST:
-                calls.clear()
-            calls[key] = None
-        return body(*arguments)
+        return self._body(*arguments)
 
-    return call
+
+# ---- listening --------------------------------------------------------------------------------------------
+
+
+class Use(NamedTuple):
+    """An operation's use: recorded by a Function, or by none."""
+
+    function: type[Function] | None
+    arguments: tuple[Any, ...]
+    results: Any
+
+
+class Heard:
+    """What a function did: the operations that it used, and with which tensors some of them were repeated."""
+
+    def __init__(self) -> None:
+        self.uses: list[Use] = []
+        self.repeats: list[tuple[Repeat, Sequence[Tensor]]] = []
+
+
+class _Listening(threading.local):
+    """What a function does in this thread; None while nobody listens."""
+
+    heard: Heard | None = None
+
+
+_listening = _Listening()
+
+
+def note(function: type[Function] | None, arguments: tuple[Any, ...], results: Any) -> None:
+    """Tell whoever listens which operation was used, and by which Function."""
+    if _listening.heard is not None:
+        _listening.heard.uses.append(Use(function, arguments, results))
+
+
+def is_listened_to() -> bool:
+    """Whether this is within a block of `listening`, in this thread."""
+    return _listening.heard is not None
+
+
+@contextmanager
+def listening() -> Iterator[Heard]:
+    """Within the block, what is done in this thread is heard."""
+    former, _listening.heard = _listening.heard, Heard()
+    try:
+        yield _listening.heard
+    finally:
+        _listening.heard = former
