@@ -78,9 +78,10 @@ STRETCH = 256
 
 @routine
 def _copy_block(
-    L, x, block, residues, C, F, Z, H, W, side, images, d0, h0, w0, sd, sh, sw, sizes, strides, frame
+    L, x, block, behind, residues, C, F, Z, H, W, side, images, d0, h0, w0, sd, sh, sw, sizes, strides, frame
 ):  # fmt: skip
-    """Fill ``block [C] [F] [Z] [H] [W] [side]`` from `images` images at x; zero where x has nothing.
+    """Fill ``block [C] [F] [Z] [H] [W] [side]`` from `images` images at x; zero where x has nothing, and in
+    so many elements `behind` the block, which whole vectors reach.
 
     `frame` is None, or a `Frame`'s tables with the first place and the width of what they leave as it is in
     the last axis; `sizes` are those of the padded input then.
@@ -89,7 +90,7 @@ def _copy_block(
     xn, xc, xd, xh, xw = strides
     plane = F * Z * H * W * side
     step = sw * xw
-    for j in range(C * plane):
+    for j in range(C * plane + behind):
         block[j] = 0
     neutral = -block[0]  # -0: adding it changes nothing
     # Some channels at a time: an image is read in order, and the lines that images share stay close by.
@@ -212,7 +213,7 @@ def _correlate(T: str, L: int, M: int, V: int, framed: bool) -> Task:
         sums = pointer(scratch + sums_at, T)
         source = ahead(x, n0 * xn + group * C * xc)
         _copy_block(
-            L, source, block, residues, C, F, Zb, Hb, Wb, Bi, images,
+            L, source, block, V * L, residues, C, F, Zb, Hb, Wb, Bi, images,
             z0 * sd + low_d, p0 * sh + low_h, q0 * sw + low_w, sd, sh, sw,
             (D, H, W), (xn, xc, xd, xh, xw),
             (places_d, places_h, places_w, before, width) if framed else None,
@@ -357,7 +358,13 @@ def _weights(T: str, L: int, M: int, V: int, framed: bool, turned: bool) -> Task
         if not turned or blocks == 0:
             for j in range(rows * columns):
                 sums[j] = 0
-        lines[0] = 0
+        # Rows and columns of the last tile that nobody wants are computed, too: with numbers, not with what
+        # memory holds, which may be denormal and take a hundred times as long.
+        for j in range(rows * stack):
+            lines[j] = 0
+        if turned:
+            for j in range(stack * tile):
+                turned_block[j] = 0
         neutral = -lines[0]  # -0: adding it changes nothing
         for number in range(start, (split + 1) * blocks // splits):
             q0 = number % blocks_w * Bw
@@ -369,14 +376,14 @@ def _weights(T: str, L: int, M: int, V: int, framed: bool, turned: bool) -> Task
             images = min(Bi, N - n0)
             zs, ps, qs = min(Bd, Z - z0), min(Bh, P - p0), min(Bw, Q - q0)
             _copy_block(
-                L, ahead(x, n0 * xn + (group * C + c0) * xc), block, residues, channels, F, Zb, Hb, Wb,
+                L, ahead(x, n0 * xn + (group * C + c0) * xc), block, L, residues, channels, F, Zb, Hb, Wb,
                 Bi, images, z0 * sd + low_d, p0 * sh + low_h, q0 * sw + low_w, sd, sh, sw,
                 (D, H, W), (xn, xc, xd, xh, xw),
                 (places_d, places_h, places_w, before, width) if framed else None,
             )  # fmt: skip
             line = qs * Bi
             if images < Bi:
-                for j in range((filters + M - 1) // M * M * stack):
+                for j in range(rows * stack):
                     lines[j] = 0
             for k in range(filters):
                 for i in range(images):

@@ -468,10 +468,10 @@ def _outer_products(L, M, W, block, places, panel, sums, taps, common):
 
 
 @lru_cache(None)
-def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
+def _weights(kind: str, L: int, M: int, M2: int, V: int, U: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
-    args = layout(f"int64*2 {T}**2 int64**2 int64*57")
-    full, half, M2 = V * L, U < L, 2 * M
+    args = layout(f"int64*2 {T}**2 int64**2 int64*58")
+    full, half = V * L, U < L
     # Widths of tiles, see `rows.padded`; in halves of a vector.
     W1, W2, W3, W4, W6, W8 = L // 2, L, L + L // 2, 2 * L, 3 * L, full
 
@@ -479,7 +479,7 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
         """A share of the places, for a share of one group's filters and channels: ``sums [tap, C] [K]``."""
         (
             x_, g_, partial, grad_w, taps, picks,
-            N, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, chunk, pad,
+            N, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, stretch, chunk, pad,
             Bi, Bd, Bh, Bw, blocks_n, blocks_d, blocks_h, blocks_w, Zb, Hb, Wb,
             places_at, panel_at, sums_at, spare_at,
             Z, P, Q, step_d, step_h, step_w, sd, sh, sw, low_d, low_h, low_w, D, H, W,
@@ -493,7 +493,6 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
         split = rest // groups
         channels, filters = min(share_c, C - c0), min(share_k, K - k0)
         pitch = (share_k + L - 1) // L * L
-        stretch = (side * share_c + 2 * M - 1) // (2 * M) * (2 * M)
         wide = channels + pad
         if splits > 1:
             sums = ahead(partial, index * lines * stretch * pitch)
@@ -504,6 +503,10 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
         x = ahead(vectors.elements(x_, kind), (group * C + c0) * xc)
         g = ahead(vectors.elements(g_, kind), (group * K + k0) * yk)
         spare = vectors.elements(scratch + spare_at, kind)
+        # Columns that no tile writes are added up with the others of their vector.
+        for j in range(lines * stretch if splits > 1 else 0):
+            for k in range(rows.padded(filters, L, full, U), pitch):
+                sums[j * pitch + k] = 0
         blocks = blocks_n * blocks_d * blocks_h * blocks_w
         started = 0
         for number in range(split * blocks // splits, (split + 1) * blocks // splits):
@@ -523,6 +526,11 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
                 L, kind, ahead(x, n0 * xn), block, spare, channels, wide, Zb, Hb, Wb, images,
                 d0, h0, w0, sd, sh, sw, (D, H, W), (xn, xc, xd, xh, xw),
             )  # fmt: skip
+            # Tiles reach beyond the last place: numbers are to be there, and no denormal ones, which take a
+            # hundred times as long.
+            beyond = ahead(block, images * Zb * Hb * Wb * wide)
+            for j in range(L + max(M, M2)):
+                beyond[j] = 0
             an, ad, ah, aw = Zb * Hb * Wb, step_d * Hb * Wb, step_h * Wb, step_w
             an, ad, ah, aw = an * wide, ad * wide, ah * wide, aw * wide
             at = 0
@@ -573,17 +581,16 @@ def _weights(kind: str, L: int, M: int, V: int, U: int) -> Task:
 
 
 @lru_cache(None)
-def add_splits(T: str, L: int, M: int) -> Task:
-    args = layout(f"{T}**2 int64* int64*14")
+def add_splits(T: str, L: int) -> Task:
+    args = layout(f"{T}**2 int64* int64*15")
 
     def conv_rows_add(address: int, index: int, scratch: int) -> None:
         """The splits' sums of at most `L` filters of one share, added in their order, to their places."""
         (
             partial, grad_w, picks, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c,
-            of_group, of_k, of_c, of_tap,
+            stretch, of_group, of_k, of_c, of_tap,
         ) = unpack(address, args)  # fmt: skip
         pitch = (share_k + L - 1) // L * L
-        stretch = (side * share_c + 2 * M - 1) // (2 * M) * (2 * M)
         k = index % (pitch // L) * L
         rest = index // (pitch // L)
         c0 = rest % parts_c * share_c
@@ -595,15 +602,17 @@ def add_splits(T: str, L: int, M: int) -> Task:
         total = pointer(scratch, T)
         size = lines * stretch
         tasks = groups * parts_k * parts_c
+        written = side * min(share_c, C - c0)
         for split in range(splits):
             source = ahead(partial, (split * tasks + rest) * size * pitch + k)
-            for j in range(size):
-                if split == 0:
-                    for n in range(L):
-                        total[j * L + n] = source[j * pitch + n]
-                else:
-                    for n in range(L):
-                        total[j * L + n] += source[j * pitch + n]
+            for t in range(lines):
+                for j in range(t * stretch, t * stretch + written):
+                    if split == 0:
+                        for n in range(L):
+                            total[j * L + n] = source[j * pitch + n]
+                    else:
+                        for n in range(L):
+                            total[j * L + n] += source[j * pitch + n]
         to = ahead(grad_w, group * of_group + (k0 + k) * of_k + c0 * of_c)
         deliver(
             L, T, total, L, ahead(total, size * L), to, min(L, filters), lines, side, stretch,
@@ -913,25 +922,27 @@ class _WeightGradient:
     ) -> None:  # fmt: skip
         T = "float64" if x.kind == "float64" else "float32"
         lanes, itemsize = simd.lanes(T), bytes_of(T)
-        M, V = rows.OUTER_ROWS, rows.vectors_a_tile()
+        V = rows.vectors_a_tile()
         full = V * lanes
         taps = math.prod(len(axis.taps) for axis in axes)
         w_taps = axes[2].taps
         side = len(w_taps) if w_taps == tuple(range(len(w_taps))) else 1
         lines = taps // side
-        self._work, shares = self._weigh(x, N, groups, C, K, axes, taps, side, lanes, M, full)
+        M, M2 = rows.outer_rows(side * C)
+        self._work, shares = self._weigh(x, N, groups, C, K, axes, lines, side, lanes, full)
         block, parts_k, parts_c, splits = shares
         share_k = up(-(-K // parts_k), lanes)
-        share_c = up(-(-C // parts_c), M)
+        share_c = up(-(-C // parts_c), rows.OUTER_ROWS)
         parts_k, parts_c = -(-K // share_k), -(-C // share_c)
         share_k, share_c = min(share_k, K), min(share_c, C)
         # Places a multiple of a power of two apart would share few lines of the first-level cache.
         pad = 64 // itemsize if side == 1 and share_c * itemsize % 512 == 0 else 0
         Z, H, W = block.inputs(axes)
-        stretch, pitch = up(side * share_c, 2 * M), up(share_k, lanes)
+        length, pitch = side * share_c, up(share_k, lanes)
+        stretch = max(up(length, M), up(length, M2))
         sums = lines * stretch * pitch
         sizes = [
-            (block.images * Z * H * W * (share_c + pad) + lanes + 2 * M) * itemsize,
+            (block.images * Z * H * W * (share_c + pad) + lanes + max(M, M2)) * itemsize,
             block.places * 8,
             (block.places + 1) * full * itemsize,
             sums * itemsize if splits == 1 else 0,
@@ -954,9 +965,9 @@ class _WeightGradient:
         counts = block.counts(N, axes)
         self._count = splits * groups * parts_k * parts_c
         self._splits, self._sums = splits, sums
-        self._task = _weights(x.kind, lanes, M, V, rows.grain(lanes))
+        self._task = _weights(x.kind, lanes, M, M2, V, rows.grain(lanes))
         self._values: tuple[Value, ...] = (
-            N, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, self.CHUNK,
+            N, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, stretch, self.CHUNK,
             pad, block.images, *block.outputs, *counts, Z, H, W,
             places_at, panel_at, sums_at, spare_at,
             *(axis.out for axis in axes), *(axis.step for axis in axes),
@@ -964,17 +975,18 @@ class _WeightGradient:
             *(axis.size for axis in axes), *x.strides, *y.strides, *along,
         )  # fmt: skip
         self._table_values = tuple(map(Table, tables))
-        self._add = add_splits(T, lanes, M)
+        self._add = add_splits(T, lanes)
         self._add_count = groups * parts_k * parts_c * (pitch // lanes)
         self._add_values = (
-            groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, *along,
+            groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, stretch, *along,
         )  # fmt: skip
         self._add_scratch = (lines * stretch + lanes) * lanes * itemsize
 
     def _weigh(
-        self, x: _Memory, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis], taps: int,
-        side: int, lanes: int, M: int, full: int,
+        self, x: _Memory, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis], lines: int,
+        side: int, lanes: int, full: int,
     ) -> tuple[float, _Shares]:  # fmt: skip
+        M, taps = rows.OUTER_ROWS, lines * side
         best: tuple[float, float, _Shares] | None = None
         for block in _blocks(N, axes, 1024):
             places = block.places
@@ -988,8 +1000,9 @@ class _WeightGradient:
                 parts = groups * parts_k * parts_c
                 if parts > max(groups, 64):
                     continue
+                height = up(side * min(share_c, C), min(rows.outer_rows(side * C)))
                 size = taps * share_c * share_k
-                products = taps * share_c * share_k / lanes * (places + chunks * 3.5)
+                products = lines * height * share_k / lanes * (places + chunks * 3.5)
                 copies = places * share_k / lanes * (3 if x.channels else 8)
                 room = places * min(share_k, full) * 4
                 copies += inputs * share_c / lanes * (3 if x.channels else 9)

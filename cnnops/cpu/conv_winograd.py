@@ -592,6 +592,9 @@ def _outputs(
         for i in range(side):
             factors[k * side + i] = factor
             addends[k * side + i] = shift[k0 + k]
+    # What fills vectors up is computed with, too: denormal numbers would take a hundred times as long.
+    for k in range((k1 - k0) * side, width * side):
+        factors[k] = addends[k] = 0
     results, planes = pointer(results_at, "float32"), pointer(planes_at, "float32")
     order = pointer(order_at, "int32")
     for i in range(L):
@@ -630,6 +633,8 @@ def _outputs(
             else:
                 values, outer, inner, factor_outer, factor_inner = planes, some, pixels, L, 0
                 gap = (pixels + L - 1) // L * L + L
+                for i in range(pixels * L, (gap - L) * L):
+                    results[i] = 0
                 for i in range(0, pixels, L):
                     simd.transpose(L, ahead(planes, i), gap, ahead(results, i * L), order, L)
                 lines, rows, along = some, height, length

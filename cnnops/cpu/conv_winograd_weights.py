@@ -96,6 +96,8 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
             )  # fmt: skip
             for xi in range(36):
                 left = ahead(v, xi * plane_v)
+                for i in range(count * pitch_v, count * pitch_v + M2):
+                    left[i] = 0  # tiles reach beyond the last channel
                 behind = 0
                 while behind < padded:
                     k = behind
@@ -261,10 +263,10 @@ class _Plan:
         self._task = _weights(kind, R, L, M, V)
         self._splits, self._count = splits, splits * parts_k * parts_c
         self._sums = R * R * room_c * pitch
-        self._add = conv_rows.add_splits("float32", L, M)
+        self._add = conv_rows.add_splits("float32", L)
         self._add_count = parts_k * parts_c * (pitch // L)
         self._picks = Table(np.arange(R * R, dtype=np.int64))
-        self._add_values = (1, C, K, R * R, 1, splits, parts_k, parts_c, share_k, share_c)
+        self._add_values = (1, C, K, R * R, 1, splits, parts_k, parts_c, share_k, share_c, room_c)
         self._add_scratch = 4 * (R * R * room_c + L) * L
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:

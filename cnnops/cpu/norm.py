@@ -113,6 +113,7 @@ def _rest(mean, high):
 
 @routine
 def _clear(values, count):
+    """Zeros, for sums, and in what fills vectors up: denormal numbers would take a hundred times as long."""
     for i in range(count):
         values[i] = 0
 
@@ -175,7 +176,7 @@ def _repeat(table, C, W):
 @routine
 def _guess(V, kind, x, C, total, n, about):
     """For n channels from x on a number near the mean: the mean of four rows of `total`."""
-    _clear(about, n)
+    _clear(about, (n + V - 1) // V * V)
     for r in range(4):
         vectors.sum_up(V, kind, about, ahead(x, r * total // 4 * C), n)
     for i in range(n):
@@ -290,6 +291,7 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
             near = pointer(scratch, T)
             _guess(V, kind, x, C, total, C, near)
             _repeat(near, C, W)
+            _clear(ahead(near, W), room - W)
             start, stop = rows * index // parts, rows * (index + 1) // parts
             norm_vectors.moments(
                 V, kind, True, False, ahead(x, start * W), stop - start, W, W, near, first, second
@@ -352,6 +354,9 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
                 shift[c] = addend - _rest(mean, high[c]) * factor
                 for j in range(c + C, W, C):
                     high[j], scale[j], shift[j] = high[c], scale[c], shift[c]
+            if index == 0:
+                for table in (high, scale, shift):
+                    _clear(ahead(table, W), room - W)
             done(address)
             return
         wait(address, parts + blocks)
@@ -474,6 +479,9 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
                 addend = np.float64(bias[c]) if given(bias) else 0.0
                 for j in range(c, W, C):
                     high[j], scale[j], shift[j] = means[c], factor, addend - lows[c] * factor
+            if index == 0:
+                for table in (high, scale, shift, a, b):
+                    _clear(ahead(table, W), room - W)
             done(address)
             return
         index -= blocks

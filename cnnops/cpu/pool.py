@@ -613,7 +613,7 @@ def _avg(T: str, backward: bool, L: int) -> Task:
                         # Windows of one row add up the same rows of x: columns first.
                         shared = xw == 1 and Q > 1 and (d1 - d0) * (h1 - h0) > 1
                         if shared:
-                            for w in range(W):
+                            for w in range((W + L - 1) // L * L):
                                 columns[w] = 0
                         for d in range(d0, d1):
                             for h in range(h0, h1):
@@ -723,7 +723,7 @@ def _avg_last_fwd(kind: str, L: int) -> Task:
                         by_d, by_h, area * widths[q],
                     )  # fmt: skip
                     continue
-                for i in range(inner):
+                for i in range((inner + L - 1) // L * L):
                     sums[i] = 0
                 for d in range(d0, d1):
                     for h in range(h0, h1):

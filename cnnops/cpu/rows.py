@@ -30,6 +30,20 @@ def vectors_a_tile() -> int:
     return 4 if simd.simd_bits() == 512 or platform.machine() in ("aarch64", "arm64") else 2
 
 
+def outer_rows(length: int) -> tuple[int, int]:
+    """Rows of the tiles of `outer` for so many rows in all, and of those of at most two vectors a row: where
+    there are few, of a height of which little is left over, as far as registers go."""
+    wide, narrow = OUTER_ROWS, 2 * OUTER_ROWS
+    if length >= 4 * narrow:
+        return wide, narrow
+
+    def left(rows: int) -> tuple[int, int]:
+        return -length % rows, -rows
+
+    most = 6 if vectors_a_tile() > 2 else 5
+    return min(range(3, most + 1), key=left), min(range(5, 2 * most + 1), key=left)
+
+
 def grain(lanes: int) -> int:
     """A tile is a multiple of so many columns wide: whole vectors, or halves of AVX-512's on CPUs that do
     these in two steps. Vectors of float64 are as short already."""
