@@ -238,15 +238,18 @@ def transform_sums(typing_context, lanes, outputs, to, row, place, source, plane
 
 
 @intrinsic(prefer_literal=True)
-def _multiply(typing_context, lanes, rows, width, a, a_pitch, b, count, c, c_pitch, accumulate):
+def _multiply(
+    typing_context, lanes, rows, width, a, a_pitch, b, count, c, c_pitch, accumulate, later, step
+):  # fmt: skip
     """``C[m, v] (+)= sum_k A[m, k] * B[k, v]`` for m < rows, v < width * lanes, k < count.
 
-    B's rows lie one behind another; C is overwritten where `accumulate` is 0, added to elsewhere.
+    B's rows lie one behind another; C is overwritten where `accumulate` is 0, added to elsewhere. With each
+    term a line of memory is asked for that is wanted `later`, the next one `step` values further.
     """
     L, M, V = lanes.literal_value, rows.literal_value, width.literal_value
 
     def generate(context, builder, signature, values):
-        a, a_pitch, b, count, c, c_pitch, accumulate = values[3:]
+        a, a_pitch, b, count, c, c_pitch, accumulate, later, step = values[3:]
         emit = simd.Emit(builder, ir.FloatType(), L)
         lines = [builder.gep(a, [_times(builder, a_pitch, m)]) for m in range(M)]
         places = [
@@ -258,6 +261,7 @@ def _multiply(typing_context, lanes, rows, width, a, a_pitch, b, count, c, c_pit
         k = loop.index
         row = builder.gep(b, [_times(builder, k, V * L)])
         column = [emit.load(builder.gep(row, [simd.int_constant(v * L)])) for v in range(V)]
+        emit.prefetch(builder.gep(later, [builder.mul(k, step)]), 2)
         sums = []
         for m in range(M):
             factor = simd.splat(builder, builder.load(builder.gep(lines[m], [k])), L)
@@ -276,7 +280,7 @@ def _multiply(typing_context, lanes, rows, width, a, a_pitch, b, count, c, c_pit
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(lanes, rows, width, a, i64, b, i64, c, i64, i64), generate
+    return types.void(lanes, rows, width, a, i64, b, i64, c, i64, i64, a, i64), generate
 
 
 @intrinsic(prefer_literal=True)
@@ -659,9 +663,55 @@ def _outputs(
 
 
 @routine
-def _multiply_panel(L, M, V, half, v, pitch_v, u, width, count, sums, pitch, tiles, more):
-    """``sums (+)= V · U`` of one xi for one panel, `width` wide; overwritten where `more` is 0."""
-    for m in range(0, tiles, M):
+def _far_lines(R, w, itemsize, wk, wc, wt, some_k, some_c):
+    """How `_far_line` finds the taps of so many filters and channels: how many lines of memory they take in
+    each row, those of a filter or of a channel, and where; sizes in floats."""
+    rows, row, length = some_k, wk, some_c
+    if wc > wk:
+        rows, row, length = some_c, wc, some_k
+    # Neighbours in memory are taps, with those of the next channel, or filter, behind them; or not.
+    runs = R * R
+    if wt == 1:
+        length, runs = length * runs, 1
+    lines = (length * itemsize + 4 * LINE - 1) // (4 * LINE)
+    groups = (rows + TERMS - 1) // TERMS
+    return runs * lines, pointer(w, "float32"), groups, row * itemsize // 4, lines, wt * itemsize // 4
+
+
+@routine
+def _far_line(far, first, i):
+    """Where the i-th of many requests begins, which are for one line in `TERMS` rows each."""
+    _, w, groups, row, lines, run = far
+    line = first + i // groups
+    return ahead(w, line // lines * run + line % lines * LINE + i % groups * TERMS * row)
+
+
+@routine
+def _multiply_few(L, M, V, half, v, pitch_v, u, width, count, sums, pitch, more):
+    """``sums (+)= V · U`` of M tiles, which are fewer than a tile of registers has."""
+    for c in range(0, count, TERMS):
+        lines, panel, terms = ahead(v, c), ahead(u, c * width), min(TERMS, count - c)
+        if width == V * L:
+            _multiply(L, M, V, lines, pitch_v, panel, terms, sums, pitch, more + c, panel, 0)
+        else:
+            _multiply(L, M, half, lines, pitch_v, panel, terms, sums, pitch, more + c, panel, 0)
+
+
+@routine
+def _multiply_panel(
+    L, M, V, half, v, pitch_v, u, width, count, sums, pitch, tiles, more,
+    near, near_lines, far, far_first, far_end,
+):  # fmt: skip
+    """``sums (+)= V · U`` of one xi for one panel, `width` wide; overwritten where `more` is 0.
+
+    Meanwhile memory is asked for, a line with each term: so many lines from `near` on, then some of those
+    that `far` tells of, see `_far_lines`.
+    """
+    near_steps = (near_lines + TERMS - 1) // TERMS
+    far_steps = (far_end - far_first) * far[2]
+    i = 0
+    whole = tiles - tiles % M
+    for m in range(0, whole, M):
         to = ahead(sums, m * pitch)
         for c in range(0, count, TERMS):
             lines, panel, terms = (
@@ -669,10 +719,23 @@ def _multiply_panel(L, M, V, half, v, pitch_v, u, width, count, sums, pitch, til
                 ahead(u, c * width),
                 min(TERMS, count - c),
             )
+            later, step = panel, 0
+            if i < near_steps:
+                later, step = ahead(near, i * TERMS * LINE), LINE
+            elif i - near_steps < far_steps:
+                later, step = _far_line(far, far_first, i - near_steps), far[3]
+            i += 1
             if width == V * L:
-                _multiply(L, M, V, lines, pitch_v, panel, terms, to, pitch, more + c)
+                _multiply(L, M, V, lines, pitch_v, panel, terms, to, pitch, more + c, later, step)
             else:
-                _multiply(L, M, half, lines, pitch_v, panel, terms, to, pitch, more + c)
+                _multiply(L, M, half, lines, pitch_v, panel, terms, to, pitch, more + c, later, step)
+    if whole == tiles:
+        return
+    lines, to = ahead(v, whole * pitch_v), ahead(sums, whole * pitch)
+    if tiles - whole > 2:
+        _multiply_few(L, 4, V, half, lines, pitch_v, u, width, count, to, pitch, more)
+    else:
+        _multiply_few(L, 2, V, half, lines, pitch_v, u, width, count, to, pitch, more)
 
 
 # ---- the kernel -------------------------------------------------------------------------------------------
@@ -744,11 +807,22 @@ def _winograd(kind: str, R: int, L: int, M: int, V: int) -> Task:
                             min(L, K - filled), c, deep, taps,
                         )  # fmt: skip
                 if not making:
+                    # What other tasks made is not in this core's cache, and neither is w: the next xi's V or
+                    # U, and w's next channels, are asked for.
+                    coming = C - c - step if given_v else 0
+                    far = _far_lines(
+                        R, w + (k0 * wk + (c + step) * wc) * itemsize, itemsize, wk, wc, wt,
+                        min(width, K - k0), min(max(coming, 0), step),
+                    )  # fmt: skip
                     for xi in range(36):
+                        of_v = ahead(lines, xi * plane_v + c // STRETCH * stretch)
+                        of_u = ahead(filters, xi * plane_u + (0 if given_v else c * width))
+                        near, near_lines = ahead(of_u, plane_u), deep * width // LINE
+                        if given_v:
+                            near, near_lines = ahead(of_v, plane_v), rows * pitch // LINE
                         _multiply_panel(
-                            L, M, V, half, ahead(lines, xi * plane_v + c // STRETCH * stretch), pitch,
-                            ahead(filters, xi * plane_u + (0 if given_v else c * width)), width, deep,
-                            ahead(sums, xi * plane), V * L, rows, c,
+                            L, M, V, half, of_v, pitch, of_u, width, deep, ahead(sums, xi * plane), V * L,
+                            rows, c, near, near_lines, far, xi * far[0] // 36, (xi + 1) * far[0] // 36,
                         )  # fmt: skip
             if not making:
                 _outputs(
@@ -802,7 +876,7 @@ def _padded(K: int) -> int:
 
 class _Tiles(NamedTuple):
     """How `total` tiles are cut into `blocks` of `tiles` each, and whether V is made for all tasks, else U. A
-    block is multiplied in so many `rows`, whole tiles of registers."""
+    block is multiplied in so many `rows`, an even number."""
 
     total: int
     along: tuple[int, int]
@@ -820,20 +894,20 @@ class _Tiles(NamedTuple):
         most = TILES
         if not given_v:
             # Small blocks for small caches, and to keep all threads busy.
-            share = up(-(-total // threads), M)
+            share = up(-(-total // threads), 2)
             most = min(TILES, BLOCK_BYTES // (36 * 4 * (C + V * lanes)), share)
-        most = max(most, 4 * M) // M * M
+        most = min(max(most, 4 * M), up(total, 2))
 
         def waste(tiles: int) -> float:
             rounds = up(-(-total // tiles), 1 if given_v else threads)
-            return rounds * up(tiles, M) / total
+            return rounds * up(tiles, 2) / total
 
         # Whole rows of tiles if that wastes little: their pixels are read in long lines, and fewer twice.
-        tiles = min(range(most, most // 2, -M), key=waste)
+        tiles = min(range(most, most // 2, -2), key=waste)
         aligned = min(range(most // TW * TW, 0, -TW), key=waste, default=tiles)
         if waste(aligned) < 1.05 * waste(tiles):
             tiles = aligned
-        return cls(total, (TH, TW), given_v, tiles, up(tiles, M), -(-total // tiles))
+        return cls(total, (TH, TW), given_v, tiles, up(tiles, 2), -(-total // tiles))
 
 
 class _Plan:
