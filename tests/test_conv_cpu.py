@@ -7,6 +7,7 @@ float64, gradients by its autograd.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from types import ModuleType
@@ -297,10 +298,23 @@ def test_bias_gradient_for_any_shape_with_that_output(
 # ---- laws -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["rows", "inner", "outer"])
+def forget_plans() -> None:
+    for plans in (conv_blocks._wgrad, conv_rows._fprop, conv_rows._dgrad):
+        plans.cache_clear()
+
+
+def pack_filters(monkeypatch: pytest.MonkeyPatch, here: bool) -> None:
+    """Let `conv_rows` pack filters where they are used, or else once for all."""
+    monkeypatch.setattr(conv_rows, "PACK_HERE", 0.0 if here else math.inf)
+    forget_plans()
+
+
+@pytest.fixture(params=["rows", "rows_packed_here", "inner", "outer"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """By rows, or by blocks with inner or with outer products, whichever would be faster."""
-    if request.param == "rows":
+    """By rows, with filters packed for all or where they are used, or by blocks with inner or with outer
+    products, whichever would be faster."""
+    if request.param.startswith("rows"):
+        pack_filters(monkeypatch, request.param == "rows_packed_here")
 
         def chosen(direction: Any, shape: ConvShape, *rest: Any) -> ModuleType:
             return conv_blocks if is_framed(shape) else conv_rows
@@ -313,9 +327,50 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
             return conv_blocks
 
     monkeypatch.setattr(cnnops.cpu.conv, "_chosen", chosen)
-    conv_blocks._wgrad.cache_clear()
+    forget_plans()
     yield
-    conv_blocks._wgrad.cache_clear()
+    monkeypatch.undo()
+    forget_plans()
+
+
+FEW_PLACES: dict[str, tuple[Size, Size, dict[str, Any]]] = {
+    "1x1": ((2, 300, 4, 3), (200, 300, 1, 1), {}),
+    "1x1_of_many_slices": ((1, 1700, 3, 3), (90, 1700, 1, 1), {}),
+    "3x3": ((1, 200, 5, 5), (150, 200, 3, 3), {"padding": 1}),
+    "strided": ((1, 130, 7, 7), (75, 130, 3, 3), {"padding": 1, "stride": 2}),
+    "grouped": ((2, 100, 4, 4), (210, 50, 3, 3), {"padding": 1, "groups": 2}),
+    "3d": ((1, 40, 3, 4, 4), (30, 40, 3, 3, 3), {"padding": 1}),
+}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FEW_PLACES)
+@pytest.mark.usefixtures("threads")
+def test_filters_packed_where_they_are_used(
+    name: str, dtype: torch.dtype, layout: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as with filters packed for all, in more pieces of a panel than one and with half a vector
+    of filters left over."""
+    torch.set_num_threads(count)
+    x_size, w_size, arguments = FEW_PLACES[name]
+    shape, values = ConvShape.of(x_size, w_size, **arguments), normal(7, dtype)
+    x, w, grad_y = (laid_out(size, layout, values) for size in (x_size, w_size, shape.y_size))
+    results = []
+    for here in (True, False):
+        pack_filters(monkeypatch, here)
+        y, grad_x = result(shape.y_size, dtype, layout), result(x_size, dtype, layout)
+        conv_rows.fprop(shape, x, w, None, y)
+        conv_rows.dgrad(shape, grad_y, w, None, grad_x)
+        plan = conv_rows._fprop(shape, dtype, x.stride(), w.stride(), y.stride(), count)
+        assert (plan._pack is None) == here
+        results.append((y, grad_x))
+    monkeypatch.undo()
+    forget_plans()
+    for packed_here, packed_for_all in zip(*results, strict=True):
+        assert torch.equal(packed_here, packed_for_all)
+        assert packed_here.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

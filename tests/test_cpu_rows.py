@@ -32,7 +32,9 @@ def multiply(T: str, L: int, M: int, W: int) -> Task:
 
     def test_multiply(address: int, index: int, scratch: int) -> None:
         x, w, start, y, places, taps, outs, tap_count, count, some, more = unpack(address, args)
-        rows.multiply(L, M, W, x, places, taps, tap_count, count, w, start, y, outs, some, more)
+        rows.multiply(
+            L, M, W, x, places, taps, tap_count, count, w, start, y, outs, some, more, w, 0
+        )
 
     return Task(test_multiply, args)
 

@@ -42,10 +42,14 @@ LEAST = 150
 
 
 @routine
-def _products(L, M, W, w, filters, panel, C, start, y, outs, rest, rest_outs, K, whole, tail):
+def _products(
+    L, M, W, w, filters, panel, C, start, y, outs, rest, rest_outs, K, whole, tail, later, xc, line, places
+):  # fmt: skip
     """The sums of K filters for a panel of W places: to y, or to `rest` where y has no whole tile of them.
 
-    `tail` are the places of the last M filters' rows, of which the last one may stand several times.
+    `tail` are the places of the last M filters' rows, of which the last one may stand several times. From
+    `later` on lies the panel that comes next, its channels `xc` apart: a line of each is asked for with every
+    tile, until there are no more. A line has `line` elements, in memory `places`.
     """
     taps = filters  # the first one: no steps
     for c in range(0, C, STRETCH):
@@ -55,9 +59,12 @@ def _products(L, M, W, w, filters, panel, C, start, y, outs, rest, rest_outs, K,
                 to, there = rest, ahead(rest_outs, k)
             if k + M > K:
                 lines = tail
+            asked, step = panel, 0
+            if k // M * places < W:
+                asked, step = ahead(later, c * xc + k // M * line), xc
             rows.multiply(
                 L, M, W, ahead(w, c), lines, taps, 1, min(STRETCH, C - c), ahead(panel, c * W),
-                start, to, there, W, c,
+                start, to, there, W, c, asked, step,
             )  # fmt: skip
 
 
@@ -67,6 +74,8 @@ def _correlate(kind: str, L: int, M: int, V: int) -> Task:
     args = layout(f"int64 {T}**4 int64**3 int64*20")
     real, itemsize = np.float64 if T == "float64" else np.float32, bytes_of(T)
     W, W1, W2, W3 = V * L, L, 2 * L, 3 * L
+    stored = itemsize if kind == T else 2
+    line_of, places_of = simd.LINE // itemsize, simd.LINE // stored
 
     def conv_planes(address: int, index: int, scratch: int) -> None:
         """One panel of one image, for one share of one group's filters."""
@@ -88,6 +97,10 @@ def _correlate(kind: str, L: int, M: int, V: int) -> Task:
         for c in range(C):
             vectors.widen(L, kind, ahead(panel, c * width), ahead(source, c * xc), count)
 
+        # The panel that is likely to come next; behind the last one of a plane, any address will do.
+        behind = n * xn + group * C * xc + first + V * L
+        later = pointer(x_ + behind * stored, T)
+        later_step = xc * stored // itemsize
         k0 = part * share
         filters_here = min(share, K - k0)
         origin = n * yn + (group * K + k0) * yk + first
@@ -101,22 +114,22 @@ def _correlate(kind: str, L: int, M: int, V: int) -> Task:
         if used == V:
             _products(
                 L, M, W, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
-                filters_here, whole, tail,
+                filters_here, whole, tail, later, later_step, line_of, places_of,
             )  # fmt: skip
         elif V == 4 and used == 3:
             _products(
                 L, M, W3, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
-                filters_here, whole, tail,
+                filters_here, whole, tail, later, later_step, line_of, places_of,
             )  # fmt: skip
         elif V == 4 and used == 2:
             _products(
                 L, M, W2, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
-                filters_here, whole, tail,
+                filters_here, whole, tail, later, later_step, line_of, places_of,
             )  # fmt: skip
         else:
             _products(
                 L, M, W1, weights, filters, panel, C, zeros, result, outs, rest, rest_outs,
-                filters_here, whole, tail,
+                filters_here, whole, tail, later, later_step, line_of, places_of,
             )  # fmt: skip
         y = ahead(vectors.elements(y_, kind), origin)
         residual = ahead(vectors.elements(residual_, kind), origin)

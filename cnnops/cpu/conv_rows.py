@@ -10,6 +10,10 @@ broadcast to vectors of filters, so that no place is wasted on rows' ends and pa
 zeros. Where x has its channels last, one tap and no padding, it is read where it lies. Neighbouring taps of a
 row are neighbours in the block: they count as channels. Results go straight to memory that has its channels
 last in that type, otherwise through scratch, where they are turned or rounded.
+
+Filters are packed once for all tasks where there are many places. Where there are few, as at the end of a
+network, that takes as long as the products: each task then packs its own, some slices at a time, and asks for
+the next ones meanwhile. Slices and their order are the same either way, and so are the bits.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -56,6 +60,14 @@ from cnnops.shapes import ConvShape
 
 STRETCH = 96
 """Most terms of an output that are added up one after the other: a long sum of such sums rounds less."""
+
+PACKED_SLICES = 16
+"""Stretches that are packed at a time where a task packs filters for itself, whose terms are neighbours: each
+tile asks for a filter's next ones, a line of memory with every term."""
+
+PACK, PACKED, PACK_HERE = 2.8, 0.4, 1.4
+"""Cycles, as `_Correlation` estimates them, that an element of a filter takes: to be packed for all tasks, to
+be read by one of them; and where a task packs it for itself."""
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------
@@ -118,39 +130,58 @@ def _copy_block(
 
 
 @routine
-def _products(L, M, W, x, places, count, taps, slices, w, start, y, outs, columns):
-    """All sums of W columns of filters, of which so many are wanted, for so many places, a stretch of the
-    terms at a time."""
-    for s in range(slices[0]):
+def _products(
+    L, M, W, x, places, count, taps, slices, first_slice, end_slice, w, asking, start, y, outs, columns
+):  # fmt: skip
+    """The sums of W columns of filters, of which so many are wanted, for so many places, over some slices of
+    the terms, those of `w`.
+
+    Meanwhile what is wanted after that is asked for by the first `calls` tiles, a line of memory with each
+    term: see `_correlate`.
+    """
+    later, moves, calls, lines, of_line, of_call, of_term, step = asking
+    before = slices[1 + 5 * first_slice + 4]
+    q = 0
+    for s in range(first_slice, end_slice):
         slice = ahead(slices, 1 + 5 * s)
         first, some, c, length, j = slice[0], slice[1], slice[2], slice[3], slice[4]
-        filters = ahead(w, j * W)
+        terms = some * length
+        filters, following = ahead(w, (j - before) * W), later
+        if moves:
+            following = ahead(later, (j + terms) * W)
+            q = 0
         for m in range(0, count, M):
+            wanted, further = filters, 0
+            if q < calls:
+                offset = q // lines * (of_call + terms * of_term) + q % lines * of_line
+                wanted, further = ahead(following, offset), step
+            q += 1
             rows.multiply(
                 L, M, W, ahead(x, c), ahead(places, m), ahead(taps, first), some, length, filters,
-                start, y, ahead(outs, m), columns, s,
+                start, y, ahead(outs, m), columns, s, wanted, further,
             )  # fmt: skip
 
 
 @lru_cache(None)
 def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
-    args = layout(f"int64 {T}**4 int64**2 int64*54")
+    args = layout(f"int64 {T}**4 int64**3 int64*62")
     real, itemsize = np.float64 if T == "float64" else np.float32, bytes_of(T)
-    full, half, M2 = V * L, U < L, 2 * M
+    full, half, M2, line_of = V * L, U < L, 2 * M, simd.LINE // itemsize
     # Widths of tiles, see `rows.padded`; in halves of a vector.
     W1, W2, W3, W4, W6, W8 = L // 2, L, L + L // 2, 2 * L, 3 * L, full
 
     def conv_rows(address: int, index: int, scratch: int) -> None:
-        """One block of outputs, for one share of one group's filters."""
+        """One block of outputs, for one share of one group's filters: packed, or else packed here."""
         (
-            x_, w, scale, shift, start, taps, slices,
+            x_, w, scale, shift, start, taps, slices, picks,
             residual_, y_, activation,
             N, groups, C, K, J, share, parts, direct_x, direct_y,
             Bi, Bd, Bh, Bw, blocks_d, blocks_h, blocks_w, Zb, Hb, Wb,
             tables_at, spare_at, sums_at, line_at, beside_at, halves_at, unused_at,
             Z, P, Q, step_d, step_h, step_w, sd, sh, sw, low_d, low_h, low_w, D, H, W,
             xn, xc, xd, xh, xw, yn, yk, yd, yh, yw,
+            packing, filters_at, turned_at, S_, of_group, of_k, of_c, of_tap,
         ) = unpack(address, args)  # fmt: skip
         part = index % parts
         rest = index // parts
@@ -212,7 +243,7 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
         real_residual = pointer(residual_ + origin * itemsize, T)
         null = vectors.elements(0, kind)
         padded = rows.padded(K, L, full, U)
-        packed = ahead(w, group * padded * J)
+        weights = ahead(w, group * (of_group if packing else padded * J))
         line, beside = pointer(scratch + line_at, T), pointer(scratch + beside_at, T)
         halves = vectors.elements(scratch + halves_at, kind)
         last = min((part + 1) * share, K)
@@ -221,61 +252,67 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
             k = behind
             width = min(full, padded - k)
             behind += width
-            filters, begin = ahead(packed, k * J), ahead(start, group * K + k)
+            begin = ahead(start, group * K + k)
             some = min(width, K - k)
             if direct_y:
                 to, outs, columns = ahead(result, k), to_y, some
             else:
                 to, outs, columns = sums, to_sums, width
-            if width == full:
-                _products(
-                    L, M, W8, block, places, count, taps, slices, filters, begin, to, outs, columns
-                )
-            elif width == W2:
-                _products(
-                    L, M2, W2, block, places, count, taps, slices, filters, begin, to, outs, columns
-                )
-            elif V > 2 and width == W4:
-                _products(
-                    L, M, W4, block, places, count, taps, slices, filters, begin, to, outs, columns
-                )
-            elif V > 3 and width == W6:
-                _products(
-                    L, M, W6, block, places, count, taps, slices, filters, begin, to, outs, columns
-                )
-            elif half:
-                if width == W3:
+            filters, lines = ahead(weights, k * J), (width + line_of - 1) // line_of
+            # Packed for all, filters lie as they are read: a slice ahead is asked for.
+            asking = filters, True, lines, 1, 0, 0, line_of, line_of
+            for s in range(0, slices[0], packing if packing else slices[0]):
+                s_end = min(s + packing, slices[0]) if packing else slices[0]
+                if packing:
+                    j, j_end = slices[1 + 5 * s + 4], J
+                    if s_end < slices[0]:
+                        j_end = slices[1 + 5 * s_end + 4]
+                    filters = pointer(scratch + filters_at, T)
+                    _pack_terms(
+                        L, T, filters, pointer(scratch + turned_at, T), ahead(weights, k * of_k), picks,
+                        K - k, C, S_, of_k, of_c, of_tap, width, j, j_end,
+                    )  # fmt: skip
+                    # What is packed next is asked for: its filters one after the other, or its channels.
+                    later = ahead(weights, behind * of_k)
+                    if j_end < J:
+                        later = ahead(
+                            weights, k * of_k + picks[j_end // C] * of_tap + j_end % C * of_c
+                        )
+                    asking = later, False, 0, 1, 0, 0, 0, 0
+                    if of_c == 1:
+                        asking = later, False, some, 1, 0, of_k, 0, line_of
+                    elif of_k == 1 and J == C:
+                        asking = later, False, lines * (s_end - s), lines, line_of, 0, of_c, of_c
+                if width == full:
                     _products(
-                        L,
-                        M,
-                        W3,
-                        block,
-                        places,
-                        count,
-                        taps,
-                        slices,
-                        filters,
-                        begin,
-                        to,
-                        outs,
-                        columns,
-                    )
-                else:
+                        L, M, W8, block, places, count, taps, slices, s, s_end, filters, asking, begin, to,
+                        outs, columns,
+                    )  # fmt: skip
+                elif width == W2:
                     _products(
-                        L,
-                        M2,
-                        W1,
-                        block,
-                        places,
-                        count,
-                        taps,
-                        slices,
-                        filters,
-                        begin,
-                        to,
-                        outs,
-                        columns,
-                    )
+                        L, M2, W2, block, places, count, taps, slices, s, s_end, filters, asking, begin, to,
+                        outs, columns,
+                    )  # fmt: skip
+                elif V > 2 and width == W4:
+                    _products(
+                        L, M, W4, block, places, count, taps, slices, s, s_end, filters, asking, begin, to,
+                        outs, columns,
+                    )  # fmt: skip
+                elif V > 3 and width == W6:
+                    _products(
+                        L, M, W6, block, places, count, taps, slices, s, s_end, filters, asking, begin, to,
+                        outs, columns,
+                    )  # fmt: skip
+                elif half and width == W3:
+                    _products(
+                        L, M, W3, block, places, count, taps, slices, s, s_end, filters, asking, begin, to,
+                        outs, columns,
+                    )  # fmt: skip
+                elif half:
+                    _products(
+                        L, M2, W1, block, places, count, taps, slices, s, s_end, filters, asking, begin, to,
+                        outs, columns,
+                    )  # fmt: skip
             if direct_y and activation < 0:
                 continue
             act = max(activation, 0)
@@ -363,57 +400,64 @@ def _put(
                         to[q * yw] = halves[q]
 
 
+@routine
+def _pack_terms(L, T, to, spare, w, taps, K, C, S_, of_k, of_c, of_tap, width, first, end):
+    """The terms from the `first` to the `end` of a panel of filters, which are the first ones of K:
+    ``to [tap, C] [width]``. All terms if taps are neighbours in memory."""
+    for j in range((end - first) * width if width > K else min(end - first, 1)):
+        to[j] = 0  # what is no filter must be a number all the same, and no denormal one
+    if first == end:
+        return
+    neutral = -to[0]  # -0: adding it changes nothing
+    if of_k == 1:
+        for j in range(first, end):
+            source = ahead(w, j % C * of_c + taps[j // C] * of_tap)
+            simd.copy(L, ahead(to, (j - first) * width), source, min(width, K), neutral)
+        return
+    if of_c == 1:
+        for v in range(0, min(width, K), L):
+            j = first
+            while j < end:
+                t, c = j // C, j % C
+                some = min(C - c, end - j)
+                rows.turn(
+                    L, T, False, ahead(to, (j - first) * width + v), width,
+                    ahead(w, v * of_k + taps[t] * of_tap + c), of_k, min(L, K - v), some,
+                )  # fmt: skip
+                j += some
+        return
+    # Taps are neighbours: those of some channels at once, of which then those asked for are taken.
+    together = max(1, 256 // S_) if of_c == S_ else 1
+    for c0 in range(0, C, together):
+        channels = min(together, C - c0)
+        for v in range(0, min(width, K), L):
+            rows.turn(
+                L, T, True, spare, L, ahead(w, v * of_k + c0 * of_c), of_k, min(L, K - v), channels * S_
+            )  # fmt: skip
+            for t in range(end // C):
+                for c in range(channels):
+                    vectors.narrow(
+                        L, T, ahead(to, (t * C + c0 + c) * width + v),
+                        ahead(spare, (c * S_ + taps[t]) * L), min(L, width - v),
+                    )  # fmt: skip
+
+
 @lru_cache(None)
 def _pack(T: str, L: int, V: int, U: int) -> Task:
-    args = layout(f"{T}**2 int64* int64*9")
+    args = layout(f"{T}**2 int64* int64*8")
     full = V * L
 
     def conv_rows_pack(address: int, index: int, scratch: int) -> None:
         """Filters to ``[group] [block of K] [tap, C] [vectors of K]``; one block an index."""
-        w, packed, taps, K, C, T_, S_, of_group, of_k, of_c, of_tap, J = unpack(address, args)
-        if J == 0:
-            return
+        w, packed, taps, K, C, T_, S_, of_group, of_k, of_c, of_tap = unpack(address, args)
         padded = rows.padded(K, L, full, U)
         blocks = (padded + full - 1) // full
         group, k0 = index // blocks, index % blocks * full
-        width = min(full, padded - k0)
-        to = ahead(packed, (group * padded + k0) * J)
-        spare = pointer(scratch, T)
-        source = ahead(w, group * of_group + k0 * of_k)
-        for j in range(J * width if k0 + width > K else 1):
-            to[j] = 0  # what is no filter must be a number all the same, and no denormal one
-        neutral = -to[0]  # -0: adding it changes nothing
-        if of_k == 1:
-            for c in range(C):
-                for t in range(T_):
-                    simd.copy(
-                        L, ahead(to, (t * C + c) * width),
-                        ahead(source, c * of_c + taps[t] * of_tap), min(width, K - k0), neutral,
-                    )  # fmt: skip
-            return
-        if of_c == 1:
-            for v in range(0, min(width, K - k0), L):
-                for t in range(T_):
-                    rows.turn(
-                        L, T, False, ahead(to, t * C * width + v), width,
-                        ahead(source, v * of_k + taps[t] * of_tap), of_k, min(L, K - k0 - v), C,
-                    )  # fmt: skip
-            return
-        # Taps are neighbours: those of some channels at once, of which then those asked for are taken.
-        together = max(1, 256 // S_) if of_c == S_ else 1
-        for c0 in range(0, C, together):
-            channels = min(together, C - c0)
-            for v in range(0, min(width, K - k0), L):
-                rows.turn(
-                    L, T, True, spare, L, ahead(source, v * of_k + c0 * of_c), of_k,
-                    min(L, K - k0 - v), channels * S_,
-                )  # fmt: skip
-                for t in range(T_):
-                    for c in range(channels):
-                        vectors.narrow(
-                            L, T, ahead(to, (t * C + c0 + c) * width + v),
-                            ahead(spare, (c * S_ + taps[t]) * L), min(L, width - v),
-                        )  # fmt: skip
+        _pack_terms(
+            L, T, ahead(packed, (group * padded + k0) * T_ * C), pointer(scratch, T),
+            ahead(w, group * of_group + k0 * of_k), taps, K - k0, C, S_, of_k, of_c, of_tap,
+            min(full, padded - k0), 0, T_ * C,
+        )  # fmt: skip
 
     return Task(conv_rows_pack, args)
 
@@ -759,7 +803,27 @@ class _Correlation:
         # A vector of which y has a part is written in place once, not again and again.
         whole = K == padded or len(slices) == 1
         self._direct_y = y.kind == T and y.channels and whole
-        cycles, block, parts = self._weigh(x, y, N, groups, C, K, J, len(slices), lanes, threads)
+        cycles, block, parts, packing = self._weigh(
+            x, y, N, groups, C, K, J, math.prod(kernel), along, len(slices), lanes, threads
+        )
+        _, R, S = kernel
+        picks = product(*(axis.picks for axis in axes))
+        table = Table(np.array([(t * R + r) * S + s for t, r, s in picks] or [0], np.int64))
+        at_once = max(1, 256 // math.prod(kernel)) * math.prod(kernel)
+        self._pack = None if packing else _pack(T, lanes, V, grain)
+        self._pack_count = groups * -(-padded // full)
+        self._pack_scratch = (at_once + lanes) * lanes * itemsize
+        filters = taps, math.prod(kernel), *along
+        self._pack_values: tuple[Value, ...] = (table, K, C, *filters)
+        self._packed_size = groups * padded * J
+        # Slices that a task packs at a time. Where terms are rows of filters these are far apart, and a cache
+        # has room for few such lines; where taps are neighbours all of them are turned together.
+        stretch = 0
+        if packing:
+            _, of_k, of_c, _ = along
+            stretch = 1 if of_k == 1 else len(slices)
+            if of_k > 1 and of_c == 1:
+                stretch = min(len(slices), PACKED_SLICES)
         Z, H, W = block.inputs(axes)
         tap_offsets = [
             ((d * H + h) * W + w) * C
@@ -782,11 +846,24 @@ class _Correlation:
             (room + lanes) * itemsize,
             (room + lanes) * itemsize,
             (K + full) * itemsize,
+            min(J, stretch * STRETCH) * full * itemsize,
+            self._pack_scratch if packing else 0,
         ]
         starts = [0]
         for size in sizes:
             starts.append(up(starts[-1] + size, 64))
-        _, tables_at, spare_at, sums_at, line_at, beside_at, halves_at, unused_at, end = starts
+        (
+            _,
+            tables_at,
+            spare_at,
+            sums_at,
+            line_at,
+            beside_at,
+            halves_at,
+            unused_at,
+            *packs_at,
+            end,
+        ) = starts
         self._scratch_bytes = end
         tables = (
             np.array(tap_offsets or [0], np.int64),
@@ -804,19 +881,11 @@ class _Correlation:
             *(axis.stride for axis in axes), *(axis.low for axis in axes),
             *(axis.size for axis in axes), *x.strides, *y.strides[:2],
             *(axis.along * step for axis, step in zip(axes, y.strides[2:], strict=True)),
+            stretch, *packs_at, *filters[1:],
         )  # fmt: skip
         start = sum(axis.start * step for axis, step in zip(axes, y.strides[2:], strict=True))
         self._start = start * (2 if y.kind in ("float16", "bfloat16") else itemsize)
-        self._table_values = tuple(map(Table, tables))
-        _, R, S = kernel
-        picks = product(*(axis.picks for axis in axes))
-        table = Table(np.array([(t * R + r) * S + s for t, r, s in picks] or [0], np.int64))
-        self._pack = _pack(T, lanes, V, grain)
-        self._pack_count = groups * -(-padded // full)
-        places = math.prod(kernel)
-        self._pack_scratch = max(lanes, 256 // places * places + places) * lanes * itemsize
-        self._pack_values: tuple[Value, ...] = (table, K, C, taps, places, *along, J)
-        self._packed_size = groups * padded * J
+        self._table_values = (*map(Table, tables), table)
 
     @staticmethod
     def _slices(taps: int, length: int) -> list[tuple[int, int, int, int, int]]:
@@ -835,14 +904,17 @@ class _Correlation:
         return [(t, min(each, taps - t), 0, length, t * length) for t in range(0, taps, each)]
 
     def _weigh(
-        self, x: _Memory, y: _Memory, N: int, groups: int, C: int, K: int, J: int, slices: int,
-        lanes: int, threads: int,
-    ) -> tuple[float, _Block, int]:  # fmt: skip
-        """The fastest block and number of parts by estimated cycles, and that estimate, a thread."""
+        self, x: _Memory, y: _Memory, N: int, groups: int, C: int, K: int, J: int,
+        kernel: int, along: Strides, slices: int, lanes: int, threads: int,
+    ) -> tuple[float, _Block, int, bool]:  # fmt: skip
+        """The fastest block and number of parts by estimated cycles, that estimate, a thread, and whether a
+        task packs its own filters."""
         M, V, grain = rows.ROWS, rows.vectors_a_tile(), rows.grain(lanes)
         full, blocks_k = V * lanes, -(-K // (V * lanes))
         padded = rows.padded.py_func(K, lanes, full, grain)
-        best: tuple[float, _Block, int] | None = None
+        # Taps that are neighbours are turned together, whichever of them are wanted.
+        turned = J if 1 in along[1:3] else kernel * C
+        best: tuple[float, _Block, int, bool] | None = None
         for block in _blocks(N, self._axes, 1024):
             places = block.places
             inputs = block.images * math.prod(block.inputs(self._axes))
@@ -864,11 +936,16 @@ class _Correlation:
                 out = 0.0
                 if not self._direct_y:
                     out = places * width / lanes * (8 if y.channels else 16)
-                cycles = products + copied + out + J * width * 4 / 10 + places * 6 + 1500
+                cycles = products + copied + out + places * 6 + 1500
                 # Tasks come one after the other: the last ones leave threads without work.
-                total = cycles * max(-(-blocks * parts // threads), blocks * parts / threads)
-                if best is None or total < best[0]:
-                    best = (total, block, parts)
+                rounds = max(-(-blocks * parts // threads), blocks * parts / threads)
+                for packing in (False, True):
+                    # Filters that are packed for all go to memory and back.
+                    read = turned * width * PACK_HERE if packing else J * width * PACKED
+                    once = 0.0 if packing else groups * padded * turned * PACK / threads + 1500
+                    total = (cycles + read) * rounds + once
+                    if best is None or total < best[0]:
+                        best = (total, block, parts, packing)
         assert best is not None
         return best
 
@@ -888,14 +965,16 @@ class _Correlation:
             activation = ACTIVATIONS.index(epilogue.activation)
         if activation >= 0 or not self._direct_y:
             begin = zeros(self._padded, self._real)
-        packed = Shared(self._packed_size * self._real.itemsize)
-        self._pack.run(
-            self._pack_count, self._packed_size, w, packed, *self._pack_values,
-            scratch_bytes=self._pack_scratch,
-        )  # fmt: skip
+        filters: Value = w
+        if self._pack is not None:
+            filters = Shared(self._packed_size * self._real.itemsize)
+            self._pack.run(
+                self._pack_count, self._packed_size, w, filters, *self._pack_values,
+                scratch_bytes=self._pack_scratch,
+            )  # fmt: skip
         self._task.run(
             self._count, self._work,
-            x, packed, scale, shift, begin, *self._table_values, At(residual, self._start),
+            x, filters, scale, shift, begin, *self._table_values, At(residual, self._start),
             At(y, self._start), activation, *self._values,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip

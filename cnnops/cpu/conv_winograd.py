@@ -675,7 +675,14 @@ def _far_lines(R, w, itemsize, wk, wc, wt, some_k, some_c):
         length, runs = length * runs, 1
     lines = (length * itemsize + 4 * LINE - 1) // (4 * LINE)
     groups = (rows + TERMS - 1) // TERMS
-    return runs * lines, pointer(w, "float32"), groups, row * itemsize // 4, lines, wt * itemsize // 4
+    return (
+        runs * lines,
+        pointer(w, "float32"),
+        groups,
+        row * itemsize // 4,
+        lines,
+        wt * itemsize // 4,
+    )
 
 
 @routine
@@ -728,7 +735,9 @@ def _multiply_panel(
             if width == V * L:
                 _multiply(L, M, V, lines, pitch_v, panel, terms, to, pitch, more + c, later, step)
             else:
-                _multiply(L, M, half, lines, pitch_v, panel, terms, to, pitch, more + c, later, step)
+                _multiply(
+                    L, M, half, lines, pitch_v, panel, terms, to, pitch, more + c, later, step
+                )
     if whole == tiles:
         return
     lines, to = ahead(v, whole * pitch_v), ahead(sums, whole * pitch)

@@ -124,18 +124,22 @@ def _far(builder: ir.IRBuilder, table: ir.Value, index: ir.Value) -> ir.Value:
 
 @intrinsic(prefer_literal=True)
 def multiply(
-    typing_context, lanes, rows, width, x, places, taps, tap_count, count, w, start, y, outs, some, more
+    typing_context, lanes, rows, width, x, places, taps, tap_count, count, w, start, y, outs, some, more,
+    later, later_step,
 ):  # fmt: skip
     """``y[outs[m] + v] = start[v] + sum_{t,c} x[places[m] + taps[t] + c] * w[t, c, v]``.
 
     For m < rows, v < some <= width, t < tap_count, c < count; `w` packed in this order, `width` columns of
     it, the tables int64, in elements. Where `more` is not 0, the sum is added to what y holds instead of
-    `start`. As many places again must follow: the next tile's.
+    `start`. As many places again must follow: the next tile's. With each term of a
+    tile of several vectors a line of memory is asked for that is wanted `later`, the next one `later_step`
+    elements further.
     """
     L, M, W = lanes.literal_value, rows.literal_value, width.literal_value
 
     def generate(context, builder, signature, values):
-        x, places, taps, tap_count, count, w, start, y, outs, some, more = values[3:]
+        x, places, taps, tap_count, count, w, start, y, outs, some, more, *ask = values[3:]
+        later, later_step = ask
         element, at = x.type.pointee, simd.int_constant
         segments = _segments(builder, element, L, W)
         n = len(segments)
@@ -156,6 +160,9 @@ def multiply(
         inner = simd.Loop(builder, pieces.index, end, 1, pieces.carried)
         line = builder.gep(block, [builder.mul(inner.index, at(W))])
         right = [segment.load(line) for segment in segments]
+        if n > 1:  # loads are all that a tile of one vector waits for
+            asked = builder.add(builder.mul(outer.index, count), inner.index)
+            segments[0].emit.prefetch(builder.gep(later, [builder.mul(asked, later_step)]), 2)
         sums = []
         for m in range(M):
             factor = builder.load(builder.gep(left[m], [inner.index]))
@@ -177,7 +184,9 @@ def multiply(
 
     i64 = types.int64
     table = types.CPointer(i64)
-    signature = types.void(lanes, rows, width, x, table, table, i64, i64, x, x, x, table, i64, i64)
+    signature = types.void(
+        lanes, rows, width, x, table, table, i64, i64, x, x, x, table, i64, i64, x, i64
+    )
     return signature, generate
 
 
