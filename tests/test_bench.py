@@ -314,6 +314,21 @@ def test_rivals_take_turns() -> None:
     assert len(calls) > 3 * timing.LEAST - 3, "each round visits every rival"
 
 
+def test_a_heap_does_not_shrink_while_rivals_are_timed() -> None:
+    """Results of some megabytes lie below what is kept, or in a mapping of their own."""
+    made: list[Tensor] = []
+
+    def run(i: int) -> tuple[Tensor, ...]:
+        made.append(torch.empty(3_000_000))
+        return (made[-1],)
+
+    kept = timing.memory_above({"a": Call(run), "b": Call(run)})
+    assert len(made) == 2
+    highest = max(t.data_ptr() for t in made)
+    assert kept[-1].data_ptr() > highest or len(kept) == 64
+    assert all(t.data_ptr() < highest for t in kept[:-1])
+
+
 def test_one_thread_is_timed_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[list[str]] = []
     true = timing.take
