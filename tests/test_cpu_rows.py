@@ -69,12 +69,17 @@ def test_multiply(T: str, bits: int, M: int, vectors: int, rng: np.random.Genera
 
 
 @lru_cache(None)
-def outer(T: str, L: int, M: int, W: int) -> Task:
-    args = layout(f"{T}**3 int64* int64*4")
+def outer(T: str, L: int, M: int, W: int, asking: bool) -> Task:
+    args = layout(f"{T}**3 int64* int64*5")
 
     def test_outer(address: int, index: int, scratch: int) -> None:
-        x, g, sums, places, count, step, pitch, more = unpack(address, args)
-        rows.outer(L, M, W, x, places, count, g, step, sums, pitch, more)
+        x, g, sums, places, count, step, pitch, more, later = unpack(address, args)
+        if asking:
+            rows.outer_asking(
+                L, M, W, x, places, count, g, step, sums, pitch, more, later, places, 1
+            )
+        else:
+            rows.outer(L, M, W, x, places, count, g, step, sums, pitch, more)
 
     return Task(test_outer, args)
 
@@ -95,9 +100,16 @@ def test_outer(T: str, bits: int, M: int, vectors: int, rng: np.random.Generator
         for more in (0, 1):
             sums = before.copy()
             data = (x, g, sums, places)
-            outer(T, L, M, W).run(1, 0, *map(address, data), count, step, pitch, more)
+            outer(T, L, M, W, False).run(1, 0, *map(address, data), count, step, pitch, more, 0)
             assert_close(sums[:, :W], found + more * before[:, :W])
             assert np.array_equal(sums[:, W:], before[:, W:])
+            for later in (0, address(x)):
+                again = before.copy()
+                data = (x, g, again, places)
+                outer(T, L, M, W, True).run(
+                    1, 0, *map(address, data), count, step, pitch, more, later
+                )
+                assert np.array_equal(again, sums)
 
 
 TURNED = {"float32": "float32", "float64": "float64", "bfloat16": "float32"}

@@ -498,17 +498,55 @@ def deliver(L, T, sums, pitch, spare, grad_w, K, lines, side, stretch, C, along,
                         to[k * of_k + (c + n) * of_c] = spare[k * L + n]
 
 
+ASKED_BYTES = 2048
+"""Places further apart are not asked for: few lines at such distances find room in a cache."""
+
+
 @routine
-def _outer_products(L, M, W, block, places, panel, sums, taps, common):
-    """``sums [line] [channel] [W]`` of a block's places, some places at a time."""
+def _outer_products(L, M, W, block, places, panel, sums, taps, common, coming):
+    """``sums [line] [channel] [W]`` of a block's places, some places at a time.
+
+    Meanwhile what is `coming` is asked for, a line of memory of a place at a time: so many lines from the
+    address of the next panel on, with a place's distance in bytes, then so many of the next block.
+    """
     count, chunk, started, lines, channels, wide, stretch, pitch = common
+    panel_at, panel_lines, panel_far, block_at, block_lines, block_far = coming
+    # Not faster than memory is: for every line as much time as there is.
+    calls, slowly = lines * ((channels + M - 1) // M), 0
+    while slowly < 5 and (panel_lines + block_lines) * 2 << slowly <= calls:
+        slowly += 1
     for a in range(0, count, chunk):
+        q = 0
         for t in range(lines):
             for j in range(0, channels, M):
-                rows.outer(
+                later, far, asked = 0, places, q >> slowly
+                from_place = a + (q - (asked << slowly)) * (chunk >> slowly)
+                if asked < panel_lines:
+                    later, far = panel_at + asked * simd.LINE, ahead(panel_far, from_place)
+                elif asked - panel_lines < block_lines:
+                    later = block_at + (asked - panel_lines) * simd.LINE
+                    far = ahead(block_far, from_place)
+                q += 1
+                rows.outer_asking(
                     L, M, W, ahead(block, taps[t] * wide + j), ahead(places, a), min(chunk, count - a),
                     ahead(panel, a * W), W, ahead(sums, (t * stretch + j) * pitch), pitch, started + a,
+                    later, far, slowly,
                 )  # fmt: skip
+
+
+@routine
+def _begin(number, blocks, sizes):
+    """Where a block begins: image and outputs."""
+    blocks_d, blocks_h, blocks_w = blocks
+    Bi, Bd, Bh, Bw = sizes
+    rest = number // blocks_w
+    further = rest // blocks_h
+    return (
+        further // blocks_d * Bi,
+        further % blocks_d * Bd,
+        rest % blocks_h * Bh,
+        number % blocks_w * Bw,
+    )
 
 
 @lru_cache(None)
@@ -516,6 +554,7 @@ def _weights(kind: str, L: int, M: int, M2: int, V: int, U: int) -> Task:
     T = "float64" if kind == "float64" else "float32"
     args = layout(f"int64*2 {T}**2 int64**2 int64*58")
     full, half = V * L, U < L
+    stored = bytes_of(T) if kind == T else 2
     # Widths of tiles, see `rows.padded`; in halves of a vector.
     W1, W2, W3, W4, W6, W8 = L // 2, L, L + L // 2, 2 * L, 3 * L, full
 
@@ -551,15 +590,21 @@ def _weights(kind: str, L: int, M: int, M2: int, V: int, U: int) -> Task:
         for j in range(lines * stretch if splits > 1 else 0):
             for k in range(rows.padded(filters, L, full, U), pitch):
                 sums[j * pitch + k] = 0
+        # How far apart the places of a whole block are in memory, in bytes, of x and of grad_y.
+        far_x, far_g = ahead(places, Bi * Bd * Bh * Bw), ahead(places, 2 * Bi * Bd * Bh * Bw)
+        at = 0
+        for i in range(Bi):
+            for z in range(Bd):
+                for p in range(Bh):
+                    for q in range(Bw):
+                        across = z * step_d * sd * xd + p * step_h * sh * xh + q * step_w * sw * xw
+                        far_x[at] = (i * xn + across) * stored
+                        far_g[at] = (i * yn + z * yd + p * yh + q * yw) * stored
+                        at += 1
         blocks = blocks_n * blocks_d * blocks_h * blocks_w
         started = 0
         for number in range(split * blocks // splits, (split + 1) * blocks // splits):
-            q0 = number % blocks_w * Bw
-            rest = number // blocks_w
-            p0 = rest % blocks_h * Bh
-            rest //= blocks_h
-            z0 = rest % blocks_d * Bd
-            n0 = rest // blocks_d * Bi
+            n0, z0, p0, q0 = _begin(number, (blocks_d, blocks_h, blocks_w), (Bi, Bd, Bh, Bw))
             images = min(Bi, N - n0)
             zs, ps, qs = min(Bd, Z - z0), min(Bh, P - p0), min(Bw, Q - q0)
             count = images * zs * ps * qs
@@ -585,6 +630,13 @@ def _weights(kind: str, L: int, M: int, M2: int, V: int, U: int) -> Task:
                             places[at] = i * an + z * ad + p * ah + q * aw
                             at += 1
             start = n0 * yn + z0 * yd + p0 * yh + q0 * yw
+            n1, z1, p1, q1 = _begin(number + 1, (blocks_d, blocks_h, blocks_w), (Bi, Bd, Bh, Bw))
+            next_g = g_ + (n1 * yn + z1 * yd + p1 * yh + q1 * yw + (group * K + k0) * yk) * stored
+            next_d, next_h = z1 * step_d * sd + low_d, p1 * step_h * sh + low_h
+            next_x = n1 * xn + next_d * xd + next_h * xh + (q1 * step_w * sw + low_w) * xw
+            next_x = x_ + (next_x + (group * C + c0) * xc) * stored
+            near_x = xc == 1 and step_w * sw * xw * stored <= ASKED_BYTES
+            lines_x = channels * stored // simd.LINE if near_x else 0
             behind, whole = 0, rows.padded(filters, L, full, U)
             while behind < whole:
                 k = behind
@@ -592,23 +644,37 @@ def _weights(kind: str, L: int, M: int, M2: int, V: int, U: int) -> Task:
                 behind += width
                 sums_here = ahead(sums, k)
                 common = (count, chunk, started, lines, side * channels, wide, stretch, pitch)
+                near_g = yk == 1 and yw * stored <= ASKED_BYTES
+                lines_g = width * stored // simd.LINE if near_g else 0
+                panel_at, lines_block = g_ + (start + (group * K + k0 + behind) * yk) * stored, 0
+                if behind >= whole:
+                    panel_at, lines_block = next_g, lines_x
+                coming = panel_at, lines_g, far_g, next_x, lines_block, far_x
                 _copy_panel(
                     L, kind, ahead(g, start + k * yk), panel, min(width, filters - k), width, images,
                     zs, ps, qs, (yn, yk, yd, yh, yw), spare,
                 )  # fmt: skip
                 if width == full:
-                    _outer_products(L, M, W8, block, places, panel, sums_here, taps, common)
+                    _outer_products(L, M, W8, block, places, panel, sums_here, taps, common, coming)
                 elif width == W2:
-                    _outer_products(L, M2, W2, block, places, panel, sums_here, taps, common)
+                    _outer_products(
+                        L, M2, W2, block, places, panel, sums_here, taps, common, coming
+                    )
                 elif V > 2 and width == W4:
-                    _outer_products(L, M2, W4, block, places, panel, sums_here, taps, common)
+                    _outer_products(
+                        L, M2, W4, block, places, panel, sums_here, taps, common, coming
+                    )
                 elif V > 3 and width == W6:
-                    _outer_products(L, M, W6, block, places, panel, sums_here, taps, common)
+                    _outer_products(L, M, W6, block, places, panel, sums_here, taps, common, coming)
                 elif half:
                     if width == W3:
-                        _outer_products(L, M2, W3, block, places, panel, sums_here, taps, common)
+                        _outer_products(
+                            L, M2, W3, block, places, panel, sums_here, taps, common, coming
+                        )
                     else:
-                        _outer_products(L, M2, W1, block, places, panel, sums_here, taps, common)
+                        _outer_products(
+                            L, M2, W1, block, places, panel, sums_here, taps, common, coming
+                        )
             started += 1
         if started == 0:
             for j in range(lines * stretch * pitch):
@@ -1022,7 +1088,7 @@ class _WeightGradient:
         sums = lines * stretch * pitch
         sizes = [
             (block.images * Z * H * W * (share_c + pad) + lanes + max(M, M2)) * itemsize,
-            block.places * 8,
+            (3 * block.places + self.CHUNK) * 8,
             (block.places + 1) * full * itemsize,
             sums * itemsize if splits == 1 else 0,
             lanes * (max(W, block.places) + lanes) * itemsize,

@@ -190,49 +190,80 @@ def multiply(
     return signature, generate
 
 
+def _generate_outer(builder, signature, values):
+    """`outer`, or with three more values `outer_asking`."""
+    L, M, W = (literal.literal_value for literal in signature.args[:3])
+    x, places, count, g, step, sums, pitch, more, *asking = values[3:]
+    at = simd.int_constant
+    segments = _segments(builder, x.type.pointee, L, W)
+    n = len(segments)
+    nothing = [segment.emit.zero() for segment in segments] * M
+    if asking:
+        later, far, slowly = asking
+        wanted = builder.icmp_signed("!=", later, at(0))
+        start = builder.select(wanted, later, builder.ptrtoint(g, later.type))
+    loop = simd.Loop(builder, at(0), count, 1, nothing)
+    row = builder.gep(x, [_far(builder, places, loop.index)])
+    line = builder.gep(g, [builder.mul(loop.index, step)])
+    right = [segment.load(line) for segment in segments]
+    if asking and n > 1:  # loads are all that a tile of one vector waits for
+        further = _far(builder, far, builder.lshr(loop.index, slowly))
+        address = builder.add(start, builder.select(wanted, further, at(0)))
+        segments[0].emit.prefetch(builder.inttoptr(address, x.type), 2)
+    found = []
+    for m in range(M):
+        factor = builder.load(builder.gep(row, [at(m)]))
+        found += _add_products(segments, factor, right, loop.carried[m * n : m * n + n])
+    found = loop.close(found)
+    lines = [builder.gep(sums, [builder.mul(pitch, at(m))]) for m in range(M)]
+    places_of = [(segment, line) for line in lines for segment in segments]
+    before = builder.block
+    with builder.if_then(builder.icmp_signed("!=", more, at(0))):
+        added = [
+            builder.fadd(segment.load(line), value)
+            for (segment, line), value in zip(places_of, found, strict=True)
+        ]
+        there = builder.block
+    results = [builder.phi(value.type) for value in found]
+    for phi, value, both in zip(results, found, added, strict=True):
+        phi.add_incoming(value, before)
+        phi.add_incoming(both, there)
+    for (segment, line), value in zip(places_of, results, strict=True):
+        segment.store(value, line)
+
+
 @intrinsic(prefer_literal=True)
 def outer(typing_context, lanes, rows, width, x, places, count, g, step, sums, pitch, more):
     """``sums[m * pitch + v] (+)= sum_i x[places[i] + m] * g[i * step + v]``.
 
     For m < rows, v < width, i < count; `places` int64. Sums are overwritten where `more` is 0.
     """
-    L, M, W = lanes.literal_value, rows.literal_value, width.literal_value
 
     def generate(context, builder, signature, values):
-        x, places, count, g, step, sums, pitch, more = values[3:]
-        at = simd.int_constant
-        segments = _segments(builder, x.type.pointee, L, W)
-        n = len(segments)
-        nothing = [segment.emit.zero() for segment in segments] * M
-        loop = simd.Loop(builder, at(0), count, 1, nothing)
-        row = builder.gep(x, [_far(builder, places, loop.index)])
-        line = builder.gep(g, [builder.mul(loop.index, step)])
-        right = [segment.load(line) for segment in segments]
-        found = []
-        for m in range(M):
-            factor = builder.load(builder.gep(row, [at(m)]))
-            found += _add_products(segments, factor, right, loop.carried[m * n : m * n + n])
-        found = loop.close(found)
-        lines = [builder.gep(sums, [builder.mul(pitch, at(m))]) for m in range(M)]
-        places_of = [(segment, line) for line in lines for segment in segments]
-        before = builder.block
-        with builder.if_then(builder.icmp_signed("!=", more, at(0))):
-            added = [
-                builder.fadd(segment.load(line), value)
-                for (segment, line), value in zip(places_of, found, strict=True)
-            ]
-            there = builder.block
-        results = [builder.phi(value.type) for value in found]
-        for phi, value, both in zip(results, found, added, strict=True):
-            phi.add_incoming(value, before)
-            phi.add_incoming(both, there)
-        for (segment, line), value in zip(places_of, results, strict=True):
-            segment.store(value, line)
+        _generate_outer(builder, signature, values)
         return context.get_dummy_value()
 
     i64 = types.int64
     table = types.CPointer(i64)
     return types.void(lanes, rows, width, x, table, i64, x, i64, x, i64, i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def outer_asking(
+    typing_context, lanes, rows, width, x, places, count, g, step, sums, pitch, more, later, far, slowly
+):  # fmt: skip
+    """`outer`, and with each i of a tile of several vectors a line of memory is asked for that is wanted
+    `later`, an address, ``far[i >> slowly]`` bytes further; none if that is 0."""
+
+    def generate(context, builder, signature, values):
+        _generate_outer(builder, signature, values)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    table = types.CPointer(i64)
+    return types.void(
+        lanes, rows, width, x, table, i64, x, i64, x, i64, i64, i64, table, i64
+    ), generate
 
 
 @intrinsic(prefer_literal=True)
