@@ -14,8 +14,9 @@ blocks, too; what lies outside of x is read from a vector of zeros. The input gr
 computation, of grad_y with the filters turned around and their channels exchanged.
 
 Either U or V is made before, for all tasks. Where U is small a task makes V of a block of tiles, and takes it
-through all panels. Where U is large, as at the end of a network, all V is made first: a task takes one panel
-for a block of tiles, and makes U a stretch of channels at a time where it is used, in the second-level cache.
+through all panels. Where U is large, as at the end of a network, or there are few tiles, all V is made first:
+a task takes one panel for a block of tiles, and makes U a stretch of channels at a time where it is used, in
+the second-level cache.
 
 Accuracy. The interpolation points are 0, ±1/√2, ±√2 and ∞, and channels are added up in stretches, the sums
 of which are added. Errors of float32 results from normally distributed numbers, relative to the norm, and the
@@ -849,6 +850,10 @@ def _winograd(kind: str, R: int, L: int, M: int, V: int) -> Task:
 FILTER_BYTES = 8 * 1024 * 1024
 """U of at most so many bytes is made for all tasks; where it would have more V is."""
 
+NEAR_BYTES = 256 * 1024
+"""U of more bytes is not made for all tasks, either, where there are few tiles: to fetch it from the caches of
+other cores takes longer than to make it."""
+
 BLOCK_BYTES = 1024 * 1024
 """What V and one panel's M of a block should fit into where U is made for all: a second-level cache."""
 
@@ -899,13 +904,15 @@ class _Tiles(NamedTuple):
         lanes, (M, V) = simd.lanes("float32"), simd.tiles().gemm
         TH, TW = (-(-places // (7 - side)) for places in output)
         total = N * TH * TW
-        given_v = 36 * 4 * C * _padded(K) > FILTER_BYTES
-        most = TILES
-        if not given_v:
-            # Small blocks for small caches, and to keep all threads busy.
-            share = up(-(-total // threads), 2)
-            most = min(TILES, BLOCK_BYTES // (36 * 4 * (C + V * lanes)), share)
-        most = min(max(most, 4 * M), up(total, 2))
+        of_u, panels = 36 * 4 * C * _padded(K), -(-_padded(K) // (V * lanes))
+        given_v = of_u > FILTER_BYTES or (of_u > NEAR_BYTES and total <= 2 * TILES)
+        # Small blocks for small caches, and to keep all threads busy.
+        if given_v:
+            least, most = M, -(-total // -(-threads // panels))
+        else:
+            least, most = 4 * M, -(-total // threads)
+            most = min(most, BLOCK_BYTES // (36 * 4 * (C + V * lanes)))
+        most = min(max(up(most, 2), least), TILES, up(total, 2))
 
         def waste(tiles: int) -> float:
             rounds = up(-(-total // tiles), 1 if given_v else threads)
@@ -1093,6 +1100,7 @@ def _is_worth_it(shape: ConvShape, direction: Direction) -> bool:
     lanes = simd.lanes("float32")
     vectors_c, vectors_k = -(-C // lanes), -(-K // lanes)
     direct = shape.N * math.prod(output) * math.prod(shape.kernel) * C * vectors_k / 0.95
+    direct += 1.4 * math.prod(shape.kernel) * C * K  # filters are packed
     tiles = _Tiles.of(shape.N, output, C, K, shape.kernel[0], 1)
     products = 36 * tiles.blocks * tiles.rows * C * _padded(K) / lanes / 0.94
     # Transforms have little to multiply: where vectors of 512 bits go at once they are as fast as memory.
