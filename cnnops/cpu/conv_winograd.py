@@ -851,8 +851,8 @@ FILTER_BYTES = 8 * 1024 * 1024
 """U of at most so many bytes is made for all tasks; where it would have more V is."""
 
 NEAR_BYTES = 256 * 1024
-"""U of more bytes is not made for all tasks, either, where there are few tiles: to fetch it from the caches of
-other cores takes longer than to make it."""
+"""U of more bytes is not made for all tasks, either, where there are few tiles: to fetch it from other cores'
+caches takes longer than to make it."""
 
 BLOCK_BYTES = 1024 * 1024
 """What V and one panel's M of a block should fit into where U is made for all: a second-level cache."""
