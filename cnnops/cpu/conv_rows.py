@@ -65,6 +65,9 @@ PACKED_SLICES = 16
 """Stretches that are packed at a time where a task packs filters for itself, whose terms are neighbours: each
 tile asks for a filter's next ones, a line of memory with every term."""
 
+ASKED_BYTES = 2048
+"""Places further apart are not asked for by weight gradients: few such lines find room in a cache."""
+
 PACK, PACKED, PACK_HERE = 2.8, 0.4, 1.4
 """Cycles, as `_Correlation` estimates them, that an element of a filter takes: to be packed for all tasks, to
 be read by one of them; and where a task packs it for itself."""
@@ -136,10 +139,12 @@ def _products(
     """The sums of W columns of filters, of which so many are wanted, for so many places, over some slices of
     the terms, those of `w`.
 
-    Meanwhile what is wanted after that is asked for by the first `calls` tiles, a line of memory with each
-    term: see `_correlate`.
+    Meanwhile the first tiles ask for what is wanted after that, a line of memory with each term. `asking`
+    says where that begins; whether it moves on with every slice, or else is all of the next ones'; how many
+    tiles ask; and where they do: so many of them, `of_line` apart, ask for the lines of the same rows, the
+    next ones `of_row`, and `of_term` for each term, further. From term to term it is `step`.
     """
-    later, moves, calls, lines, of_line, of_call, of_term, step = asking
+    later, moves, tiles, lines, of_line, of_row, of_term, step = asking
     before = slices[1 + 5 * first_slice + 4]
     q = 0
     for s in range(first_slice, end_slice):
@@ -152,8 +157,8 @@ def _products(
             q = 0
         for m in range(0, count, M):
             wanted, further = filters, 0
-            if q < calls:
-                offset = q // lines * (of_call + terms * of_term) + q % lines * of_line
+            if q < tiles:
+                offset = q // lines * (of_row + terms * of_term) + q % lines * of_line
                 wanted, further = ahead(following, offset), step
             q += 1
             rows.multiply(
@@ -172,7 +177,8 @@ def _correlate(kind: str, L: int, M: int, V: int, U: int) -> Task:
     W1, W2, W3, W4, W6, W8 = L // 2, L, L + L // 2, 2 * L, 3 * L, full
 
     def conv_rows(address: int, index: int, scratch: int) -> None:
-        """One block of outputs, for one share of one group's filters: packed, or else packed here."""
+        """One block of outputs, for one share of one group's filters. These are packed, unless `packing` says
+        how many slices of them are packed here at a time."""
         (
             x_, w, scale, shift, start, taps, slices, picks,
             residual_, y_, activation,
@@ -498,10 +504,6 @@ def deliver(L, T, sums, pitch, spare, grad_w, K, lines, side, stretch, C, along,
                         to[k * of_k + (c + n) * of_c] = spare[k * L + n]
 
 
-ASKED_BYTES = 2048
-"""Places further apart are not asked for: few lines at such distances find room in a cache."""
-
-
 @routine
 def _outer_products(L, M, W, block, places, panel, sums, taps, common, coming):
     """``sums [line] [channel] [W]`` of a block's places, some places at a time.
@@ -541,12 +543,8 @@ def _begin(number, blocks, sizes):
     Bi, Bd, Bh, Bw = sizes
     rest = number // blocks_w
     further = rest // blocks_h
-    return (
-        further // blocks_d * Bi,
-        further % blocks_d * Bd,
-        rest % blocks_h * Bh,
-        number % blocks_w * Bw,
-    )
+    n, z = further // blocks_d * Bi, further % blocks_d * Bd
+    return n, z, rest % blocks_h * Bh, number % blocks_w * Bw
 
 
 @lru_cache(None)
@@ -919,17 +917,8 @@ class _Correlation:
         for size in sizes:
             starts.append(up(starts[-1] + size, 64))
         (
-            _,
-            tables_at,
-            spare_at,
-            sums_at,
-            line_at,
-            beside_at,
-            halves_at,
-            unused_at,
-            *packs_at,
-            end,
-        ) = starts
+            _, tables_at, spare_at, sums_at, line_at, beside_at, halves_at, unused_at, *packs_at, end,
+        ) = starts  # fmt: skip
         self._scratch_bytes = end
         tables = (
             np.array(tap_offsets or [0], np.int64),
