@@ -48,6 +48,7 @@ CONVOLUTIONS = {
     "depthwise, stride 2": ((2, 24, 14, 14), (24, 1, 5, 5), 2, 2, 24),
     "winograd": ((2, 36, 30, 30), (36, 36, 3, 3), 1, 1, 1),
     "winograd, five taps": ((3, 40, 19, 19), (33, 40, 5, 5), 1, 2, 1),
+    "winograd, stride 2": ((8, 68, 29, 29), (68, 68, 3, 3), 2, 1, 1),
 }
 """Sizes of x and w, stride, padding, groups."""
 

@@ -1,26 +1,28 @@
-"""Winograd's convolutions F(4x4, 3x3) and F(2x2, 5x5): 36 products where direct ones have 144 and 100.
+"""Winograd's convolutions: 36 products where direct ones of 3x3 taps have 144 and those of 5x5 taps 100; 25
+where direct ones of 3x3 taps with a stride of 2 have 36, and as many for the input gradient of these.
 
-A tile of E by E outputs comes from 6 by 6 inputs d and, for each pair of channels, a filter g of R by R taps,
-E + R = 7, as ``Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A``, with one B for either R. The sum over channels is taken
-before Aᵀ and A, so that ⊙ becomes 36 matrix products ``M[xi] = V[xi] · U[xi]``, of [tiles, C] and [C, K]:
+A tile of outputs comes from inputs d and, for each pair of channels, a filter g, as `winograd_axes` has it
+for an axis: with a stride of 1 ``Y = Aᵀ [(G g Gᵀ) ⊙ (Bᵀ d B)] A``. The sum over channels is taken before Aᵀ
+and A, so that ⊙ becomes matrix products ``M[m] += V[v] · U[u]``, of [tiles, C] and [C, K]:
 
-    V = Bᵀ d B    [xi] [stretch of C] [tile] [C]        a stretch is `STRETCH` channels
-    U = G g Gᵀ    [panel] [xi] [C] [K]                  a panel is as many filters as a tile of registers
-    M             [xi] [tile] [K]                       of one panel
+    V = Bᵀ d B    [v] [stretch of C] [tile] [C]         a stretch is `STRETCH` channels
+    U = G g Gᵀ    [panel] [u] [C] [K]                   a panel is as many filters as a tile of registers
+    M             [m] [tile] [K]                        of one panel
 
 All transforms go along channels with vectors, whatever the layout: planes of x and y, and half types, pass
 through small channels-last float32 buffers. Tiles are numbered through all images, so small planes fill
 blocks, too; what lies outside of x is read from a vector of zeros. The input gradient is the same
-computation, of grad_y with the filters turned around and their channels exchanged.
+computation, of grad_y with the filters turned around and their channels exchanged, by the scheme "spread"
+where there is a stride.
 
 Either U or V is made before, for all tasks. Where U is small a task makes V of a block of tiles, and takes it
 through all panels. Where U is large, as at the end of a network, or there are few tiles, all V is made first:
 a task takes one panel for a block of tiles, and makes U a stretch of channels at a time where it is used, in
 the second-level cache.
 
-Accuracy. The interpolation points are 0, ±1/√2, ±√2 and ∞, and channels are added up in stretches, the sums
-of which are added. Errors of float32 results from normally distributed numbers, relative to the norm, and the
-largest, relative to the results' standard deviation:
+Accuracy. Channels are added up in stretches, the sums of which are added. Errors of float32 results from
+normally distributed numbers, relative to the norm, and the largest, relative to the results' standard
+deviation:
 
     C                              64                256               512
     3x3, these points        6.3e-7  5.3e-6    6.7e-7  4.3e-6    7.2e-7  4.9e-6
@@ -28,6 +30,8 @@ largest, relative to the results' standard deviation:
     3x3, direct convolution  2.7e-7  2.4e-6    2.8e-7  1.6e-6    2.9e-7  1.7e-6
     5x5, these points        7.0e-7  3.6e-6    7.5e-7  4.0e-6    8.0e-7  4.5e-6
     5x5, direct convolution  1.8e-7  1.0e-6    2.3e-7  1.5e-6    2.7e-7  2.2e-6
+    3x3, stride 2            2.0e-7  1.2e-6    2.4e-7  1.4e-6    2.7e-7  1.6e-6
+    direct, stride 2         1.8e-7  1.2e-6    2.0e-7  1.2e-6    2.2e-7  1.3e-6
 
 Half types are computed in float32 and rounded once, at the end.
 
@@ -42,7 +46,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -56,6 +60,14 @@ from cnnops.cpu import simd, vectors
 from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import up
 from cnnops.cpu.task import Shared, Task, ahead, given, layout, pointer, unpack
+from cnnops.cpu.winograd_axes import (
+    SCHEMES,
+    Scheme,
+    times,
+    transform_filter,
+    transform_input,
+    transform_sums,
+)
 from cnnops.epilogue import ACTIVATIONS, NO_EPILOGUE, Epilogue
 from cnnops.shapes import Axes, ConvShape, Direction
 
@@ -71,169 +83,6 @@ TERMS = 32
 
 KINDS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 """Types in memory. float64 is left to direct convolution, for those who ask for its digits."""
-
-# ---- the transforms of one axis, on vectors ---------------------------------------------------------------
-
-_NEAR, _FAR = math.sqrt(0.5), math.sqrt(2.0)
-"""The points: a² b² = 1 and a² + b² = 5/2 leave few constants that are not exact."""
-
-
-def _input_axis(emit: simd.Emit, d: list[ir.Value]) -> list[ir.Value]:
-    """``Bᵀ d``: 6 to 6."""
-
-    def plus(factor, a, c):
-        return emit.multiply_add(emit.constant(factor), a, c)
-
-    even_near, odd_near = plus(-2.0, d[2], d[4]), plus(-2.0, d[1], d[3])
-    even_far, odd_far = plus(-0.5, d[2], d[4]), plus(-0.5, d[1], d[3])
-    return [
-        emit.builder.fadd(plus(-2.5, d[2], d[0]), d[4]),
-        plus(_NEAR, odd_near, even_near),
-        plus(-_NEAR, odd_near, even_near),
-        plus(_FAR, odd_far, even_far),
-        plus(-_FAR, odd_far, even_far),
-        emit.builder.fadd(plus(-2.5, d[3], d[1]), d[5]),
-    ]
-
-
-def _filter_axis(emit: simd.Emit, g: list[ir.Value]) -> list[ir.Value]:
-    """``G g``: R to 6, but for factors that `_sums_axis` has instead."""
-
-    def powers(square: float, terms: list[ir.Value]) -> ir.Value:
-        total = terms[-1]
-        for term in terms[-2::-1]:
-            total = emit.multiply_add(emit.constant(square), total, term)
-        return total
-
-    pairs = []
-    for point in (_NEAR, _FAR):
-        even, odd = (powers(point**2, g[first::2]) for first in (0, 1))
-        pairs += [emit.multiply_add(emit.constant(p), odd, even) for p in (point, -point)]
-    return [g[0], *pairs, g[-1]]
-
-
-def _sums_axis(emit: simd.Emit, m: list[ir.Value], outputs: int) -> list[ir.Value]:
-    """``Aᵀ m``: 6 to so many."""
-    builder = emit.builder
-    near, far = builder.fadd(m[1], m[2]), builder.fadd(m[3], m[4])
-    odd_near, odd_far = builder.fsub(m[1], m[2]), builder.fsub(m[3], m[4])
-    # G's rows for ±1/√2 have a factor of -2/3, those for ±√2 one of 1/6.
-    a, b = -2 / 3, 1 / 6
-    sums = []
-    for q in range(outputs):
-        x, y = (odd_near, odd_far) if q % 2 else (near, far)
-        by_x, by_y = emit.constant(a * _NEAR**q), emit.constant(b * _FAR**q)
-        point = {0: m[0], outputs - 1: m[5]}.get(q)
-        first = builder.fmul(by_x, x) if point is None else emit.multiply_add(by_x, x, point)
-        sums.append(emit.multiply_add(by_y, y, first))
-    return sums
-
-
-def _both_axes(
-    emit: simd.Emit,
-    axis: Callable[[simd.Emit, list[ir.Value]], list[ir.Value]],
-    read: Callable[[int, int], ir.Value],
-    sizes: int,
-    write: Callable[[int, int, ir.Value], None],
-) -> None:
-    """`axis` down every column of what ``read(i, j)`` gives, then along every row: each result to
-    ``write(i, j, value)``."""
-    down = [axis(emit, [read(i, j) for i in range(sizes)]) for j in range(sizes)]
-    for i in range(len(down[0])):
-        for j, value in enumerate(axis(emit, [column[i] for column in down])):
-            write(i, j, value)
-
-
-def _times(builder, value, factor):
-    return builder.mul(value, simd.int_constant(factor))
-
-
-@intrinsic(prefer_literal=True)
-def _transform_input(typing_context, lanes, side, to, plane, source, places, count, more):
-    """``to[xi * plane + c] = (Bᵀ d B)[xi]`` with ``d[k] = source[places[k] + c]``, for c < count, which is a
-    multiple of the lanes. Of fewer than 6 by 6 places it is ``G d Gᵀ``.
-
-    Where there are `more`, the next tile's places follow; what is there is asked for: tiles lie in so many
-    rows of pixels that the CPU would not foresee it."""
-    L, sizes = lanes.literal_value, side.literal_value
-    axis = _input_axis if sizes == 6 else _filter_axis
-
-    def generate(context, builder, signature, values):
-        to, plane, source, places, count, more = values[2:]
-        emit = simd.Emit(builder, ir.FloatType(), L)
-        loop = simd.Loop(builder, simd.int_constant(0), count, L, [])
-        c = loop.index
-        start = builder.gep(source, [c])
-
-        def pixel(number):
-            place = builder.load(builder.gep(places, [simd.int_constant(number)]))
-            return builder.gep(start, [place])
-
-        def read(i, j):
-            return emit.load(pixel(sizes * i + j))
-
-        with builder.if_then(builder.icmp_signed("!=", more, simd.int_constant(0))):
-            for number in range(sizes**2):
-                emit.prefetch(pixel(sizes**2 + number))
-
-        def write(i, j, value):
-            at = builder.add(_times(builder, plane, 6 * i + j), c)
-            emit.store(value, builder.gep(to, [at]))
-
-        _both_axes(emit, axis, read, sizes, write)
-        loop.close([])
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(lanes, side, to, i64, source, types.CPointer(i64), i64, i64), generate
-
-
-@intrinsic(prefer_literal=True)
-def _transform_filter(typing_context, lanes, side, to, plane, source, step):
-    """``to[xi * plane + l] = (G g Gᵀ)[xi]`` with ``g[t] = source[t * step + l]``, `side` by `side` of them,
-    for every lane l."""
-    L, R = lanes.literal_value, side.literal_value
-
-    def generate(context, builder, signature, values):
-        to, plane, source, step = values[2:]
-        emit = simd.Emit(builder, ir.FloatType(), L)
-
-        def read(i, j):
-            return emit.load(builder.gep(source, [_times(builder, step, R * i + j)]))
-
-        def write(i, j, value):
-            emit.store(value, builder.gep(to, [_times(builder, plane, 6 * i + j)]))
-
-        _both_axes(emit, _filter_axis, read, R, write)
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(lanes, side, to, i64, source, i64), generate
-
-
-@intrinsic(prefer_literal=True)
-def transform_sums(typing_context, lanes, outputs, to, row, place, source, plane):
-    """``to[p * row + q * place + l] = (Aᵀ m A)[p, q]`` with ``m[xi] = source[xi * plane + l]``, `outputs` by
-    `outputs` of them, for every lane l."""
-    L, E = lanes.literal_value, outputs.literal_value
-
-    def generate(context, builder, signature, values):
-        to, row, place, source, plane = values[2:]
-        emit = simd.Emit(builder, ir.FloatType(), L)
-
-        def read(i, j):
-            return emit.load(builder.gep(source, [_times(builder, plane, 6 * i + j)]))
-
-        def write(p, q, value):
-            at = builder.add(_times(builder, row, p), _times(builder, place, q))
-            emit.store(value, builder.gep(to, [at]))
-
-        _both_axes(emit, partial(_sums_axis, outputs=E), read, 6, write)
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(lanes, outputs, to, i64, i64, source, i64), generate
-
 
 # ---- other work on vectors --------------------------------------------------------------------------------
 
@@ -252,15 +101,15 @@ def _multiply(
     def generate(context, builder, signature, values):
         a, a_pitch, b, count, c, c_pitch, accumulate, later, step = values[3:]
         emit = simd.Emit(builder, ir.FloatType(), L)
-        lines = [builder.gep(a, [_times(builder, a_pitch, m)]) for m in range(M)]
+        lines = [builder.gep(a, [times(builder, a_pitch, m)]) for m in range(M)]
         places = [
-            builder.gep(c, [builder.add(_times(builder, c_pitch, m), simd.int_constant(v * L))])
+            builder.gep(c, [builder.add(times(builder, c_pitch, m), simd.int_constant(v * L))])
             for m in range(M)
             for v in range(V)
         ]
         loop = simd.Loop(builder, simd.int_constant(0), count, 1, [emit.zero()] * (M * V))
         k = loop.index
-        row = builder.gep(b, [_times(builder, k, V * L)])
+        row = builder.gep(b, [times(builder, k, V * L)])
         column = [emit.load(builder.gep(row, [simd.int_constant(v * L)])) for v in range(V)]
         emit.prefetch(builder.gep(later, [builder.mul(k, step)]), 2)
         sums = []
@@ -443,8 +292,11 @@ def _activate(typing_context, lanes, sums, line, lines, count, activation):
 
 
 @routine
-def _filters(L, R, kind, to, plane, width, w, wk, wc, wt, turned, rows, first, count, taps):
-    """U of `rows` filters, at most a vector, for `count` channels from `first`: ``to [xi] [C] [width]``.
+def _filters(
+    L, R, numbers, kind, to, plane, width, w, wk, wc, wt, turned, rows, first, count, taps
+):
+    """U of `rows` filters, at most a vector, for `count` channels from `first`: ``to [xi] [C] [width]``,
+    `numbers` by `numbers` xi.
 
     The taps of a filter are `wt` apart in memory, read from the last one on where `turned`. One of wk, wc and
     wt is 1. `taps` is scratch, ``[C] [tap] [lanes]``.
@@ -472,7 +324,7 @@ def _filters(L, R, kind, to, plane, width, w, wk, wc, wt, turned, rows, first, c
                 _turn(L, kind, ahead(taps, i * to_step), pitch, source, wk, rows, length)
         for c in range(some):
             at = ahead(to, (c0 - first + c) * width)
-            _transform_filter(L, R, at, plane, ahead(start, c * one), tap)
+            transform_filter(L, R, numbers, at, plane, ahead(start, c * one), tap)
 
 
 @routine
@@ -504,10 +356,12 @@ def _set_places(places, side, top, left, h0, w0, H, W, sh, sw, nothing):
 
 @routine
 def inputs(
-    L, E, side, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk, room
+    L, step, side, numbers, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk,
+    room,
 ):  # fmt: skip
     """V of `count` tiles from the `first` on, and zeros behind them up to so many rows:
-    ``to [xi] [stretch of C] [tile] [pitch]``. A tile is `side` by `side` places of x, the next one E further.
+    ``to [xi] [stretch of C] [tile] [pitch]``, `numbers` by `numbers` xi. A tile is `side` by `side` places of
+    x, the next one `step` further.
 
     `room` has the addresses of scratch: those places of each tile, zeros in place of a pixel, and the pixels
     that a rectangle of tiles reads, ``[h, w] [chunk]``. Channels-last float32 is read where it is, though, if
@@ -524,19 +378,19 @@ def inputs(
     t = first
     while t < first + count:
         n, row, row_end, column, column_end = _part(t, first + count, TH, TW)
-        h0, h1 = max(E * row - pad_h, 0), min(E * (row_end - 1) + side - pad_h, H)
-        w0, w1 = max(E * column - pad_w, 0), min(E * (column_end - 1) + side - pad_w, W)
+        h0, h1 = max(step * row - pad_h, 0), min(step * (row_end - 1) + side - pad_h, H)
+        w0, w1 = max(step * column - pad_w, 0), min(step * (column_end - 1) + side - pad_w, W)
         start = x + (n * xn + h0 * xh + w0 * xw) * itemsize
-        line, step, source_at = (w1 - w0) * chunk, chunk, pixels_at
+        line, pixel_step, source_at = (w1 - w0) * chunk, chunk, pixels_at
         if straight:
-            line, step, source_at = xh, xw, start
+            line, pixel_step, source_at = xh, xw, start
         source = pointer(source_at, "float32")
         tiles = 0
         for i in range(row, row_end):
             for j in range(column, column_end):
                 _set_places(
-                    ahead(places, side * side * tiles), side, E * i - pad_h, E * j - pad_w, h0, w0, H, W,
-                    line, step, (zeros_at - source_at) // 4,
+                    ahead(places, side * side * tiles), side, step * i - pad_h, step * j - pad_w, h0, w0, H,
+                    W, line, pixel_step, (zeros_at - source_at) // 4,
                 )  # fmt: skip
                 tiles += 1
         # Lines without gaps between them are one.
@@ -565,22 +419,23 @@ def inputs(
                 at = ahead(to, c0 // STRETCH * stretch + (t - first + k) * pitch + c0 % STRETCH)
                 here = ahead(source, c0 if straight else 0)
                 more = straight and k + 1 < tiles
-                _transform_input(
-                    L, side, at, plane, here, ahead(places, side * side * k), some, more
+                transform_input(
+                    L, side, numbers, at, plane, here, ahead(places, side * side * k), some, more
                 )
         t += tiles
     for t in range(count, rows):
-        for k in range(36):
+        for k in range(numbers * numbers):
             for c in range(C):
                 to[k * plane + c // STRETCH * stretch + t * pitch + c % STRETCH] = 0
 
 
 @routine
 def _outputs(
-    L, E, kind, y, residual, sums, plane, pitch, first, count, k0, k1, scale, shift, activation,
+    L, numbers, E, kind, y, residual, sums, plane, pitch, first, count, k0, k1, scale, shift, activation,
     sizes, strides, room,
 ):  # fmt: skip
-    """Channels k0 to k1 of `count` tiles from the `first` on, from sums ``[xi] [tile] [pitch]``.
+    """Channels k0 to k1 of `count` tiles from the `first` on, of E by E outputs each, from sums
+    ``[xi] [tile] [pitch]``, `numbers` by `numbers` xi.
 
     `room` has the addresses of scratch: scales and shifts, results, results in y's order.
     """
@@ -622,7 +477,9 @@ def _outputs(
                     to = ahead(results, ((E * i - p0) * length + E * j - q0) * group)
                     for v in range(0, group, L):
                         source = ahead(sums, tile * pitch + k + v)
-                        transform_sums(L, E, ahead(to, v), length * group, group, source, plane)
+                        transform_sums(
+                            L, numbers, E, ahead(to, v), length * group, group, source, plane
+                        )
             some = min(group, k1 - k0 - k)
             if yk == 1:
                 values, outer, inner, gap, factor_outer, factor_inner = (
@@ -752,9 +609,13 @@ def _multiply_panel(
 
 
 @lru_cache(None)
-def _winograd(kind: str, R: int, L: int, M: int, V: int) -> Task:
+def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
     args = layout("int64*2 float32**4 int64*49")
-    half, E = V // 2, 7 - R
+    axis, half = SCHEMES[scheme], V // 2
+    side, step, R, E, _ = axis
+    NV, NU, NM = axis.v, axis.u, axis.m
+    of_v, of_u, of_m, again = axis.of_both_axes()
+    products = len(of_v)
 
     def winograd(address: int, index: int, scratch: int) -> None:
         """With `making`, a part of U or of V, whichever there is an array for. Else y of a block of tiles:
@@ -785,8 +646,8 @@ def _winograd(kind: str, R: int, L: int, M: int, V: int) -> Task:
             lines = pointer(scratch + v_at, "float32")
         if making == given_v:
             inputs(
-                L, E, 6, kind, lines, plane_v, stretch, pitch, x, first + start, here, multiplied, C,
-                (N, H, W, TH, TW, pad_h, pad_w, itemsize), (xn, xc, xh, xw), chunk,
+                L, step, side, NV, kind, lines, plane_v, stretch, pitch, x, first + start, here, multiplied,
+                C, (N, H, W, TH, TW, pad_h, pad_w, itemsize), (xn, xc, xh, xw), chunk,
                 (scratch + places_at, scratch + zeros_at, scratch + pixels_at),
             )  # fmt: skip
         if making and given_v:
@@ -794,49 +655,52 @@ def _winograd(kind: str, R: int, L: int, M: int, V: int) -> Task:
         sums = pointer(scratch + sums_at, "float32")
         for k0 in range(panel * V * L, panel_end * V * L, V * L):
             width = min(V * L, padded - k0)
-            channels = STRETCH if given_v else C
-            plane_u = channels * width + LINE
+            plane_u = (STRETCH if given_v else C) * width + LINE
             filters = (
                 pointer(scratch, "float32")
                 if given_v
-                else ahead(u, 36 * (k0 * C + k0 // (V * L) * LINE))
+                else ahead(u, NU * NU * (k0 * C + k0 // (V * L) * LINE))
             )
-            step = PART if making else STRETCH
+            channels = PART if making else STRETCH
             for c in range(
-                block * step if making else 0, (block + 1) * step if making else C, step
+                block * channels if making else 0, (block + 1) * channels if making else C, channels
             ):
-                deep = min(step, C - c)
+                deep = min(channels, C - c)
+                of_c = 0 if given_v else c * width
                 if making or given_v:
                     for k in range(k0, k0 + width, L):
                         # Vectors that only fill the panel up repeat the last one.
                         filled = min(k, (K - 1) // L * L)
                         source = ahead(vectors.elements(w, kind), filled * wk)
-                        to = ahead(filters, k - k0 + (0 if given_v else c * width))
                         _filters(
-                            L, R, kind, to, plane_u, width, source, wk, wc, wt, turned,
-                            min(L, K - filled), c, deep, taps,
+                            L, R, NU, kind, ahead(filters, k - k0 + of_c), plane_u, width, source, wk, wc, wt,
+                            turned, min(L, K - filled), c, deep, taps,
                         )  # fmt: skip
                 if not making:
-                    # What other tasks made is not in this core's cache, and neither is w: the next xi's V or
-                    # U, and w's next channels, are asked for.
-                    coming = C - c - step if given_v else 0
+                    # What other tasks made is not in this core's cache, and neither is w: the next product's
+                    # V or U, and w's next channels, are asked for.
+                    coming = C - c - channels if given_v else 0
                     far = _far_lines(
-                        R, w + (k0 * wk + (c + step) * wc) * itemsize, itemsize, wk, wc, wt,
-                        min(width, K - k0), min(max(coming, 0), step),
+                        R, w + (k0 * wk + (c + channels) * wc) * itemsize, itemsize, wk, wc, wt,
+                        min(width, K - k0), min(max(coming, 0), channels),
                     )  # fmt: skip
-                    for xi in range(36):
-                        of_v = ahead(lines, xi * plane_v + c // STRETCH * stretch)
-                        of_u = ahead(filters, xi * plane_u + (0 if given_v else c * width))
-                        near, near_lines = ahead(of_u, plane_u), deep * width // LINE
+                    of_stretch = ahead(lines, c // STRETCH * stretch)
+                    for i in range(products):
+                        later = min(i + 1, products - 1)
+                        near = ahead(filters, of_u[later] * plane_u + of_c)
+                        near_lines = deep * width // LINE
                         if given_v:
-                            near, near_lines = ahead(of_v, plane_v), rows * pitch // LINE
+                            near = ahead(of_stretch, of_v[later] * plane_v)
+                            near_lines = rows * pitch // LINE
                         _multiply_panel(
-                            L, M, V, half, of_v, pitch, of_u, width, deep, ahead(sums, xi * plane), V * L,
-                            rows, c, near, near_lines, far, xi * far[0] // 36, (xi + 1) * far[0] // 36,
+                            L, M, V, half, ahead(of_stretch, of_v[i] * plane_v), pitch,
+                            ahead(filters, of_u[i] * plane_u + of_c), width, deep,
+                            ahead(sums, of_m[i] * plane), V * L, rows, c + again[i], near, near_lines,
+                            far, i * far[0] // products, (i + 1) * far[0] // products,
                         )  # fmt: skip
             if not making:
                 _outputs(
-                    L, E, kind, y, residual, sums, plane, V * L, first + start, here, k0,
+                    L, NM, E, kind, y, residual, sums, plane, V * L, first + start, here, k0,
                     min(k0 + V * L, K), scale, shift, activation,
                     (P, Q, TH, TW, itemsize), (yn, yk, yh, yw),
                     (scratch + factors_at, scratch + results_at, scratch + planes_at, scratch + order_at),
@@ -858,7 +722,7 @@ BLOCK_BYTES = 1024 * 1024
 """What V and one panel's M of a block should fit into where U is made for all: a second-level cache."""
 
 TILES = 66
-"""Most tiles of a block: where V is made for all, M of so many and a part of U fit there."""
+"""Most tiles of a block, with 36 sums each: where V is made for all, M of them and a part of U fit there."""
 
 WAVE_BYTES = 16 * 1024 * 1024
 """How much of V is made at a time, at least a block."""
@@ -900,19 +764,19 @@ class _Tiles(NamedTuple):
     blocks: int
 
     @classmethod
-    def of(cls, N: int, output: Axes, C: int, K: int, side: int, threads: int) -> _Tiles:
+    def of(cls, N: int, output: Axes, C: int, K: int, axis: Scheme, threads: int) -> _Tiles:
         lanes, (M, V) = simd.lanes("float32"), simd.tiles().gemm
-        TH, TW = (-(-places // (7 - side)) for places in output)
+        TH, TW = (-(-places // axis.outputs) for places in output)
         total = N * TH * TW
-        of_u, panels = 36 * 4 * C * _padded(K), -(-_padded(K) // (V * lanes))
+        of_u, panels = axis.u**2 * 4 * C * _padded(K), -(-_padded(K) // (V * lanes))
         given_v = of_u > FILTER_BYTES or (of_u > NEAR_BYTES and total <= 2 * TILES)
         # Small blocks for small caches, and to keep all threads busy.
         if given_v:
             least, most = M, -(-total // -(-threads // panels))
         else:
             least, most = 4 * M, -(-total // threads)
-            most = min(most, BLOCK_BYTES // (36 * 4 * (C + V * lanes)))
-        most = min(max(up(most, 2), least), TILES, up(total, 2))
+            most = min(most, BLOCK_BYTES // (4 * (axis.v**2 * C + axis.m**2 * V * lanes)))
+        most = min(max(up(most, 2), least), TILES * 36 // axis.m**2, up(total, 2))
 
         def waste(tiles: int) -> float:
             rounds = up(-(-total // tiles), 1 if given_v else threads)
@@ -927,20 +791,22 @@ class _Tiles(NamedTuple):
 
 
 class _Plan:
-    """One correlation, of x ``N C H W`` with K filters to y ``N K P Q``: all that does not change from call
-    to call. `padding` is that before H and W; `straight` says that the kernel reads x channels-last."""
+    """One correlation, of x ``N C H W`` with K filters to y ``N K P Q``, by one of `SCHEMES`: all that does
+    not change from call to call. `padding` is that before H and W; `straight` says that the kernel reads x
+    channels-last."""
 
     def __init__(
         self, kind: str, N: int, C: int, K: int, size: Axes, padding: tuple[int, int], output: Axes,
-        side: int, straight: bool, threads: int,
+        scheme: str, straight: bool, threads: int,
     ) -> None:  # fmt: skip
         L, (M, V) = simd.lanes("float32"), simd.tiles().gemm
-        out = 7 - side
+        axis = SCHEMES[scheme]
+        out, arrays_v, arrays_u, arrays_m = axis.outputs, axis.v**2, axis.u**2, axis.m**2
         padded, pitch = _padded(K), min(STRETCH, up(C, L))
         panels, stretches = -(-padded // (V * L)), -(-C // STRETCH)
-        T, (TH, TW), given_v, tiles, rows, blocks = _Tiles.of(N, output, C, K, side, threads)
+        T, (TH, TW), given_v, tiles, rows, blocks = _Tiles.of(N, output, C, K, axis, threads)
         if given_v:
-            wave = max(1, WAVE_BYTES // (36 * 4 * C * tiles)) * tiles
+            wave = max(1, WAVE_BYTES // (arrays_v * 4 * C * tiles)) * tiles
             waves = [(first, min(wave, T - first)) for first in range(0, T, wave)]
             all_rows = up(min(wave, T), tiles) - tiles + rows
             # Whole images, if they are small.
@@ -954,22 +820,26 @@ class _Plan:
         plane_v, plane = stretches * stretch + LINE, rows * V * L + LINE
         self._given_v, self._panels, self._tiles = given_v, panels, tiles
         self._waves, self._making = waves, making
-        self._shared_size = 36 * (plane_v if given_v else padded * C + panels * LINE)
+        self._shared_size = (
+            arrays_v * plane_v if given_v else arrays_u * (padded * C + panels * LINE)
+        )
         scratch = Scratch()
-        scratch.add(36 * (STRETCH * V * L + LINE) if given_v else 0)
-        v = scratch.add(0 if given_v else 36 * plane_v)
-        sums = scratch.add(36 * plane)
-        taps = scratch.add((side**2 * L + 16) * L)
+        scratch.add(arrays_u * (STRETCH * V * L + LINE) if given_v else 0)
+        v = scratch.add(0 if given_v else arrays_v * plane_v)
+        sums = scratch.add(arrays_m * plane)
+        taps = scratch.add((axis.taps**2 * L + 16) * L)
         # The pixels that a rectangle of tiles reads, with what a turned vector may reach beyond.
         H, W = size
-        across, along = (out * min(n, t) + side - 1 for n, t in ((some, TW), (some // TW, TH)))
-        pixels = 6 * min(W, across)
+        across, along = (
+            axis.step * (min(n, t) - 1) + axis.inputs for n, t in ((some, TW), (some // TW, TH))
+        )
+        pixels = axis.inputs * min(W, across)
         if some >= TW:
             pixels = max(pixels, min(H, along) * W)
         chunk = STRETCH
         while not straight and chunk > L and 4 * chunk * pixels > PIXEL_BYTES:
             chunk //= 2
-        places = scratch.add(2 * 36 * some)
+        places = scratch.add(2 * axis.inputs**2 * some)
         zeros = scratch.add(max(C, chunk))
         at_pixels = scratch.add(0 if straight else (pixels + L) * chunk)
         factors = scratch.add(2 * V * L * L)
@@ -985,9 +855,10 @@ class _Plan:
             factors, results, planes, order,
         )  # fmt: skip
         self._zeros = torch.zeros(K)
-        self._task = _winograd(kind, side, L, M, V)
-        self._work = 36.0 * T * C * padded / L
-        self._making_work = C / L * (500.0 * T if given_v else 600.0 * padded)
+        self._task = _winograd(kind, scheme, L, M, V)
+        self._work = float(len(axis.products) ** 2 * T * C * padded) / L
+        cycles = _cycles(axis)
+        self._making_work = C / L * (cycles.input * T if given_v else cycles.filter * padded)
 
     def run(
         self, x: torch.Tensor, w: torch.Tensor, along: tuple[int, int, int, int],
@@ -1016,19 +887,23 @@ class _Plan:
 @lru_cache(512)
 def _fprop(shape: ConvShape, kind: str, straight: bool, threads: int) -> _Plan:
     (top, _), (left, _) = shape.padding
+    scheme = scheme_of(shape, "fprop")
+    assert scheme is not None
     return _Plan(
-        kind, shape.N, shape.C, shape.K, shape.spatial, (top, left), shape.output, shape.kernel[0],
-        straight, threads,
+        kind, shape.N, shape.C, shape.K, shape.spatial, (top, left), shape.output, scheme, straight, threads,
     )  # fmt: skip
 
 
 @lru_cache(512)
 def _dgrad(shape: ConvShape, kind: str, straight: bool, threads: int) -> _Plan:
-    (top, _), (left, _) = shape.padding
-    side = shape.kernel[0]
+    scheme = scheme_of(shape, "dgrad")
+    assert scheme is not None
+    if scheme == "spread":
+        top = left = 0
+    else:
+        top, left = (SCHEMES[scheme].taps - 1 - before for before, _ in shape.padding)
     return _Plan(
-        kind, shape.N, shape.K, shape.C, shape.output, (side - 1 - top, side - 1 - left),
-        shape.spatial, side, straight, threads,
+        kind, shape.N, shape.K, shape.C, shape.output, (top, left), shape.spatial, scheme, straight, threads,
     )  # fmt: skip
 
 
@@ -1079,41 +954,74 @@ def _correlate(
 # ---- operations -------------------------------------------------------------------------------------------
 
 
-def fits(shape: ConvShape) -> bool:
-    return (
+def scheme_of(shape: ConvShape, direction: Direction) -> str | None:
+    """Which of `SCHEMES` computes the problem; for the weight gradient that of fprop."""
+    if not (
         shape.kernel in ((3, 3), (5, 5))
-        and shape.stride == shape.dilation == (1, 1)
+        and shape.dilation == (1, 1)
         and shape.groups == 1
         and shape.padding_mode == "zeros"
         and all(0 <= p < shape.kernel[0] for pair in shape.padding for p in pair)
         and math.prod(shape.x_size) > 0
+    ):
+        return None
+    if shape.stride == (1, 1):
+        return "three taps" if shape.kernel == (3, 3) else "five taps"
+    if shape.stride != (2, 2) or shape.kernel != (3, 3):
+        return None
+    if direction == "dgrad":
+        return "spread" if all(before == 1 for before, _ in shape.padding) else None
+    return "strided"
+
+
+class _Cycles(NamedTuple):
+    """About how long transforms take, for a vector of channels of a tile, or of filters of a channel."""
+
+    input: float
+    output: float
+    filter: float
+
+
+def _cycles(axis: Scheme) -> _Cycles:
+    return _Cycles(
+        7.0 * (axis.inputs**2 + axis.v**2),
+        9.6 * (axis.m**2 + axis.outputs**2),
+        13.0 * (axis.taps**2 + axis.u**2),
     )
 
 
 @lru_cache(4096)
 def _is_worth_it(shape: ConvShape, direction: Direction) -> bool:
     """By estimated cycles of one thread, against a direct convolution at 95 % of the multiply-adds that a CPU
-    with one vector of them a cycle can do."""
+    with one vector of them a cycle can do, or 80 and 70 % with a stride of 2."""
+    scheme = scheme_of(shape, direction)
+    if scheme is None:
+        return False
+    axis = SCHEMES[scheme]
     C, K, output = shape.C, shape.K, shape.output
     if direction == "dgrad":
         C, K, output = K, C, shape.spatial
     lanes = simd.lanes("float32")
     vectors_c, vectors_k = -(-C // lanes), -(-K // lanes)
-    direct = shape.N * math.prod(output) * math.prod(shape.kernel) * C * vectors_k / 0.95
+    direct = 1.0 * shape.N * math.prod(shape.output) * math.prod(shape.kernel) * C * vectors_k
+    direct /= 0.95 if shape.stride == (1, 1) else 0.8 if direction == "fprop" else 0.7
     direct += 1.4 * math.prod(shape.kernel) * C * K  # filters are packed
-    tiles = _Tiles.of(shape.N, output, C, K, shape.kernel[0], 1)
-    products = 36 * tiles.blocks * tiles.rows * C * _padded(K) / lanes / 0.94
+    tiles = _Tiles.of(shape.N, output, C, K, axis, 1)
+    products = len(axis.products) ** 2 * tiles.blocks * tiles.rows * C * _padded(K) / lanes / 0.94
     # Transforms have little to multiply: where vectors of 512 bits go at once they are as fast as memory.
-    transforms = (900 if simd.in_two_steps() else 500) * tiles.total * (vectors_c + vectors_k)
-    filters = 600 * C * vectors_k * (tiles.blocks if tiles.given_v else 1)
+    slow = 1.8 if simd.in_two_steps() else 1.0
+    cycles = _cycles(axis)
+    transforms = slow * tiles.total * (cycles.input * vectors_c + cycles.output * vectors_k)
+    filters = cycles.filter * C * vectors_k * (tiles.blocks if tiles.given_v else 1)
     return products + transforms + filters + 40_000 < 0.9 * direct
 
 
 def takes(shape: ConvShape, dtype: torch.dtype, direction: Direction) -> bool:
     """Whether `fprop` or `dgrad` computes the problem, and in less time than a direct convolution would: 2-D,
-    3 by 3 or 5 by 5 taps, stride, dilation and groups of 1, zeros as padding, less on each side than taps.
-    Never where `cnnops.winograd` forbids it."""
-    return settings.winograd and dtype in KINDS and fits(shape) and _is_worth_it(shape, direction)
+    3 by 3 or 5 by 5 taps and a stride of 1, or 3 by 3 taps and a stride of 2, with a padding of 1 for dgrad;
+    dilation and groups of 1, zeros as padding, less on each side than taps. Never where `cnnops.winograd`
+    forbids it."""
+    return settings.winograd and dtype in KINDS and _is_worth_it(shape, direction)
 
 
 def fprop(

@@ -36,6 +36,7 @@ from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import PARTIAL_BYTES, SPLITS, up
 from cnnops.cpu.conv_winograd import BLOCK_BYTES, KINDS, LINE, PIXEL_BYTES, STRETCH
 from cnnops.cpu.task import Shared, Table, Task, Value, ahead, layout, pointer, unpack
+from cnnops.cpu.winograd_axes import transform_sums
 from cnnops.shapes import ConvShape
 
 TILES = 128
@@ -87,11 +88,11 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
             first, more = block * tiles, block - begin
             count = min(tiles, total - first)
             conv_winograd.inputs(
-                L, E, 6, kind, v, plane_v, 0, pitch_v, x + c0 * xc * itemsize, first, count, count,
+                L, E, 6, 6, kind, v, plane_v, 0, pitch_v, x + c0 * xc * itemsize, first, count, count,
                 channels, (N, H, W, TH, TW, pad_h, pad_w, itemsize), (xn, xc, xh, xw), chunk_c, room,
             )  # fmt: skip
             conv_winograd.inputs(
-                L, E, E, kind, u, plane_u, stretch_u, pitch_u, g + k0 * yk * itemsize, first, count, count,
+                L, E, E, 6, kind, u, plane_u, stretch_u, pitch_u, g + k0 * yk * itemsize, first, count, count,
                 filters, (N, P, Q, TH, TW, 0, 0, itemsize), (yn, yk, yh, yw), chunk_k, room,
             )  # fmt: skip
             for xi in range(36):
@@ -122,8 +123,15 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
             to = taps if splits == 1 else ahead(partial, index * R * R * room_c * pitch + k)
             place = room_c * step
             for c in range(channels):
-                conv_winograd.transform_sums(
-                    L, R, ahead(to, c * step), R * place, place, ahead(sums, c * width + k), plane
+                transform_sums(
+                    L,
+                    6,
+                    R,
+                    ahead(to, c * step),
+                    R * place,
+                    place,
+                    ahead(sums, c * width + k),
+                    plane,
                 )
             if splits == 1:
                 conv_rows.deliver(
@@ -305,7 +313,11 @@ def _is_worth_it(shape: ConvShape) -> bool:
 def takes(shape: ConvShape, dtype: torch.dtype) -> bool:
     """Whether `wgrad` computes the problem, as `conv_winograd.takes` has it."""
     return (
-        settings.winograd and dtype in KINDS and conv_winograd.fits(shape) and _is_worth_it(shape)
+        settings.winograd
+        and dtype in KINDS
+        and shape.stride == (1, 1)
+        and conv_winograd.scheme_of(shape, "wgrad") is not None
+        and _is_worth_it(shape)
     )
 
 
