@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cases.base import laid_out, normal
 from torch import Tensor
 
 import cnnops
-from cnnops.cpu import conv, conv_winograd, conv_winograd_weights
+from cnnops.cpu import conv, conv_winograd, conv_winograd_weights, winograd_axes
 from cnnops.epilogue import ACTIVATIONS, Epilogue
 from cnnops.shapes import ConvShape
 
@@ -123,6 +124,50 @@ def test_values(size: str, scheme: str, layout: str, dtype: torch.dtype) -> None
     grad_w = laid_out(shape.w_size, layout, lambda size: torch.full(size, 7.0, dtype=dtype))
     conv_winograd_weights.wgrad(shape, grad_y, x, grad_w)
     assert_close(grad_w, to_w, TOLERANCE[dtype].gradient, "weight gradient")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("transformed", ["inputs", "filters"])
+def test_tiles_that_reach_beyond_the_results(
+    scheme: str, transformed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of outputs that are left over, along both axes; several blocks, of several images; which
+    of the two is transformed for all tasks."""
+    monkeypatch.setattr(conv_winograd, "TILES", 10)
+    monkeypatch.setattr(conv_winograd, "BLOCK_BYTES", 200_000)
+    monkeypatch.setattr(conv_winograd, "FILTER_BYTES", 0 if transformed == "inputs" else 1 << 30)
+    monkeypatch.setattr(conv_winograd, "NEAR_BYTES", 1 << 30)
+    side, stride = SCHEMES[scheme]
+    w = normal(1, FLOAT)((17, 20, side, side))
+    threads = torch.get_num_threads()
+    for h, w_ in product(range(3, 11), repeat=2):
+        x = normal(2, FLOAT)((3, 20, h, w_))
+        shape = ConvShape.of(x.shape, w.shape, stride=stride, padding=side // 2)
+        straight = (shape, "float32", False, threads)
+        leaf = x.double().requires_grad_()
+        expected = correlated(shape, leaf, w)
+        y, grad_x = torch.full(shape.y_size, 7.0), torch.full_like(x, 7.0)
+        plan = conv_winograd._fprop.__wrapped__(*straight)
+        assert plan._given_v is (transformed == "inputs")
+        plan.run(x, w, (w.stride(0), w.stride(1), 1, 0), None, y, Epilogue())
+        assert_close(y, expected, TOLERANCE[FLOAT].output, f"output of {h} by {w_}")
+        (to_x,) = torch.autograd.grad(expected, leaf, y.double())
+        plan = conv_winograd._dgrad.__wrapped__(*straight)
+        plan.run(y, w, (w.stride(1), w.stride(0), 1, 1), None, grad_x, Epilogue())
+        assert_close(grad_x, to_x, TOLERANCE[FLOAT].output, f"gradient of {h} by {w_}")
+
+
+def test_products_of_last_tiles() -> None:
+    """How many of its outputs come before those that are wanted, and a bit for each product they need."""
+    every = {
+        "three taps": [(1, 0b011110), (1, 0b011110), (0, 0b011111), (0, 0b111111)],
+        "five taps": [(0, 0b011111), (0, 0b111111)],
+        "strided": [(0, 0b00111), (0, 0b11111)],
+        "spread": [(0, 0b00010), (0, 0b00111), (0, 0b01111), (0, 0b11111)],
+    }
+    assert every.keys() == winograd_axes.SCHEMES.keys()
+    for name, scheme in winograd_axes.SCHEMES.items():
+        assert [scheme.last(n + 1) for n in range(scheme.outputs)] == every[name]
 
 
 def test_what_lies_between_results_stays() -> None:

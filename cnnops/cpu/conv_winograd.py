@@ -11,7 +11,10 @@ and A, so that ⊙ becomes matrix products ``M[m] += V[v] · U[u]``, of [tiles, 
 
 All transforms go along channels with vectors, whatever the layout: planes of x and y, and half types, pass
 through small channels-last float32 buffers. Tiles are numbered through all images, so small planes fill
-blocks, too; what lies outside of x is read from a vector of zeros. The input gradient is the same
+blocks, too; what lies outside of x is read from a vector of zeros. Tiles that reach beyond y do without some
+products: in a block those come first that lie at the lower edge alone, then those at none, at the right edge,
+at both, so that the tiles of a product lie side by side. For 7 by 7 and 14 by 14 outputs a stride of 1 takes
+0.84 of the products. The input gradient is the same
 computation, of grad_y with the filters turned around and their channels exchanged, by the scheme "spread"
 where there is a stride.
 
@@ -359,17 +362,18 @@ def inputs(
     L, step, side, numbers, kind, to, plane, stretch, pitch, x, first, count, rows, C, sizes, strides, chunk,
     room,
 ):  # fmt: skip
-    """V of `count` tiles from the `first` on, and zeros behind them up to so many rows:
-    ``to [xi] [stretch of C] [tile] [pitch]``, `numbers` by `numbers` xi. A tile is `side` by `side` places of
-    x, the next one `step` further.
+    """V of `count` tiles from the `first` on, and zeros for `rows`, a first and the one behind the last:
+    ``to [xi] [stretch of C] [row] [pitch]``, `numbers` by `numbers` xi. A tile is `side` by `side` places of
+    x, the next one `step` further, but for the last ones, which begin earlier.
 
-    `room` has the addresses of scratch: those places of each tile, zeros in place of a pixel, and the pixels
-    that a rectangle of tiles reads, ``[h, w] [chunk]``. Channels-last float32 is read where it is, though, if
-    whole vectors make up C. `chunk` channels are transformed at a time, a divisor of STRETCH.
+    `room` has the tiles' rows and the addresses of scratch: those places of each tile, zeros in place of a
+    pixel, and the pixels that a rectangle of tiles reads, ``[h, w] [chunk]``. Channels-last float32 is read
+    where it is, though, if whole vectors make up C. `chunk` channels are transformed at a time, a divisor of
+    STRETCH.
     """
-    N, H, W, TH, TW, pad_h, pad_w, itemsize = sizes
+    N, H, W, TH, TW, pad_h, pad_w, early_h, early_w, itemsize = sizes
     xn, xc, xh, xw = strides
-    places_at, zeros_at, pixels_at = room
+    slots, places_at, zeros_at, pixels_at = room
     places = pointer(places_at, "int64")
     zeros, pixels = pointer(zeros_at, "float32"), pointer(pixels_at, "float32")
     for c in range(max(C, chunk)):
@@ -378,8 +382,13 @@ def inputs(
     t = first
     while t < first + count:
         n, row, row_end, column, column_end = _part(t, first + count, TH, TW)
-        h0, h1 = max(step * row - pad_h, 0), min(step * (row_end - 1) + side - pad_h, H)
-        w0, w1 = max(step * column - pad_w, 0), min(step * (column_end - 1) + side - pad_w, W)
+        top, bottom = step * row - pad_h, step * (row_end - 1) + side - pad_h
+        left, right = step * column - pad_w, step * (column_end - 1) + side - pad_w
+        if row_end == TH:
+            top, bottom = min(top, step * (TH - 1) - pad_h - early_h), bottom - early_h
+        if column_end == TW:
+            left, right = min(left, step * (TW - 1) - pad_w - early_w), right - early_w
+        h0, h1, w0, w1 = max(top, 0), min(bottom, H), max(left, 0), min(right, W)
         start = x + (n * xn + h0 * xh + w0 * xw) * itemsize
         line, pixel_step, source_at = (w1 - w0) * chunk, chunk, pixels_at
         if straight:
@@ -387,10 +396,12 @@ def inputs(
         source = pointer(source_at, "float32")
         tiles = 0
         for i in range(row, row_end):
+            h = step * i - pad_h - (early_h if i == TH - 1 else 0)
             for j in range(column, column_end):
                 _set_places(
-                    ahead(places, side * side * tiles), side, step * i - pad_h, step * j - pad_w, h0, w0, H,
-                    W, line, pixel_step, (zeros_at - source_at) // 4,
+                    ahead(places, side * side * tiles), side, h,
+                    step * j - pad_w - (early_w if j == TW - 1 else 0), h0, w0, H, W, line, pixel_step,
+                    (zeros_at - source_at) // 4,
                 )  # fmt: skip
                 tiles += 1
         # Lines without gaps between them are one.
@@ -416,17 +427,83 @@ def inputs(
                             )  # fmt: skip
                 some = (some + L - 1) // L * L
             for k in range(tiles):
-                at = ahead(to, c0 // STRETCH * stretch + (t - first + k) * pitch + c0 % STRETCH)
+                at = ahead(
+                    to, c0 // STRETCH * stretch + slots[t - first + k] * pitch + c0 % STRETCH
+                )
                 here = ahead(source, c0 if straight else 0)
                 more = straight and k + 1 < tiles
                 transform_input(
                     L, side, numbers, at, plane, here, ahead(places, side * side * k), some, more
                 )
         t += tiles
-    for t in range(count, rows):
+    for t in range(rows[0], rows[1]):
         for k in range(numbers * numbers):
             for c in range(C):
                 to[k * plane + c // STRETCH * stretch + t * pitch + c % STRETCH] = 0
+
+
+@routine
+def _where(E, offsets, before, there, step, nowhere):
+    """Where the outputs of a tile go along an axis, `step` from one to the next: those from `before` on, as
+    many as are there, others `nowhere`."""
+    for q in range(E):
+        offsets[q] = (q - before) * step if 0 <= q - before < there else nowhere
+
+
+@routine
+def _kind(row, column, TH, TW, edge_h, edge_w):
+    low, far = edge_h and row == TH - 1, edge_w and column == TW - 1
+    if low:
+        return 3 if far else 0
+    return 2 if far else 1
+
+
+@routine
+def _next_tile(row, column, TH, TW):
+    if column + 1 < TW:
+        return row, column + 1
+    return (row + 1 if row + 1 < TH else 0), 0
+
+
+@routine
+def _arrange(slots, starts, first, start, count, tiles, total, TH, TW, edge_h, edge_w, origin):
+    """Where tiles lie: ``origin + slots[i]`` is the row of tile ``start + i``, for i < count, of `total` ones
+    from the `first` on, which are cut into blocks of so many `tiles`.
+
+    A block's tiles are ordered, so that those that need a product lie side by side: those at the lower edge
+    alone, at none, at the right edge alone, at both. An edge that is none has nothing of its own. ``starts``
+    gets the first row of each kind in the last block, and has room for as many counters.
+    """
+    for block in range(start // tiles, (start + count + tiles - 1) // tiles):
+        begin, end = block * tiles, min((block + 1) * tiles, total)
+        for k in range(8):
+            starts[k] = 0
+        row, column = (first + begin) // TW % TH, (first + begin) % TW
+        for _ in range(begin, end):
+            starts[4 + _kind(row, column, TH, TW, edge_h, edge_w)] += 1
+            row, column = _next_tile(row, column, TH, TW)
+        for k in range(3):
+            starts[k + 1] = starts[k] + starts[4 + k]
+        for k in range(4):
+            starts[4 + k] = starts[k]
+        row, column = (first + begin) // TW % TH, (first + begin) % TW
+        for t in range(begin, end):
+            k = 4 + _kind(row, column, TH, TW, edge_h, edge_w)
+            if start <= t < start + count:
+                slots[t - start] = begin + starts[k] - origin
+            starts[k] += 1
+            row, column = _next_tile(row, column, TH, TW)
+
+
+@routine
+def _rows_of(starts, rows, needed_h, needed_w):
+    """The rows, a first and the one behind the last, of the tiles that need a product, which those at the
+    edges need or do not: an even number of them."""
+    begin = 0 if needed_h else starts[1]
+    end = (rows if needed_h else starts[3]) if needed_w else starts[2]
+    if (end - begin) % 2 == 0:
+        return begin, end
+    return (begin, end + 1) if end < rows else (begin - 1, end)
 
 
 @routine
@@ -437,11 +514,14 @@ def _outputs(
     """Channels k0 to k1 of `count` tiles from the `first` on, of E by E outputs each, from sums
     ``[xi] [tile] [pitch]``, `numbers` by `numbers` xi.
 
-    `room` has the addresses of scratch: scales and shifts, results, results in y's order.
+    `room` has the tiles' rows and the addresses of scratch: scales and shifts, results, results in y's order,
+    places. What is not wanted of the last tiles goes to a place behind the results.
     """
-    P, Q, TH, TW, itemsize = sizes
+    P, Q, TH, TW, before_h, before_w, nowhere, itemsize = sizes
     yn, yk, yh, yw = strides
-    factors_at, results_at, planes_at, order_at = room
+    slots, factors_at, results_at, planes_at, order_at, places_at = room
+    down = pointer(places_at, "int64")
+    across = ahead(down, E)
     # A place's channels are neighbours, or a channel's places.
     side = 1 if yk == 1 else L
     width = (k1 - k0 + L - 1) // L * L
@@ -470,16 +550,15 @@ def _outputs(
         height, length = min(E * row_end, P) - p0, min(E * column_end, Q) - q0
         pixels = height * length
         for k in range(0, k1 - k0, group):
-            # A row's last tile may reach into the row below: the first one comes after it.
             for i in range(row, row_end):
-                for j in range(column_end - 1, column - 1, -1):
+                _where(E, down, before_h if i == TH - 1 else 0, P - E * i, length * group, nowhere)
+                for j in range(column, column_end):
+                    _where(E, across, before_w if j == TW - 1 else 0, Q - E * j, group, nowhere)
                     tile = t - first + (i - row) * (column_end - column) + j - column
                     to = ahead(results, ((E * i - p0) * length + E * j - q0) * group)
                     for v in range(0, group, L):
-                        source = ahead(sums, tile * pitch + k + v)
-                        transform_sums(
-                            L, numbers, E, ahead(to, v), length * group, group, source, plane
-                        )
+                        source = ahead(sums, slots[tile] * pitch + k + v)
+                        transform_sums(L, numbers, E, ahead(to, v), down, across, source, plane)
             some = min(group, k1 - k0 - k)
             if yk == 1:
                 values, outer, inner, gap, factor_outer, factor_inner = (
@@ -610,10 +689,11 @@ def _multiply_panel(
 
 @lru_cache(None)
 def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
-    args = layout("int64*2 float32**4 int64*49")
+    args = layout("int64*2 float32**4 int64*57")
     axis, half = SCHEMES[scheme], V // 2
-    side, step, R, E, _ = axis
-    NV, NU, NM = axis.v, axis.u, axis.m
+    side, step, R, E, *_ = axis
+    NV, NU, NM, of_axis = axis.v, axis.u, axis.m, len(axis.products)
+    every = (1 << of_axis) - 1
     of_v, of_u, of_m, again = axis.of_both_axes()
     products = len(of_v)
 
@@ -622,10 +702,10 @@ def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
         all of its panels if U is given, one of them if V is."""
         (
             x, w, u, v, scale, shift, residual, y, activation, making,
-            N, H, W, TH, TW, pad_h, pad_w, P, Q, itemsize,
+            N, H, W, TH, TW, pad_h, pad_w, P, Q, before_h, needed_h, before_w, needed_w, itemsize,
             C, K, padded, first, count, some, tiles, rows, chunk,
             plane_v, stretch, pitch, plane, v_at, sums_at, taps_at, places_at, zeros_at, pixels_at,
-            factors_at, results_at, planes_at, order_at,
+            factors_at, results_at, nowhere, planes_at, order_at, slots_at, starts_at, outputs_at,
             xn, xc, xh, xw, wk, wc, wt, turned, yn, yk, yh, yw,
         ) = unpack(address, args)  # fmt: skip
         taps = pointer(scratch + taps_at, "float32")
@@ -635,20 +715,27 @@ def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
         if making or given_v:
             block, panel = index // panels, index % panels
             panel_end = panel + 1
-        start, here, multiplied = block * tiles, min(tiles, count - block * tiles), rows
-        lines = ahead(v, start * pitch)
+        start, here = block * tiles, min(tiles, count - block * tiles)
+        behind, origin, lines = (here, rows), start, ahead(v, start * pitch)
         if making:
             # Behind the last tile there are rows that are multiplied, too.
             start = index * some
-            here, multiplied = max(min(some, count - start), 0), min(some, stretch // pitch - start)
-            lines = ahead(v, start * pitch)
+            here, origin, lines = max(min(some, count - start), 0), 0, v
+            behind = start + here, min(start + some, stretch // pitch)
         if not given_v:
             lines = pointer(scratch + v_at, "float32")
+        slots, starts = pointer(scratch + slots_at, "int64"), pointer(scratch + starts_at, "int64")
+        if given_v or not making:
+            _arrange(
+                slots, starts, first, start, here, tiles, count, TH, TW, needed_h != every,
+                needed_w != every, origin,
+            )  # fmt: skip
         if making == given_v:
             inputs(
-                L, step, side, NV, kind, lines, plane_v, stretch, pitch, x, first + start, here, multiplied,
-                C, (N, H, W, TH, TW, pad_h, pad_w, itemsize), (xn, xc, xh, xw), chunk,
-                (scratch + places_at, scratch + zeros_at, scratch + pixels_at),
+                L, step, side, NV, kind, lines, plane_v, stretch, pitch, x, first + start, here, behind, C,
+                (N, H, W, TH, TW, pad_h, pad_w, before_h * step // E, before_w * step // E, itemsize),
+                (xn, xc, xh, xw), chunk,
+                (slots, scratch + places_at, scratch + zeros_at, scratch + pixels_at),
             )  # fmt: skip
         if making and given_v:
             return
@@ -686,6 +773,19 @@ def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
                     )  # fmt: skip
                     of_stretch = ahead(lines, c // STRETCH * stretch)
                     for i in range(products):
+                        begin, end = _rows_of(
+                            starts,
+                            rows,
+                            needed_h >> (i // of_axis) & 1,
+                            needed_w >> (i % of_axis) & 1,
+                        )
+                        to = ahead(sums, of_m[i] * plane)
+                        if c == 0 and not again[i]:
+                            # Other tiles' outputs that nobody wants are sums of these.
+                            for k in range(begin * V * L):
+                                to[k] = 0
+                            for k in range(end * V * L, rows * V * L):
+                                to[k] = 0
                         later = min(i + 1, products - 1)
                         near = ahead(filters, of_u[later] * plane_u + of_c)
                         near_lines = deep * width // LINE
@@ -693,17 +793,18 @@ def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
                             near = ahead(of_stretch, of_v[later] * plane_v)
                             near_lines = rows * pitch // LINE
                         _multiply_panel(
-                            L, M, V, half, ahead(of_stretch, of_v[i] * plane_v), pitch,
+                            L, M, V, half, ahead(of_stretch, of_v[i] * plane_v + begin * pitch), pitch,
                             ahead(filters, of_u[i] * plane_u + of_c), width, deep,
-                            ahead(sums, of_m[i] * plane), V * L, rows, c + again[i], near, near_lines,
+                            ahead(to, begin * V * L), V * L, end - begin, c + again[i], near, near_lines,
                             far, i * far[0] // products, (i + 1) * far[0] // products,
                         )  # fmt: skip
             if not making:
                 _outputs(
                     L, NM, E, kind, y, residual, sums, plane, V * L, first + start, here, k0,
                     min(k0 + V * L, K), scale, shift, activation,
-                    (P, Q, TH, TW, itemsize), (yn, yk, yh, yw),
-                    (scratch + factors_at, scratch + results_at, scratch + planes_at, scratch + order_at),
+                    (P, Q, TH, TW, before_h, before_w, nowhere, itemsize), (yn, yk, yh, yw),
+                    (slots, scratch + factors_at, scratch + results_at, scratch + planes_at,
+                     scratch + order_at, scratch + outputs_at),
                 )  # fmt: skip
 
     return Task(winograd, args)
@@ -754,10 +855,12 @@ def _padded(K: int) -> int:
 
 class _Tiles(NamedTuple):
     """How `total` tiles are cut into `blocks` of `tiles` each, and whether V is made for all tasks, else U. A
-    block is multiplied in so many `rows`, an even number."""
+    block is multiplied in so many `rows`, an even number. `last` says of both axes' last tiles what
+    `Scheme.last` does."""
 
     total: int
     along: tuple[int, int]
+    last: tuple[tuple[int, int], tuple[int, int]]
     given_v: bool
     tiles: int
     rows: int
@@ -787,7 +890,17 @@ class _Tiles(NamedTuple):
         aligned = min(range(most // TW * TW, 0, -TW), key=waste, default=tiles)
         if waste(aligned) < 1.05 * waste(tiles):
             tiles = aligned
-        return cls(total, (TH, TW), given_v, tiles, up(tiles, 2), -(-total // tiles))
+        last_h, last_w = (axis.last((places - 1) % axis.outputs + 1) for places in output)
+        return cls(
+            total, (TH, TW), (last_h, last_w), given_v, tiles, up(tiles, 2), -(-total // tiles)
+        )
+
+    def products(self, axis: Scheme) -> float:
+        """Products of a row of V with a panel, for all tiles, those that fill up the last block too."""
+        share = 1.0
+        for tiles, (_, needed) in zip(self.along, self.last, strict=True):
+            share *= (tiles - 1 + needed.bit_count() / len(axis.products)) / tiles
+        return len(axis.products) ** 2 * share * self.blocks * self.rows
 
 
 class _Plan:
@@ -804,7 +917,8 @@ class _Plan:
         out, arrays_v, arrays_u, arrays_m = axis.outputs, axis.v**2, axis.u**2, axis.m**2
         padded, pitch = _padded(K), min(STRETCH, up(C, L))
         panels, stretches = -(-padded // (V * L)), -(-C // STRETCH)
-        T, (TH, TW), given_v, tiles, rows, blocks = _Tiles.of(N, output, C, K, axis, threads)
+        cut = _Tiles.of(N, output, C, K, axis, threads)
+        T, (TH, TW), last, given_v, tiles, rows, blocks = cut
         if given_v:
             wave = max(1, WAVE_BYTES // (arrays_v * 4 * C * tiles)) * tiles
             waves = [(first, min(wave, T - first)) for first in range(0, T, wave)]
@@ -843,20 +957,23 @@ class _Plan:
         zeros = scratch.add(max(C, chunk))
         at_pixels = scratch.add(0 if straight else (pixels + L) * chunk)
         factors = scratch.add(2 * V * L * L)
-        results = scratch.add(max(out**2 * V * L, (out**2 * tiles + 2 * out + L) * L))
+        # Behind them as much for what nobody wants of a row, of a column and of both.
+        nowhere = max(out**2 * V * L, (out**2 * tiles + 2 * out + L) * L)
+        results = scratch.add(3 * nowhere)
         planes = scratch.add((up(out**2 * tiles, L) + L) * L)
         order = scratch.add(L)
+        slots, starts, outputs = (scratch.add(2 * n) for n in (max(some, tiles), 8, 2 * out))
         self._scratch_bytes = scratch.bytes
         itemsize = 4 if kind == "float32" else 2
-        self._places = (N, H, W, TH, TW, *padding, *output, itemsize)
+        self._places = (N, H, W, TH, TW, *padding, *output, *last[0], *last[1], itemsize)
         self._sizes = C, K, padded
         self._rest = (
             some, tiles, rows, chunk, plane_v, stretch, pitch, plane, v, sums, taps, places, zeros, at_pixels,
-            factors, results, planes, order,
+            factors, results, nowhere, planes, order, slots, starts, outputs,
         )  # fmt: skip
         self._zeros = torch.zeros(K)
         self._task = _winograd(kind, scheme, L, M, V)
-        self._work = float(len(axis.products) ** 2 * T * C * padded) / L
+        self._work = cut.products(axis) * C * padded / L
         cycles = _cycles(axis)
         self._making_work = C / L * (cycles.input * T if given_v else cycles.filter * padded)
 
@@ -1007,7 +1124,7 @@ def _is_worth_it(shape: ConvShape, direction: Direction) -> bool:
     direct /= 0.95 if shape.stride == (1, 1) else 0.8 if direction == "fprop" else 0.7
     direct += 1.4 * math.prod(shape.kernel) * C * K  # filters are packed
     tiles = _Tiles.of(shape.N, output, C, K, axis, 1)
-    products = len(axis.products) ** 2 * tiles.blocks * tiles.rows * C * _padded(K) / lanes / 0.94
+    products = tiles.products(axis) * C * _padded(K) / lanes / 0.94
     # Transforms have little to multiply: where vectors of 512 bits go at once they are as fast as memory.
     slow = 1.8 if simd.in_two_steps() else 1.0
     cycles = _cycles(axis)

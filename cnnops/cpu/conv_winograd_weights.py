@@ -54,7 +54,7 @@ def _outer_products(L, M, W, v, u, sums, common):
 
 @lru_cache(None)
 def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
-    args = layout("int64*2 float32**2 int64**2 int64*50")
+    args = layout("int64*2 float32**2 int64**2 int64*52")
     E, full, M2 = 7 - R, V * L, 2 * M
     # Widths of tiles, see `rows.padded`.
     W1, W2, W3 = L, 2 * L, 3 * L
@@ -67,7 +67,7 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
             N, H, W, TH, TW, pad_h, pad_w, P, Q, itemsize,
             C, K, parts_k, parts_c, share_k, share_c, splits, blocks, total, tiles,
             chunk_c, chunk_k, pitch_v, plane_v, pitch_u, stretch_u, plane_u, width, plane, room_c, pitch,
-            v_at, u_at, sums_at, taps_at, places_at, zeros_at, pixels_at, pixels_size,
+            v_at, u_at, sums_at, taps_at, places_at, zeros_at, slots_at, offsets_at, pixels_at, pixels_size,
             xn, xc, xh, xw, yn, yk, yh, yw, of_k, of_c, of_tap,
         ) = unpack(address, args)  # fmt: skip
         c0 = index % parts_c * share_c
@@ -77,7 +77,10 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
         channels, filters = min(share_c, C - c0), min(share_k, K - k0)
         v, u = pointer(scratch + v_at, "float32"), pointer(scratch + u_at, "float32")
         sums = pointer(scratch + sums_at, "float32")
-        room = scratch + places_at, scratch + zeros_at, scratch + pixels_at
+        slots = pointer(scratch + slots_at, "int64")
+        for i in range(tiles):
+            slots[i] = i
+        room = slots, scratch + places_at, scratch + zeros_at, scratch + pixels_at
         # Lanes without a channel are multiplied, too: by numbers, and no denormal ones.
         pixels = pointer(scratch + pixels_at, "float32")
         for i in range(pixels_size):
@@ -88,12 +91,12 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
             first, more = block * tiles, block - begin
             count = min(tiles, total - first)
             conv_winograd.inputs(
-                L, E, 6, 6, kind, v, plane_v, 0, pitch_v, x + c0 * xc * itemsize, first, count, count,
-                channels, (N, H, W, TH, TW, pad_h, pad_w, itemsize), (xn, xc, xh, xw), chunk_c, room,
+                L, E, 6, 6, kind, v, plane_v, 0, pitch_v, x + c0 * xc * itemsize, first, count, (0, 0),
+                channels, (N, H, W, TH, TW, pad_h, pad_w, 0, 0, itemsize), (xn, xc, xh, xw), chunk_c, room,
             )  # fmt: skip
             conv_winograd.inputs(
-                L, E, E, 6, kind, u, plane_u, stretch_u, pitch_u, g + k0 * yk * itemsize, first, count, count,
-                filters, (N, P, Q, TH, TW, 0, 0, itemsize), (yn, yk, yh, yw), chunk_k, room,
+                L, E, E, 6, kind, u, plane_u, stretch_u, pitch_u, g + k0 * yk * itemsize, first, count,
+                (0, 0), filters, (N, P, Q, TH, TW, 0, 0, 0, 0, itemsize), (yn, yk, yh, yw), chunk_k, room,
             )  # fmt: skip
             for xi in range(36):
                 left = ahead(v, xi * plane_v)
@@ -117,22 +120,18 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
                         _outer_products(L, M, W3, left, right, to, common)
         taps = pointer(scratch + taps_at, "float32")
         spare = ahead(taps, R * R * room_c * L)
+        down = pointer(scratch + offsets_at, "int64")
+        across = ahead(down, R)
         for k in range(0, filters, L):
             # The whole sum goes to its place, a split's to the others'.
             step = L if splits == 1 else pitch
             to = taps if splits == 1 else ahead(partial, index * R * R * room_c * pitch + k)
-            place = room_c * step
+            for r in range(R):
+                across[r] = r * room_c * step
+                down[r] = R * across[r]
             for c in range(channels):
-                transform_sums(
-                    L,
-                    6,
-                    R,
-                    ahead(to, c * step),
-                    R * place,
-                    place,
-                    ahead(sums, c * width + k),
-                    plane,
-                )
+                there = ahead(sums, c * width + k)
+                transform_sums(L, 6, R, ahead(to, c * step), down, across, there, plane)
             if splits == 1:
                 conv_rows.deliver(
                     L, "float32", taps, L, spare, ahead(grad_w, (k0 + k) * of_k + c0 * of_c),
@@ -257,6 +256,7 @@ class _Plan:
         taps = scratch.add((R * R * room_c + L) * L)
         places = scratch.add(2 * 36 * tiles)
         zeros = scratch.add(max(share_c, share_k, STRETCH))
+        slots, offsets = scratch.add(2 * tiles), scratch.add(4 * R)
         at_pixels = scratch.add(pixels)
         self._scratch_bytes = scratch.bytes
         (top, _), (left, _) = shape.padding
@@ -266,7 +266,7 @@ class _Plan:
             shape.N, *shape.spatial, TH, TW, top, left, *shape.output, 4 if kind == "float32" else 2,
             C, K, parts_k, parts_c, share_k, share_c, splits, blocks, total, tiles,
             *chunks, pitch_v, plane_v, pitch_u, stretch_u, plane_u, width, plane, room_c, pitch,
-            v, u, sums, taps, places, zeros, at_pixels, pixels,
+            v, u, sums, taps, places, zeros, slots, offsets, at_pixels, pixels,
         )  # fmt: skip
         self._task = _weights(kind, R, L, M, V)
         self._splits, self._count = splits, splits * parts_k * parts_c

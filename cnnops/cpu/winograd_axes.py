@@ -24,9 +24,9 @@ become sums and sums products. For a padding of 1, and the four inputs that lie 
     x0 = y0 g1                         x2 = y1 g1
     x1 = (y0 - y1) g2 + y1 (g0 + g2)   x3 = y1 (g0 + g2) + (y2 - y1) g0
 
-and of weights, summed over tiles (`STRIDED_WEIGHTS`),
-
-    g0 = (x0 - x2) y0 + x2 (y0 + y1)   g1 = [x1 y0 + x3 y1]   g2 = x2 (y0 + y1) + (x4 - x2) y1
+The last tile of an axis needs fewer products if not all of its outputs are wanted: none of a sum that only
+others are made of. By interpolation that at 0 belongs to the first output alone, that at ∞ to the last one: a
+tile of which two outputs are wanted begins one earlier, and needs 4 of 6.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -49,8 +49,8 @@ from cnnops.cpu import simd
 class Scheme(NamedTuple):
     """One axis: a tile of so many `outputs` from so many `inputs`, the next one's `step` further, and taps.
 
-    Inputs are transformed to v, taps to u; ``m[k] += v[i] u[j]`` for each (i, j, k) of `products`, and
-    outputs are sums of m.
+    Inputs are transformed to v, taps to u; ``m[k] += v[i] u[j]`` for each (i, j, k) of `products`, and each
+    output is made of those m that `sums` has.
     """
 
     inputs: int
@@ -58,6 +58,7 @@ class Scheme(NamedTuple):
     taps: int
     outputs: int
     products: tuple[tuple[int, int, int], ...]
+    sums: tuple[tuple[int, ...], ...]
 
     @property
     def v(self) -> int:
@@ -71,6 +72,18 @@ class Scheme(NamedTuple):
     def m(self) -> int:
         return 1 + max(k for _, _, k in self.products)
 
+    def last(self, wanted: int) -> tuple[int, int]:
+        """How a tile is made of which so many outputs are wanted: how many of its outputs are before them,
+        and a bit for each product that they need. The tile may begin before what is wanted, so that what it
+        does without are sums at both ends."""
+        ways = []
+        for before in range(self.outputs - wanted + 1):
+            if before * self.step % self.outputs == 0:
+                sums = {m for q in range(before, before + wanted) for m in self.sums[q]}
+                needed = [i for i, (_, _, m) in enumerate(self.products) if m in sums]
+                ways.append((len(needed), before, sum(1 << i for i in needed)))
+        return min(ways)[1:]
+
     def of_both_axes(self) -> tuple[tuple[int, ...], ...]:
         """Of each product of an image its v, its u, its m, and whether that has one already."""
         pairs = [(a, b) for a in self.products for b in self.products]
@@ -82,13 +95,35 @@ class Scheme(NamedTuple):
 
 
 _ONE_EACH = tuple((i, i, i) for i in range(6))
+_POINTS = (1, 2, 3, 4)
 
 SCHEMES = {
-    "three taps": Scheme(6, 4, 3, 4, _ONE_EACH),
-    "five taps": Scheme(6, 2, 5, 2, _ONE_EACH),
-    "strided": Scheme(5, 4, 3, 2, ((0, 0, 0), (1, 1, 0), (2, 2, 1), (3, 1, 2), (4, 3, 2))),
+    "three taps": Scheme(
+        6,
+        4,
+        3,
+        4,
+        _ONE_EACH,
+        ((0, *_POINTS), _POINTS, _POINTS, (*_POINTS, 5)),
+    ),
+    "five taps": Scheme(6, 2, 5, 2, _ONE_EACH, ((0, *_POINTS), (*_POINTS, 5))),
+    "strided": Scheme(
+        5,
+        4,
+        3,
+        2,
+        ((0, 0, 0), (1, 1, 0), (2, 2, 1), (3, 1, 2), (4, 3, 2)),
+        ((0, 1), (1, 2)),
+    ),
     # Of the taps turned around.
-    "spread": Scheme(3, 2, 3, 4, ((0, 0, 0), (1, 1, 1), (2, 2, 2), (2, 1, 3), (3, 3, 4))),
+    "spread": Scheme(
+        3,
+        2,
+        3,
+        4,
+        ((0, 0, 0), (1, 1, 1), (2, 2, 2), (2, 1, 3), (3, 3, 4)),
+        ((1,), (0, 2), (3,), (2, 4)),
+    ),
 }
 
 # ---- the transforms of one axis, on vectors ---------------------------------------------------------------
@@ -279,24 +314,28 @@ def transform_filter(typing_context, lanes, side, numbers, to, plane, source, st
 
 
 @intrinsic(prefer_literal=True)
-def transform_sums(typing_context, lanes, numbers, outputs, to, row, place, source, plane):
-    """``to[p * row + q * place + l] = y[p, q]``, `outputs` by `outputs` of them, of ``m[xi] = source[xi *
+def transform_sums(typing_context, lanes, numbers, outputs, to, rows, places, source, plane):
+    """``to[rows[p] + places[q] + l] = y[p, q]``, `outputs` by `outputs` of them, of ``m[xi] = source[xi *
     plane + l]``, `numbers` by `numbers`, for every lane l."""
     L, n, E = lanes.literal_value, numbers.literal_value, outputs.literal_value
 
     def generate(context, builder, signature, values):
-        to, row, place, source, plane = values[3:]
+        to, rows, places, source, plane = values[3:]
         emit = simd.Emit(builder, ir.FloatType(), L)
+        down, along = (
+            [builder.load(builder.gep(each, [simd.int_constant(i)])) for i in range(E)]
+            for each in (rows, places)
+        )
 
         def read(i, j):
             return emit.load(builder.gep(source, [times(builder, plane, n * i + j)]))
 
         def write(p, q, value):
-            at = builder.add(times(builder, row, p), times(builder, place, q))
-            emit.store(value, builder.gep(to, [at]))
+            emit.store(value, builder.gep(to, [builder.add(down[p], along[q])]))
 
         _both_axes(emit, _SUMS[n, E], read, n, write)
         return context.get_dummy_value()
 
     i64 = types.int64
-    return types.void(lanes, numbers, outputs, to, i64, i64, source, i64), generate
+    offsets = types.CPointer(i64)
+    return types.void(lanes, numbers, outputs, to, offsets, offsets, source, i64), generate
