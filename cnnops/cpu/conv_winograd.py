@@ -466,7 +466,7 @@ def _next_tile(row, column, TH, TW):
 
 
 @routine
-def _arrange(slots, starts, first, start, count, tiles, total, TH, TW, edge_h, edge_w, origin):
+def arrange(slots, starts, first, start, count, tiles, total, TH, TW, edge_h, edge_w, origin):
     """Where tiles lie: ``origin + slots[i]`` is the row of tile ``start + i``, for i < count, of `total` ones
     from the `first` on, which are cut into blocks of so many `tiles`.
 
@@ -496,11 +496,17 @@ def _arrange(slots, starts, first, start, count, tiles, total, TH, TW, edge_h, e
 
 
 @routine
-def _rows_of(starts, rows, needed_h, needed_w):
+def rows_of(starts, rows, needed_h, needed_w):
     """The rows, a first and the one behind the last, of the tiles that need a product, which those at the
-    edges need or do not: an even number of them."""
+    edges need or do not."""
     begin = 0 if needed_h else starts[1]
     end = (rows if needed_h else starts[3]) if needed_w else starts[2]
+    return begin, end
+
+
+@routine
+def _even(begin, end, rows):
+    """`begin` and `end`, or one row more of an even number."""
     if (end - begin) % 2 == 0:
         return begin, end
     return (begin, end + 1) if end < rows else (begin - 1, end)
@@ -726,7 +732,7 @@ def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
             lines = pointer(scratch + v_at, "float32")
         slots, starts = pointer(scratch + slots_at, "int64"), pointer(scratch + starts_at, "int64")
         if given_v or not making:
-            _arrange(
+            arrange(
                 slots, starts, first, start, here, tiles, count, TH, TW, needed_h != every,
                 needed_w != every, origin,
             )  # fmt: skip
@@ -773,12 +779,9 @@ def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
                     )  # fmt: skip
                     of_stretch = ahead(lines, c // STRETCH * stretch)
                     for i in range(products):
-                        begin, end = _rows_of(
-                            starts,
-                            rows,
-                            needed_h >> (i // of_axis) & 1,
-                            needed_w >> (i % of_axis) & 1,
-                        )
+                        by_h, by_w = needed_h >> (i // of_axis) & 1, needed_w >> (i % of_axis) & 1
+                        begin, end = rows_of(starts, rows, by_h, by_w)
+                        begin, end = _even(begin, end, rows)
                         to = ahead(sums, of_m[i] * plane)
                         if c == 0 and not again[i]:
                             # Other tiles' outputs that nobody wants are sums of these.

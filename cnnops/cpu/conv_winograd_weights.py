@@ -1,21 +1,24 @@
-"""Winograd's weight gradient: F(3x3, 4x4) and F(5x5, 2x2), 36 products where direct sums have 144 and 100.
+"""Winograd's weight gradient: F(3x3, 4x4) and F(5x5, 2x2), 36 products where direct sums have 144 and 100;
+for 3x3 taps with a stride of 2, 25 where these have 36.
 
-The gradient of R by R taps is a sum over tiles. Each is a correlation of 6 by 6 inputs d with the tile's E by
-E gradients g, E + R = 7, which stand where `conv_winograd` has the filter: ``Aᵀ [Σ (G g Gᵀ) ⊙ (Bᵀ d B)] A``.
-The sum over tiles is taken before Aᵀ and A, so that ⊙ becomes 36 matrix products, of [C, tiles] and
-[tiles, K]:
+The gradient of R by R taps is a sum over tiles. Each is a correlation of inputs d with the tile's E by E
+gradients g, which stand where `conv_winograd` has the filter: ``Aᵀ [Σ (G g Gᵀ) ⊙ (Bᵀ d B)] A`` with a stride
+of 1, and see `winograd_axes.WEIGHTS`. The sum over tiles is taken before Aᵀ and A, so that ⊙ becomes matrix
+products ``M[m] += V[v]ᵀ · U[u]``, of [C, tiles] and [tiles, K]:
 
-    V = Bᵀ d B    [xi] [tile] [C]       of a block of tiles
-    U = G g Gᵀ    [xi] [stretch of K] [tile] [K]
-    M             [xi] [C] [K]          added up over a task's blocks
+    V = Bᵀ d B    [v] [tile] [C]        of a block of tiles
+    U = G g Gᵀ    [u] [stretch of K] [tile] [K]
+    M             [m] [C] [K]           added up over a task's blocks
 
 A task has a share of the channels, one of the filters and one of the tiles, makes V and U of them and turns
 its M into taps: as small as a direct convolution's sums, which are added up in the same way. V is made anew
 for every share of filters, U for every share of channels, which takes less time than to keep them: both are
-in the second-level cache when they are used.
+in the second-level cache when they are used. A block's tiles are sorted as in `conv_winograd`, so that those
+that reach beyond the gradients do without the products with U of such alone.
 
 Results in float32 from normally distributed numbers are 5e-7 to 1e-6 of their norm from exact ones, where a
-direct convolution's are 2e-7 to 3e-7 from them.
+direct convolution's are 2e-7 to 3e-7 from them; with a stride of 2, 1e-7 to 3e-7 where those have 1e-7 to
+2e-7.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -36,8 +39,8 @@ from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import PARTIAL_BYTES, SPLITS, up
 from cnnops.cpu.conv_winograd import BLOCK_BYTES, KINDS, LINE, PIXEL_BYTES, STRETCH
 from cnnops.cpu.task import Shared, Table, Task, Value, ahead, layout, pointer, unpack
-from cnnops.cpu.winograd_axes import transform_sums
-from cnnops.shapes import ConvShape
+from cnnops.cpu.winograd_axes import WEIGHTS, Scheme, transform_sums
+from cnnops.shapes import Axes, ConvShape
 
 TILES = 128
 """Most tiles of a block: what is added up one after the other, and what stays in the first-level cache."""
@@ -53,9 +56,14 @@ def _outer_products(L, M, W, v, u, sums, common):
 
 
 @lru_cache(None)
-def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
-    args = layout("int64*2 float32**2 int64**2 int64*52")
-    E, full, M2 = 7 - R, V * L, 2 * M
+def _weights(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
+    args = layout("int64*2 float32**2 int64**2 int64*55")
+    axis, full, M2 = WEIGHTS[scheme], V * L, 2 * M
+    side, step, E, R, *_ = axis
+    NV, NU, NM = axis.v, axis.u, axis.m
+    of_v, of_u, of_m, again = axis.of_both_axes()
+    all_products, of_axis = len(of_v), len(axis.products)
+    every = (1 << of_axis) - 1
     # Widths of tiles, see `rows.padded`.
     W1, W2, W3 = L, 2 * L, 3 * L
 
@@ -64,10 +72,11 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
         ``partial [tap] [C] [K]`` where there are others to add to it."""
         (
             x, g, partial, grad_w, picks, lines,
-            N, H, W, TH, TW, pad_h, pad_w, P, Q, itemsize,
+            N, H, W, TH, TW, pad_h, pad_w, P, Q, needed_h, needed_w, itemsize,
             C, K, parts_k, parts_c, share_k, share_c, splits, blocks, total, tiles,
             chunk_c, chunk_k, pitch_v, plane_v, pitch_u, stretch_u, plane_u, width, plane, room_c, pitch,
-            v_at, u_at, sums_at, taps_at, places_at, zeros_at, slots_at, offsets_at, pixels_at, pixels_size,
+            v_at, u_at, sums_at, taps_at, places_at, zeros_at, slots_at, starts_at, offsets_at,
+            pixels_at, pixels_size,
             xn, xc, xh, xw, yn, yk, yh, yw, of_k, of_c, of_tap,
         ) = unpack(address, args)  # fmt: skip
         c0 = index % parts_c * share_c
@@ -77,9 +86,7 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
         channels, filters = min(share_c, C - c0), min(share_k, K - k0)
         v, u = pointer(scratch + v_at, "float32"), pointer(scratch + u_at, "float32")
         sums = pointer(scratch + sums_at, "float32")
-        slots = pointer(scratch + slots_at, "int64")
-        for i in range(tiles):
-            slots[i] = i
+        slots, starts = pointer(scratch + slots_at, "int64"), pointer(scratch + starts_at, "int64")
         room = slots, scratch + places_at, scratch + zeros_at, scratch + pixels_at
         # Lanes without a channel are multiplied, too: by numbers, and no denormal ones.
         pixels = pointer(scratch + pixels_at, "float32")
@@ -90,26 +97,34 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
         for block in range(begin, (split + 1) * blocks // splits):
             first, more = block * tiles, block - begin
             count = min(tiles, total - first)
+            conv_winograd.arrange(
+                slots, starts, 0, first, count, tiles, total, TH, TW, needed_h != every,
+                needed_w != every, first,
+            )  # fmt: skip
             conv_winograd.inputs(
-                L, E, 6, 6, kind, v, plane_v, 0, pitch_v, x + c0 * xc * itemsize, first, count, (0, 0),
+                L, step, side, NV, kind, v, plane_v, 0, pitch_v, x + c0 * xc * itemsize, first, count, (0, 0),
                 channels, (N, H, W, TH, TW, pad_h, pad_w, 0, 0, itemsize), (xn, xc, xh, xw), chunk_c, room,
             )  # fmt: skip
             conv_winograd.inputs(
-                L, E, E, 6, kind, u, plane_u, stretch_u, pitch_u, g + k0 * yk * itemsize, first, count,
+                L, E, E, NU, kind, u, plane_u, stretch_u, pitch_u, g + k0 * yk * itemsize, first, count,
                 (0, 0), filters, (N, P, Q, TH, TW, 0, 0, 0, 0, itemsize), (yn, yk, yh, yw), chunk_k, room,
             )  # fmt: skip
-            for xi in range(36):
-                left = ahead(v, xi * plane_v)
-                for i in range(count * pitch_v, count * pitch_v + M2):
-                    left[i] = 0  # tiles reach beyond the last channel
+            for i in range(all_products):
+                left = ahead(v, of_v[i] * plane_v)
+                for c in range(count * pitch_v, count * pitch_v + M2):
+                    left[c] = 0  # tiles reach beyond the last channel
+                t0, t1 = conv_winograd.rows_of(
+                    starts, count, needed_h >> (i // of_axis) & 1, needed_w >> (i % of_axis) & 1
+                )
                 behind = 0
                 while behind < padded:
                     k = behind
                     wide = min(full, padded - k)
                     behind += wide
-                    right = ahead(u, xi * plane_u + k // STRETCH * stretch_u + k % STRETCH)
-                    to = ahead(sums, xi * plane + k)
-                    common = lines, count, pitch_u, channels, width, more
+                    at_k = k // STRETCH * stretch_u + k % STRETCH
+                    right = ahead(u, of_u[i] * plane_u + at_k + t0 * pitch_u)
+                    to = ahead(sums, of_m[i] * plane + k)
+                    common = ahead(lines, t0), t1 - t0, pitch_u, channels, width, more + again[i]
                     if wide == full:
                         _outer_products(L, M, full, left, right, to, common)
                     elif wide == W1:
@@ -124,14 +139,14 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
         across = ahead(down, R)
         for k in range(0, filters, L):
             # The whole sum goes to its place, a split's to the others'.
-            step = L if splits == 1 else pitch
+            gap = L if splits == 1 else pitch
             to = taps if splits == 1 else ahead(partial, index * R * R * room_c * pitch + k)
             for r in range(R):
-                across[r] = r * room_c * step
+                across[r] = r * room_c * gap
                 down[r] = R * across[r]
             for c in range(channels):
                 there = ahead(sums, c * width + k)
-                transform_sums(L, 6, R, ahead(to, c * step), down, across, there, plane)
+                transform_sums(L, NM, R, ahead(to, c * gap), down, across, there, plane)
             if splits == 1:
                 conv_rows.deliver(
                     L, "float32", taps, L, spare, ahead(grad_w, (k0 + k) * of_k + c0 * of_c),
@@ -142,6 +157,26 @@ def _weights(kind: str, R: int, L: int, M: int, V: int) -> Task:
 
 
 # ---- plans ------------------------------------------------------------------------------------------------
+
+
+def _scheme(shape: ConvShape) -> str:
+    scheme = conv_winograd.scheme_of(shape, "wgrad")
+    assert scheme is not None
+    return scheme
+
+
+def _needed(axis: Scheme, output: Axes) -> tuple[int, int]:
+    """The products that the last tiles of both axes need."""
+    h, w = (axis.with_gradients((places - 1) % axis.taps + 1) for places in output)
+    return h, w
+
+
+def _products(axis: Scheme, along: tuple[int, int], output: Axes) -> float:
+    """How many a tile has, on an average."""
+    result = 1.0
+    for tiles, needed in zip(along, _needed(axis, output), strict=True):
+        result *= len(axis.products) + (needed.bit_count() - len(axis.products)) / tiles
+    return result
 
 
 class _Shares(NamedTuple):
@@ -174,7 +209,9 @@ def _weigh(shape: ConvShape) -> tuple[float, _Shares]:
         rows.vectors_a_tile() * simd.lanes("float32"),
     )
     C, K, R = shape.C, shape.K, shape.kernel[0]
-    E = 7 - R
+    axis = WEIGHTS[_scheme(shape)]
+    arrays_v, arrays_u, arrays_m = axis.v**2, axis.u**2, axis.m**2
+    E = axis.taps
     TH, TW = (-(-places // E) for places in shape.output)
     total = shape.N * TH * TW
     # See `conv_winograd`: what is no product takes longer there.
@@ -192,11 +229,15 @@ def _weigh(shape: ConvShape) -> tuple[float, _Shares]:
         parts = parts_c * parts_k
         for tiles in _blocks(shape.N, TH, TW):
             blocks = -(-total // tiles)
-            products = 36 * rows_c * (width / L * tiles + 20 / M * -(-width // full))
-            transforms = 600 * vectors_c + 400 * vectors_k + 10 * E * E * (vectors_c + vectors_k)
+            products = rows_c * (width / L * tiles + 20 / M * -(-width // full))
+            products *= _products(axis, (TH, TW), shape.output)
+            transforms = vectors_c * (8.3 * (axis.inputs**2 + arrays_v) + 10 * E * E)
+            transforms += vectors_k * (11.1 * arrays_u + 10 * E * E)
             cycles = products + slow * tiles * transforms
             # V, U and M.
-            room = 36 * 4 * (tiles * (share_c + share_k) + rows_c * width)
+            room = 4 * (
+                tiles * (arrays_v * share_c + arrays_u * share_k) + arrays_m * rows_c * width
+            )
             if room > BLOCK_BYTES:
                 cycles *= room / BLOCK_BYTES
             size = R * R * up(channels, 2 * M) * share_k
@@ -205,7 +246,11 @@ def _weigh(shape: ConvShape) -> tuple[float, _Shares]:
                     continue
                 if splits > 1 and size * parts * splits * 4 > PARTIAL_BYTES:
                     continue
-                each = cycles * -(-blocks // splits) + slow * 500 * channels * vectors_k + 300
+                each = (
+                    cycles * -(-blocks // splits)
+                    + slow * 14 * arrays_m * channels * vectors_k
+                    + 300
+                )
                 work = each * parts * splits
                 if splits > 1:
                     work += 20 * splits * parts * size / L
@@ -225,7 +270,9 @@ class _Plan:
     def __init__(self, shape: ConvShape, kind: str, straight: tuple[bool, bool]) -> None:
         L, M, V = simd.lanes("float32"), rows.OUTER_ROWS, rows.vectors_a_tile()
         C, K, R = shape.C, shape.K, shape.kernel[0]
-        E = 7 - R
+        axis = WEIGHTS[_scheme(shape)]
+        arrays_v, arrays_u, arrays_m = axis.v**2, axis.u**2, axis.m**2
+        E = axis.taps
         TH, TW = (-(-places // E) for places in shape.output)
         total = shape.N * TH * TW
         self._work, (parts_k, parts_c, tiles, splits) = _weigh(shape)
@@ -239,14 +286,17 @@ class _Plan:
         plane_v, plane = tiles * pitch_v + LINE, room_c * width + LINE
         plane_u = -(-share_k // STRETCH) * stretch_u + LINE
         scratch = conv_winograd.Scratch()
-        v = scratch.add(36 * plane_v + 2 * M)
-        u, sums = scratch.add(36 * plane_u), scratch.add(36 * plane)
+        v = scratch.add(arrays_v * plane_v + 2 * M)
+        u, sums = scratch.add(arrays_u * plane_u), scratch.add(arrays_m * plane)
         chunks, pixels = [], 0
-        for size, side, there in ((shape.spatial, 6, straight[0]), (shape.output, E, straight[1])):
+        for size, side, step, there in (
+            (shape.spatial, axis.inputs, axis.step, straight[0]),
+            (shape.output, E, E, straight[1]),
+        ):
             # The pixels that a rectangle of tiles reads, with what a turned vector may reach beyond.
-            most = side * min(size[1], E * (min(tiles, TW) - 1) + side)
+            most = side * min(size[1], step * (min(tiles, TW) - 1) + side)
             if tiles >= TW:
-                most = max(most, min(size[0], E * (min(tiles // TW, TH) - 1) + side) * size[1])
+                most = max(most, min(size[0], step * (min(tiles // TW, TH) - 1) + side) * size[1])
             chunk = STRETCH
             while not there and chunk > L and 4 * chunk * most > PIXEL_BYTES:
                 chunk //= 2
@@ -254,21 +304,22 @@ class _Plan:
             if not there:
                 pixels = max(pixels, (most + L) * chunk)
         taps = scratch.add((R * R * room_c + L) * L)
-        places = scratch.add(2 * 36 * tiles)
+        places = scratch.add(2 * axis.inputs**2 * tiles)
         zeros = scratch.add(max(share_c, share_k, STRETCH))
-        slots, offsets = scratch.add(2 * tiles), scratch.add(4 * R)
+        slots, starts, offsets = (scratch.add(2 * n) for n in (tiles, 8, 2 * R))
         at_pixels = scratch.add(pixels)
         self._scratch_bytes = scratch.bytes
         (top, _), (left, _) = shape.padding
         blocks = -(-total // tiles)
         self._values: tuple[Value, ...] = (
             Table(np.arange(tiles, dtype=np.int64) * pitch_v),
-            shape.N, *shape.spatial, TH, TW, top, left, *shape.output, 4 if kind == "float32" else 2,
+            shape.N, *shape.spatial, TH, TW, top, left, *shape.output, *_needed(axis, shape.output),
+            4 if kind == "float32" else 2,
             C, K, parts_k, parts_c, share_k, share_c, splits, blocks, total, tiles,
             *chunks, pitch_v, plane_v, pitch_u, stretch_u, plane_u, width, plane, room_c, pitch,
-            v, u, sums, taps, places, zeros, slots, offsets, at_pixels, pixels,
+            v, u, sums, taps, places, zeros, slots, starts, offsets, at_pixels, pixels,
         )  # fmt: skip
-        self._task = _weights(kind, R, L, M, V)
+        self._task = _weights(kind, _scheme(shape), L, M, V)
         self._splits, self._count = splits, splits * parts_k * parts_c
         self._sums = R * R * room_c * pitch
         self._add = conv_rows.add_splits("float32", L)
@@ -301,13 +352,13 @@ _plan = lru_cache(512)(_Plan)
 
 @lru_cache(4096)
 def _is_worth_it(shape: ConvShape) -> bool:
-    """By estimated cycles, against a direct convolution at 90 % of the multiply-adds that a CPU can do, with
-    lanes that have no filter as far as `conv.form` puts up with them."""
+    """By estimated cycles, against a direct convolution at 90 % of the multiply-adds that a CPU can do, or
+    80 % with a stride of 2, and lanes that have no filter as far as `conv.form` puts up with them."""
     L = simd.lanes("float32")
     filters = rows.padded.py_func(shape.K, L, rows.vectors_a_tile() * L, rows.grain(L))
     vectors_k = min(filters, 2 * shape.K) / L
     products = shape.N * math.prod(shape.output) * math.prod(shape.kernel) * shape.C * vectors_k
-    return bool(_weigh(shape)[0] + 30_000 < products / 0.9)
+    return bool(_weigh(shape)[0] + 30_000 < products / (0.9 if shape.stride == (1, 1) else 0.8))
 
 
 def takes(shape: ConvShape, dtype: torch.dtype) -> bool:
@@ -315,7 +366,6 @@ def takes(shape: ConvShape, dtype: torch.dtype) -> bool:
     return (
         settings.winograd
         and dtype in KINDS
-        and shape.stride == (1, 1)
         and conv_winograd.scheme_of(shape, "wgrad") is not None
         and _is_worth_it(shape)
     )

@@ -24,6 +24,10 @@ become sums and sums products. For a padding of 1, and the four inputs that lie 
     x0 = y0 g1                         x2 = y1 g1
     x1 = (y0 - y1) g2 + y1 (g0 + g2)   x3 = y1 (g0 + g2) + (y2 - y1) g0
 
+and of weights, summed over tiles,
+
+    g0 = (x0 - x2) y0 + x2 (y0 + y1)   g1 = [x1 y0 + x3 y1]   g2 = x2 (y0 + y1) + (x4 - x2) y1
+
 The last tile of an axis needs fewer products if not all of its outputs are wanted: none of a sum that only
 others are made of. By interpolation that at 0 belongs to the first output alone, that at ∞ to the last one: a
 tile of which two outputs are wanted begins one earlier, and needs 4 of 6.
@@ -84,6 +88,12 @@ class Scheme(NamedTuple):
                 ways.append((len(needed), before, sum(1 << i for i in needed)))
         return min(ways)[1:]
 
+    def with_gradients(self, there: int) -> int:
+        """Of `WEIGHTS`: a bit for each product that a tile needs in which so many gradients are. The last u
+        is the last gradient alone."""
+        needed = [there == self.taps or u != self.u - 1 for _, u, _ in self.products]
+        return sum(1 << i for i, is_needed in enumerate(needed) if is_needed)
+
     def of_both_axes(self) -> tuple[tuple[int, ...], ...]:
         """Of each product of an image its v, its u, its m, and whether that has one already."""
         pairs = [(a, b) for a in self.products for b in self.products]
@@ -97,34 +107,31 @@ class Scheme(NamedTuple):
 _ONE_EACH = tuple((i, i, i) for i in range(6))
 _POINTS = (1, 2, 3, 4)
 
+_FIRST, _LAST = (0, *_POINTS), (*_POINTS, 5)
+
+# fmt: off
 SCHEMES = {
-    "three taps": Scheme(
-        6,
-        4,
-        3,
-        4,
-        _ONE_EACH,
-        ((0, *_POINTS), _POINTS, _POINTS, (*_POINTS, 5)),
-    ),
-    "five taps": Scheme(6, 2, 5, 2, _ONE_EACH, ((0, *_POINTS), (*_POINTS, 5))),
+    "three taps": Scheme(6, 4, 3, 4, _ONE_EACH, (_FIRST, _POINTS, _POINTS, _LAST)),
+    "five taps": Scheme(6, 2, 5, 2, _ONE_EACH, (_FIRST, _LAST)),
     "strided": Scheme(
-        5,
-        4,
-        3,
-        2,
-        ((0, 0, 0), (1, 1, 0), (2, 2, 1), (3, 1, 2), (4, 3, 2)),
-        ((0, 1), (1, 2)),
+        5, 4, 3, 2, ((0, 0, 0), (1, 1, 0), (2, 2, 1), (3, 1, 2), (4, 3, 2)), ((0, 1), (1, 2)),
     ),
     # Of the taps turned around.
     "spread": Scheme(
-        3,
-        2,
-        3,
-        4,
-        ((0, 0, 0), (1, 1, 1), (2, 2, 2), (2, 1, 3), (3, 3, 4)),
-        ((1,), (0, 2), (3,), (2, 4)),
+        3, 2, 3, 4, ((0, 0, 0), (1, 1, 1), (2, 2, 2), (2, 1, 3), (3, 3, 4)), ((1,), (0, 2), (3,), (2, 4)),
     ),
 }
+
+WEIGHTS = {
+    "three taps": Scheme(6, 4, 4, 3, _ONE_EACH, (_FIRST, _POINTS, _LAST)),
+    "five taps": Scheme(6, 2, 2, 5, _ONE_EACH, (_FIRST, *(_POINTS,) * 3, _LAST)),
+    "strided": Scheme(
+        5, 4, 2, 3, ((0, 0, 0), (1, 0, 1), (2, 1, 2), (3, 2, 1), (4, 2, 3)), ((0, 2), (1,), (2, 3)),
+    ),
+}
+"""For the weight gradients of the first three: a tile's gradients are where the taps were, and taps are the
+outputs. The next tile's gradients begin behind those of the one before."""
+# fmt: on
 
 # ---- the transforms of one axis, on vectors ---------------------------------------------------------------
 
@@ -192,6 +199,15 @@ def _strided_filter(emit: simd.Emit, g: list[ir.Value]) -> list[ir.Value]:
     return [g[0], g[1], emit.builder.fadd(g[0], g[2]), g[2]]
 
 
+def _strided_gradients(emit: simd.Emit, g: list[ir.Value]) -> list[ir.Value]:
+    return [g[0], emit.builder.fadd(g[0], g[1]), g[1]]
+
+
+def _strided_weights(emit: simd.Emit, m: list[ir.Value]) -> list[ir.Value]:
+    add = emit.builder.fadd
+    return [add(m[0], m[2]), m[1], add(m[2], m[3])]
+
+
 def _strided_sums(emit: simd.Emit, m: list[ir.Value]) -> list[ir.Value]:
     return [emit.builder.fadd(m[0], m[1]), emit.builder.fadd(m[1], m[2])]
 
@@ -215,6 +231,7 @@ _INPUTS: dict[tuple[int, int], _Axis] = {
     # A tile's gradients, in place of taps.
     (4, 6): _filter_axis,
     (2, 6): _filter_axis,
+    (2, 3): _strided_gradients,
 }
 """By how many numbers there are and how many they become."""
 
@@ -228,6 +245,7 @@ _SUMS: dict[tuple[int, int], _Axis] = {
     **{(6, outputs): partial(_sums_axis, outputs=outputs) for outputs in (2, 3, 4, 5)},
     (3, 2): _strided_sums,
     (5, 4): _spread_sums,
+    (4, 3): _strided_weights,
 }
 
 
