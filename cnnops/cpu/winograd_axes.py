@@ -19,7 +19,8 @@ outputs take three products, and those with an odd number the middle one::
 
 What is in brackets is one sum over both products and all channels: of both axes' 25 products, 9 are left to
 be added. Taps make 16 matrices, for x1 and x3 meet the same one. The gradient is this turned around: products
-become sums and sums products. For a padding of 1, and the four inputs that lie between y0 and y2 or on y1,
+become sums and sums products. For a padding of 1, and four inputs of which y0 reads the first by its middle
+tap,
 
     x0 = y0 g1                         x2 = y1 g1
     x1 = (y0 - y1) g2 + y1 (g0 + g2)   x3 = y1 (g0 + g2) + (y2 - y1) g0
