@@ -13,10 +13,9 @@ All transforms go along channels with vectors, whatever the layout: planes of x 
 through small channels-last float32 buffers. Tiles are numbered through all images, so small planes fill
 blocks, too; what lies outside of x is read from a vector of zeros. Tiles that reach beyond y do without some
 products: in a block those come first that lie at the lower edge alone, then those at none, at the right edge,
-at both, so that the tiles of a product lie side by side. For 7 by 7 and 14 by 14 outputs a stride of 1 takes
-0.84 of the products. The input gradient is the same
-computation, of grad_y with the filters turned around and their channels exchanged, by the scheme "spread"
-where there is a stride.
+at both, so that the tiles of a product lie side by side: 0.84 of the products for 7 by 7 and 14 by 14 outputs
+of 3 by 3 taps. The input gradient is the same computation, of grad_y with the filters turned around and their
+channels exchanged, by the scheme "spread" where there is a stride.
 
 Either U or V is made before, for all tasks. Where U is small a task makes V of a block of tiles, and takes it
 through all panels. Where U is large, as at the end of a network, or there are few tiles, all V is made first:
@@ -471,8 +470,9 @@ def arrange(slots, starts, first, start, count, tiles, total, TH, TW, edge_h, ed
     from the `first` on, which are cut into blocks of so many `tiles`.
 
     A block's tiles are ordered, so that those that need a product lie side by side: those at the lower edge
-    alone, at none, at the right edge alone, at both. An edge that is none has nothing of its own. ``starts``
-    gets the first row of each kind in the last block, and has room for as many counters.
+    alone, at none, at the right edge alone, at both. Only those are at an edge that reach beyond it, which
+    `edge_h` and `edge_w` say. ``starts`` gets the first row of each kind in the last block, and has room for
+    as many counters.
     """
     for block in range(start // tiles, (start + count + tiles - 1) // tiles):
         begin, end = block * tiles, min((block + 1) * tiles, total)
