@@ -40,8 +40,8 @@ SIZES = {
 SIDES = (3, 5)
 """Taps along each axis."""
 
-SCHEMES = {"three": (3, 1), "five": (5, 1), "strided": (3, 2)}
-"""Taps along each axis, and the stride."""
+SCHEMES = {"three": (3, 1, 1), "five": (5, 1, 1), "strided": (3, 2, 1), "dilated": (3, 1, 2)}
+"""Taps along each axis, stride and dilation."""
 
 LAYOUTS = [
     *(
@@ -49,7 +49,11 @@ LAYOUTS = [
         for scheme in ("three", "strided")
         for layout in ("contiguous", "channels_last", "sliced", "transposed")
     ),
-    *(("five", layout) for layout in ("contiguous", "channels_last")),
+    *(
+        (scheme, layout)
+        for scheme in ("five", "dilated")
+        for layout in ("contiguous", "channels_last")
+    ),
 ]
 """Schemes, and how tensors lie."""
 
@@ -69,7 +73,32 @@ ACTS = {
 def correlated(shape: ConvShape, x: Tensor, w: Tensor) -> Tensor:
     """The convolution in float64, its padding as uneven as it may be."""
     padding = [p for pair in reversed(shape.padding) for p in pair]
-    return F.conv2d(F.pad(x.double(), padding), w.double(), stride=shape.stride)
+    return F.conv2d(
+        F.pad(x.double(), padding), w.double(), stride=shape.stride, dilation=shape.dilation
+    )
+
+
+def shape_for(
+    scheme: str,
+    x_size: tuple[int, ...],
+    K: int,
+    padding: int | tuple[tuple[int, int], ...] | None = None,
+) -> ConvShape:
+    """The problem of a scheme; padding is so many steps of the dilation, by default what keeps the size."""
+    side, stride, dilation = SCHEMES[scheme]
+    if padding is None:
+        padding = side // 2
+    pairs = ((padding,) * 2,) * 2 if isinstance(padding, int) else padding
+    scaled = tuple((before * dilation, after * dilation) for before, after in pairs)
+    w_size = (K, x_size[1], side, side)
+    return ConvShape.of(x_size, w_size, stride=stride, padding=scaled, dilation=dilation)
+
+
+def weights_gradient(shape: ConvShape, x: Tensor, grad_y: Tensor) -> Tensor:
+    (padding, _), _ = shape.padding
+    return torch.nn.grad.conv2d_weight(
+        x.double(), shape.w_size, grad_y.double(), shape.stride, padding, shape.dilation
+    )
 
 
 def computed(
@@ -97,12 +126,11 @@ def computed(
 def test_values(size: str, scheme: str, layout: str, dtype: torch.dtype) -> None:
     """Forward and both gradients, where there are tiles for them, with a bias for the first two."""
     x_size, K, padding = SIZES[size]
-    side, stride = SCHEMES[scheme]
-    if side == 5 and size == "one tile":
-        padding = ((4, 1), (0, 3))
+    if size == "one tile":
+        padding = {"five": ((4, 1), (0, 3)), "dilated": ((2, 1), (1, 2))}.get(scheme, padding)
+    shape = shape_for(scheme, x_size, K, padding)
     x = laid_out(x_size, layout, normal(1, dtype))
-    w = laid_out((K, x_size[1], side, side), layout, normal(2, dtype))
-    shape = ConvShape.of(x.shape, w.shape, stride=stride, padding=padding)
+    w = laid_out(shape.w_size, layout, normal(2, dtype))
     bias, bias_x = normal(3, dtype)((K,)), normal(4, dtype)((x_size[1],))
     leaf, weight = x.double().requires_grad_(), w.double().requires_grad_()
     expected = correlated(shape, leaf, weight)
@@ -117,7 +145,7 @@ def test_values(size: str, scheme: str, layout: str, dtype: torch.dtype) -> None
         conv_winograd.dgrad(shape, grad_y, w, bias_x, grad_x)
         assert_close(grad_x, to_x, TOLERANCE[dtype].output, "input gradient")
     else:
-        assert stride == 2 and any(before != 1 for before, _ in shape.padding)
+        assert scheme == "strided" and any(before != 1 for before, _ in shape.padding)
 
     grad_w = laid_out(shape.w_size, layout, lambda size: torch.full(size, 7.0, dtype=dtype))
     conv_winograd_weights.wgrad(shape, grad_y, x, grad_w)
@@ -135,16 +163,18 @@ def test_tiles_that_reach_beyond_the_results(
     monkeypatch.setattr(conv_winograd, "BLOCK_BYTES", 200_000)
     monkeypatch.setattr(conv_winograd, "FILTER_BYTES", 0 if transformed == "inputs" else 1 << 30)
     monkeypatch.setattr(conv_winograd, "NEAR_BYTES", 1 << 30)
-    side, stride = SCHEMES[scheme]
-    w = normal(1, FLOAT)((17, 20, side, side))
     threads = torch.get_num_threads()
+    # A dilation's images are read with their channels last.
+    order = torch.channels_last if scheme == "dilated" else torch.contiguous_format
     for h, w_ in product(range(3, 11), repeat=2):
-        x = normal(2, FLOAT)((3, 20, h, w_))
-        shape = ConvShape.of(x.shape, w.shape, stride=stride, padding=side // 2)
+        shape = shape_for(scheme, (3, 20, h, w_), 17)
+        w = normal(1, FLOAT)(shape.w_size)
+        x = normal(2, FLOAT)(shape.x_size).contiguous(memory_format=order)
         straight = (shape, "float32", False, threads)
         leaf = x.double().requires_grad_()
         expected = correlated(shape, leaf, w)
-        y, grad_x = torch.full(shape.y_size, 7.0), torch.full_like(x, 7.0)
+        y = torch.full(shape.y_size, 7.0).contiguous(memory_format=order)
+        grad_x = torch.full_like(x, 7.0)
         plan = conv_winograd._fprop.__wrapped__(*straight)
         assert plan._given_v is (transformed == "inputs")
         plan.run(x, w, (w.stride(0), w.stride(1), 1, 0), None, y, Epilogue())
@@ -164,16 +194,17 @@ def test_tiles_that_reach_beyond_the_gradients(
     blocks."""
     monkeypatch.setattr(conv_winograd_weights, "TILES", 7)
     monkeypatch.setattr(conv_winograd_weights, "_weigh", conv_winograd_weights._weigh.__wrapped__)
-    side, stride = SCHEMES[scheme]
+    order = torch.channels_last if scheme == "dilated" else torch.contiguous_format
     for h, w_ in product(range(3, 11), repeat=2):
-        x = normal(1, FLOAT)((images, 20, h, w_))
-        shape = ConvShape.of(x.shape, (17, 20, side, side), stride=stride, padding=side // 2)
-        grad_y = normal(2, FLOAT)(shape.y_size)
+        shape = shape_for(scheme, (images, 20, h, w_), 17)
+        x, grad_y = (
+            normal(seed, FLOAT)(size).contiguous(memory_format=order)
+            for seed, size in enumerate((shape.x_size, shape.y_size))
+        )
         grad_w = torch.full(shape.w_size, 7.0)
         plan = conv_winograd_weights._Plan(shape, "float32", (False, False))
         plan.run(grad_y, x, grad_w)
-        weights = (shape.w_size, grad_y.double(), stride, side // 2)
-        expected = torch.nn.grad.conv2d_weight(x.double(), *weights)
+        expected = weights_gradient(shape, x, grad_y)
         assert_close(grad_w, expected, TOLERANCE[FLOAT].gradient, f"gradient of {h} by {w_}")
 
 
@@ -242,9 +273,9 @@ def test_many_tiles_and_channels(some: int, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_float32_errors_are_small_for_many_channels(scheme: str) -> None:
     """As the module says."""
-    side, stride = SCHEMES[scheme]
-    x, w = normal(1, FLOAT)((1, 512, 8, 8)), normal(2, FLOAT)((512, 512, side, side))
-    shape = ConvShape.of(x.shape, w.shape, stride=stride, padding=side // 2)
+    shape = shape_for(scheme, (1, 512, 8, 8), 512)
+    x, w = normal(1, FLOAT)(shape.x_size), normal(2, FLOAT)(shape.w_size)
+    stride = shape.stride[0]
     expected = correlated(shape, x, w)
     error = (computed(shape, x, w).double() - expected).abs()
     assert error.norm() <= (0.9e-6 if stride == 1 else 3.3e-7) * expected.norm()
@@ -254,14 +285,12 @@ def test_float32_errors_are_small_for_many_channels(scheme: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_errors_of_the_weight_gradient_are_small(scheme: str) -> None:
     """As its module says, with some room."""
-    side, stride = SCHEMES[scheme]
-    x = normal(1, FLOAT)((16, 32, 28, 28))
-    shape = ConvShape.of(x.shape, (48, 32, side, side), stride=stride, padding=side // 2)
-    grad_y = normal(2, FLOAT)(shape.y_size)
+    shape = shape_for(scheme, (16, 32, 28, 28), 48)
+    x, grad_y = normal(1, FLOAT)(shape.x_size), normal(2, FLOAT)(shape.y_size)
+    stride = shape.stride[0]
     grad_w = torch.empty(shape.w_size)
     conv_winograd_weights.wgrad(shape, grad_y, x, grad_w)
-    weights = (shape.w_size, grad_y.double(), stride, side // 2)
-    expected = torch.nn.grad.conv2d_weight(x.double(), *weights)
+    expected = weights_gradient(shape, x, grad_y)
     error = (grad_w.double() - expected).abs()
     assert error.norm() <= (1.2e-6 if stride == 1 else 4e-7) * expected.norm()
     assert error.max() <= (1e-5 if stride == 1 else 2.5e-6) * expected.std()
@@ -278,10 +307,9 @@ def test_every_activation_is_tried() -> None:
 @pytest.mark.parametrize(("scheme", "layout"), LAYOUTS)
 def test_epilogues(scheme: str, layout: str, dtype: torch.dtype) -> None:
     """Each activation, with and without scale, bias and residual; the last may be where y will be."""
-    side, stride = SCHEMES[scheme]
-    x, w = normal(1, dtype)((2, 24, 7, 9)), normal(2, dtype)((37, 24, side, side))
-    x, w = x / 4, w / side
-    shape = ConvShape.of(x.shape, w.shape, stride=stride, padding=side // 2)
+    shape = shape_for(scheme, (2, 24, 7, 9), 37)
+    x, w = normal(1, dtype)(shape.x_size), normal(2, dtype)(shape.w_size)
+    x, w = x / 4, w / shape.kernel[0]
     sums = correlated(shape, x, w)
     scale, bias = normal(3, dtype)((37,)), normal(4, dtype)((37,))
     residual = laid_out(shape.y_size, layout, normal(5, dtype))
@@ -308,21 +336,32 @@ def test_what_is_not_finite_does_not_vanish(
     scheme: str, place: tuple[int, int], layout: str, value: float
 ) -> None:
     """It is in every output that sees it, and in no tile that does not read it."""
-    side, stride = SCHEMES[scheme]
+    side, stride, dilation = SCHEMES[scheme]
     h, w_ = place
-    x = laid_out((2, 16, 9, 10), layout, normal(1, FLOAT))
-    w = normal(2, FLOAT)((16, 16, side, side))
+    shape = shape_for(scheme, (2, 16, 9, 10), 16)
+    x = laid_out(shape.x_size, layout, normal(1, FLOAT))
+    w = normal(2, FLOAT)(shape.w_size)
     x[1, 3, h, w_] = value
-    shape = ConvShape.of(x.shape, w.shape, stride=stride, padding=side // 2)
     y = computed(shape, x, w, epilogue=Epilogue(activation="none"), layout=layout)
     seen = ~correlated(shape, x, w).isfinite()
     assert seen.any() and not y[seen].isfinite().any()
-    # A tile of `out` by `out`, from `step` by `step` inputs, reads so much more on each side.
+    # A tile of `out` by `out`, from `step` by `step` inputs, reads so much more on each side; with a dilation
+    # all of it is so many places apart.
     step, more = 7 - side if stride == 1 else 4, side // 2
     out = step // stride
-    tile = [slice(max((i - more) // step * out, 0), (i + more) // step * out + out) for i in place]
     inside = torch.zeros_like(seen)
-    inside[1, :, tile[0], tile[1]] = True
+    lines, columns = (
+        [
+            q * dilation + i % dilation
+            for q in range(
+                max((i // dilation - more) // step * out, 0),
+                (i // dilation + more) // step * out + out,
+            )
+            if q * dilation + i % dilation < size
+        ]
+        for i, size in zip(place, shape.output, strict=True)
+    )
+    inside[1, :, torch.tensor(lines)[:, None], torch.tensor(columns)] = True
     assert y[~inside].isfinite().all()
 
 
@@ -340,8 +379,7 @@ def test_nan_in_a_filter_is_in_its_outputs_alone() -> None:
 def test_what_is_not_finite_stays_in_its_channel_of_the_weight_gradient(
     scheme: str, layout: str, value: float
 ) -> None:
-    side, stride = SCHEMES[scheme]
-    shape = ConvShape.of((2, 16, 9, 10), (20, 16, side, side), stride=stride, padding=side // 2)
+    shape = shape_for(scheme, (2, 16, 9, 10), 20)
     x, grad_y = (
         laid_out(size, layout, normal(seed, FLOAT))
         for seed, size in enumerate((shape.x_size, shape.y_size))
@@ -351,8 +389,7 @@ def test_what_is_not_finite_stays_in_its_channel_of_the_weight_gradient(
     def seen(a: Tensor, b: Tensor) -> Tensor:
         """Taps at which a number that is not finite is multiplied by a place of the other tensor."""
         a, b = ((~t.isfinite() if t.isfinite().logical_not().any() else t == t) for t in (a, b))
-        sums = torch.nn.grad.conv2d_weight(a.double(), shape.w_size, b.double(), stride, side // 2)
-        return sums != 0
+        return weights_gradient(shape, a, b) != 0
 
     wild = x.clone(memory_format=torch.preserve_format)
     wild[1, 3, -1, -1] = value
@@ -368,10 +405,10 @@ def test_what_is_not_finite_stays_in_its_channel_of_the_weight_gradient(
     assert seen(x, wild).any() and not finite[seen(x, wild)].any()
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-def test_what_another_call_left_in_scratch_does_not_matter(stride: int) -> None:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_another_call_left_in_scratch_does_not_matter(scheme: str) -> None:
     """Lanes without a channel, and tiles that reach beyond x."""
-    shape = ConvShape.of((3, 19, 13, 9), (23, 19, 3, 3), stride=stride, padding=1)
+    shape = shape_for(scheme, (3, 19, 13, 9), 23)
     x, grad_y = normal(1, FLOAT)(shape.x_size), normal(2, FLOAT)(shape.y_size)
     results = []
     for _ in range(2):
@@ -398,9 +435,8 @@ def threads() -> Iterator[None]:
 @pytest.mark.parametrize("size", ["two stretches", "deep", "batch"])
 def test_same_bits_for_any_number_of_threads(size: str, scheme: str) -> None:
     x_size, K, padding = SIZES[size]
-    side, stride = SCHEMES[scheme]
-    x, w = normal(1, FLOAT)((4, *x_size[1:])), normal(2, FLOAT)((K, x_size[1], side, side))
-    shape = ConvShape.of(x.shape, w.shape, stride=stride, padding=padding)
+    shape = shape_for(scheme, (4, *x_size[1:]), K, padding)
+    x, w = normal(1, FLOAT)(shape.x_size), normal(2, FLOAT)(shape.w_size)
     results = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -416,7 +452,12 @@ def test_same_bits_for_any_number_of_threads(size: str, scheme: str) -> None:
 
 @pytest.mark.parametrize(
     "bits, dtype, scheme",
-    [(128, FLOAT, "five"), (256, torch.bfloat16, "three"), (128, torch.bfloat16, "strided")],
+    [
+        (128, FLOAT, "five"),
+        (256, torch.bfloat16, "three"),
+        (128, torch.bfloat16, "strided"),
+        (256, FLOAT, "dilated"),
+    ],
 )
 def test_values_at_other_widths(bits: int, dtype: torch.dtype, scheme: str) -> None:
     """The tests above of a scheme, in a process whose vectors are so wide."""
@@ -454,6 +495,17 @@ def test_taken(direction: str) -> None:
             assert conv_winograd.takes(shape, dtype, direction)  # type: ignore[arg-type]
             assert conv_winograd.takes(large, dtype, direction)  # type: ignore[arg-type]
         assert not conv_winograd.takes(shape, torch.float64, direction)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("direction", ["fprop", "dgrad", "wgrad"])
+def test_taken_with_a_dilation(direction: str) -> None:
+    for step in (2, (1, 4), (3, 2)):
+        shape = shape_of(x=(8, 128, 30, 29), w=(128, 128, 3, 3), padding=step, dilation=step)
+        for dtype in TYPES:
+            if direction == "wgrad":
+                assert conv_winograd_weights.takes(shape, dtype)
+            else:
+                assert conv_winograd.takes(shape, dtype, direction)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
@@ -496,7 +548,9 @@ def test_weight_gradients_that_are_taken() -> None:
         dict(stride=3),
         dict(stride=(1, 2)),
         dict(w=(64, 64, 5, 5), stride=2),
-        dict(dilation=2, padding=2),
+        dict(dilation=2, padding=1),
+        dict(dilation=2, padding=((1, 3), (2, 2))),
+        dict(dilation=2, padding=2, stride=2),
         dict(w=(64, 32, 3, 3), groups=2),
         dict(padding=3),
         dict(padding=((1, -1), (1, 1))),

@@ -3,8 +3,8 @@
 Each has several forms, one module each; what a call takes depends on shape, type and memory alone:
 
     conv_depthwise  one filter a channel, of that channel alone
-    conv_winograd   3x3 and 5x5 taps, a quarter and a third of the multiplications; 3x3 taps with a stride of
-                    2, two thirds of them; the weight gradient by conv_winograd_weights
+    conv_winograd   3x3 and 5x5 taps, dilated or not, a quarter and a third of the multiplications; 3x3 taps
+                    with a stride of 2, two thirds of them; the weight gradient by conv_winograd_weights
     conv_rows       channels last: what most convolutions are fastest as, whatever their memory
     conv_planes     one tap, and channels in planes
     conv_blocks     channels in planes: results of few channels, padding modes other than zeros, dense layers

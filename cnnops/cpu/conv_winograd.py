@@ -11,7 +11,8 @@ and A, so that ⊙ becomes matrix products ``M[m] += V[v] · U[u]``, of [tiles, 
 
 All transforms go along channels with vectors, whatever the layout: planes of x and y, and half types, pass
 through small channels-last float32 buffers. Tiles are numbered through all images, so small planes fill
-blocks, too; what lies outside of x is read from a vector of zeros. Tiles that reach beyond y do without some
+blocks, too; what lies outside of x is read from a vector of zeros. With a dilation an image is several, of
+every so many lines and columns. Tiles that reach beyond y do without some
 products: in a block those come first that lie at the lower edge alone, then those at none, at the right edge,
 at both, so that the tiles of a product lie side by side: 0.84 of the products for 7 by 7 and 14 by 14 outputs
 of 3 by 3 taps. The input gradient is the same computation, of grad_y with the filters turned around and their
@@ -342,6 +343,22 @@ def _part(t, end, TH, TW):
 
 
 @routine
+def _grid(image, sizes, strides):
+    """One of the images that a dilation takes a batch apart into, each of every so many lines and columns:
+    where it begins, its lines and columns, and how far it is from one to the next."""
+    dilation_h, dilation_w, H, W = sizes
+    xn, _, xh, xw = strides
+    a, b = image // dilation_w % dilation_h, image % dilation_w
+    return (
+        image // (dilation_h * dilation_w) * xn + a * xh + b * xw,
+        (H - a + dilation_h - 1) // dilation_h,
+        (W - b + dilation_w - 1) // dilation_w,
+        xh * dilation_h,
+        xw * dilation_w,
+    )
+
+
+@routine
 def _set_places(places, side, top, left, h0, w0, H, W, sh, sw, nothing):
     """Where the inputs of a tile lie: `side` by `side` from (top, left); (h0, w0) is at place 0."""
     for i in range(side):
@@ -363,15 +380,16 @@ def inputs(
 ):  # fmt: skip
     """V of `count` tiles from the `first` on, and zeros for `rows`, a first and the one behind the last:
     ``to [xi] [stretch of C] [row] [pitch]``, `numbers` by `numbers` xi. A tile is `side` by `side` places of
-    x, the next one `step` further, but for the last ones, which begin earlier.
+    x, the next one `step` further, but for the last ones, which begin earlier. With a dilation a tile is in
+    one of the images that `_grid` tells of.
 
     `room` has the tiles' rows and the addresses of scratch: those places of each tile, zeros in place of a
     pixel, and the pixels that a rectangle of tiles reads, ``[h, w] [chunk]``. Channels-last float32 is read
     where it is, though, if whole vectors make up C. `chunk` channels are transformed at a time, a divisor of
     STRETCH.
     """
-    N, H, W, TH, TW, pad_h, pad_w, early_h, early_w, itemsize = sizes
-    xn, xc, xh, xw = strides
+    dilation_h, dilation_w, H_all, W_all, TH, TW, pad_h, pad_w, early_h, early_w, itemsize = sizes
+    xc = strides[1]
     slots, places_at, zeros_at, pixels_at = room
     places = pointer(places_at, "int64")
     zeros, pixels = pointer(zeros_at, "float32"), pointer(pixels_at, "float32")
@@ -381,14 +399,16 @@ def inputs(
     t = first
     while t < first + count:
         n, row, row_end, column, column_end = _part(t, first + count, TH, TW)
+        origin, H, W, xh, xw = _grid(n, (dilation_h, dilation_w, H_all, W_all), strides)
         top, bottom = step * row - pad_h, step * (row_end - 1) + side - pad_h
         left, right = step * column - pad_w, step * (column_end - 1) + side - pad_w
         if row_end == TH:
             top, bottom = min(top, step * (TH - 1) - pad_h - early_h), bottom - early_h
         if column_end == TW:
             left, right = min(left, step * (TW - 1) - pad_w - early_w), right - early_w
-        h0, h1, w0, w1 = max(top, 0), min(bottom, H), max(left, 0), min(right, W)
-        start = x + (n * xn + h0 * xh + w0 * xw) * itemsize
+        h0, w0 = max(top, 0), max(left, 0)
+        h1, w1 = max(min(bottom, H), h0), max(min(right, W), w0)
+        start = x + (origin + h0 * xh + w0 * xw) * itemsize
         line, pixel_step, source_at = (w1 - w0) * chunk, chunk, pixels_at
         if straight:
             line, pixel_step, source_at = xh, xw, start
@@ -523,8 +543,8 @@ def _outputs(
     `room` has the tiles' rows and the addresses of scratch: scales and shifts, results, results in y's order,
     places. What is not wanted of the last tiles goes to a place behind the results.
     """
-    P, Q, TH, TW, before_h, before_w, nowhere, itemsize = sizes
-    yn, yk, yh, yw = strides
+    dilation_h, dilation_w, P_all, Q_all, TH, TW, before_h, before_w, nowhere, itemsize = sizes
+    yk = strides[1]
     slots, factors_at, results_at, planes_at, order_at, places_at = room
     down = pointer(places_at, "int64")
     across = ahead(down, E)
@@ -548,12 +568,14 @@ def _outputs(
     t = first
     while t < first + count:
         n, row, row_end, column, column_end = _part(t, first + count, TH, TW)
+        origin, P, Q, yh, yw = _grid(n, (dilation_h, dilation_w, P_all, Q_all), strides)
         # All channels of a tile, or all tiles of a vector of channels.
         group = L
         if yk == 1:
             row_end, column_end, group = row + 1, column + 1, width
         p0, q0 = E * row, E * column
-        height, length = min(E * row_end, P) - p0, min(E * column_end, Q) - q0
+        height = max(min(E * row_end, P) - p0, 0)
+        length = max(min(E * column_end, Q) - q0, 0)
         pixels = height * length
         for k in range(0, k1 - k0, group):
             for i in range(row, row_end):
@@ -593,7 +615,7 @@ def _outputs(
                 L, values, gap, outer, inner, ahead(factors, k * side), ahead(addends, k * side),
                 factor_outer, factor_inner,
             )  # fmt: skip
-            place = (n * yn + (k0 + k) * yk + p0 * yh + q0 * yw) * itemsize
+            place = (origin + (k0 + k) * yk + p0 * yh + q0 * yw) * itemsize
             if residual != 0:
                 beside = vectors.elements(residual + place, kind)
                 _add_rows(
@@ -695,7 +717,7 @@ def _multiply_panel(
 
 @lru_cache(None)
 def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
-    args = layout("int64*2 float32**4 int64*57")
+    args = layout("int64*2 float32**4 int64*58")
     axis, half = SCHEMES[scheme], V // 2
     side, step, R, E, *_ = axis
     NV, NU, NM, of_axis = axis.v, axis.u, axis.m, len(axis.products)
@@ -708,7 +730,8 @@ def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
         all of its panels if U is given, one of them if V is."""
         (
             x, w, u, v, scale, shift, residual, y, activation, making,
-            N, H, W, TH, TW, pad_h, pad_w, P, Q, before_h, needed_h, before_w, needed_w, itemsize,
+            dilation_h, dilation_w, H, W, TH, TW, pad_h, pad_w, P, Q,
+            before_h, needed_h, before_w, needed_w, itemsize,
             C, K, padded, first, count, some, tiles, rows, chunk,
             plane_v, stretch, pitch, plane, v_at, sums_at, taps_at, places_at, zeros_at, pixels_at,
             factors_at, results_at, nowhere, planes_at, order_at, slots_at, starts_at, outputs_at,
@@ -739,7 +762,8 @@ def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
         if making == given_v:
             inputs(
                 L, step, side, NV, kind, lines, plane_v, stretch, pitch, x, first + start, here, behind, C,
-                (N, H, W, TH, TW, pad_h, pad_w, before_h * step // E, before_w * step // E, itemsize),
+                (dilation_h, dilation_w, H, W, TH, TW, pad_h, pad_w, before_h * step // E,
+                 before_w * step // E, itemsize),
                 (xn, xc, xh, xw), chunk,
                 (slots, scratch + places_at, scratch + zeros_at, scratch + pixels_at),
             )  # fmt: skip
@@ -805,7 +829,8 @@ def _winograd(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
                 _outputs(
                     L, NM, E, kind, y, residual, sums, plane, V * L, first + start, here, k0,
                     min(k0 + V * L, K), scale, shift, activation,
-                    (P, Q, TH, TW, before_h, before_w, nowhere, itemsize), (yn, yk, yh, yw),
+                    (dilation_h, dilation_w, P, Q, TH, TW, before_h, before_w, nowhere, itemsize),
+                    (yn, yk, yh, yw),
                     (slots, scratch + factors_at, scratch + results_at, scratch + planes_at,
                      scratch + order_at, scratch + outputs_at),
                 )  # fmt: skip
@@ -854,6 +879,16 @@ def _padded(K: int) -> int:
     L, (_, V) = simd.lanes("float32"), simd.tiles().gemm
     rest, half = K % (V * L), V // 2 * L
     return K - rest + (0 if rest == 0 else half if rest <= half else V * L)
+
+
+def grids(N: int, dilation: Axes, *sizes: Axes) -> tuple[int, list[Axes]]:
+    """How many images a dilation makes of N: each of every so many lines and columns, of which no taps reach
+    into another one. And the largest of each of their sizes."""
+    parts = [
+        tuple(-(-places // step) for places, step in zip(size, dilation, strict=True))
+        for size in sizes
+    ]
+    return N * math.prod(dilation), parts
 
 
 class _Tiles(NamedTuple):
@@ -908,16 +943,18 @@ class _Tiles(NamedTuple):
 
 class _Plan:
     """One correlation, of x ``N C H W`` with K filters to y ``N K P Q``, by one of `SCHEMES`: all that does
-    not change from call to call. `padding` is that before H and W; `straight` says that the kernel reads x
-    channels-last."""
+    not change from call to call. `padding` is that before H and W, in steps of the dilation; `straight` says
+    that the kernel reads x channels-last."""
 
     def __init__(
         self, kind: str, N: int, C: int, K: int, size: Axes, padding: tuple[int, int], output: Axes,
-        scheme: str, straight: bool, threads: int,
+        dilation: Axes, scheme: str, straight: bool, threads: int,
     ) -> None:  # fmt: skip
         L, (M, V) = simd.lanes("float32"), simd.tiles().gemm
         axis = SCHEMES[scheme]
         out, arrays_v, arrays_u, arrays_m = axis.outputs, axis.v**2, axis.u**2, axis.m**2
+        self._dilation, all_places = dilation, (size, output)
+        N, (size, output) = grids(N, dilation, size, output)
         padded, pitch = _padded(K), min(STRETCH, up(C, L))
         panels, stretches = -(-padded // (V * L)), -(-C // STRETCH)
         cut = _Tiles.of(N, output, C, K, axis, threads)
@@ -968,7 +1005,9 @@ class _Plan:
         slots, starts, outputs = (scratch.add(2 * n) for n in (max(some, tiles), 8, 2 * out))
         self._scratch_bytes = scratch.bytes
         itemsize = 4 if kind == "float32" else 2
-        self._places = (N, H, W, TH, TW, *padding, *output, *last[0], *last[1], itemsize)
+        self._places = (
+            *dilation, *all_places[0], TH, TW, *padding, *all_places[1], *last[0], *last[1], itemsize,
+        )  # fmt: skip
         self._sizes = C, K, padded
         self._rest = (
             some, tiles, rows, chunk, plane_v, stretch, pitch, plane, v, sums, taps, places, zeros, at_pixels,
@@ -992,7 +1031,7 @@ class _Plan:
         shared = Shared(4 * self._shared_size)
         u, v = (None, shared) if self._given_v else (shared, None)
         ends = x, w, u, v, scale, shift, residual, y, ACTIVATIONS.index(activation)
-        strides = *x.stride(), *along, *y.stride()
+        all_strides = *strides(x, self._dilation), *along, *strides(y, self._dilation)
         for first, count in self._waves:
             blocks = -(-count // self._tiles)
             tasks = blocks * self._panels if self._given_v else blocks
@@ -1000,7 +1039,7 @@ class _Plan:
             for making, number, work in phases:
                 self._task.run(
                     number, work, *ends, making, *self._places, *self._sizes, first, count,
-                    *self._rest, *strides, scratch_bytes=self._scratch_bytes,
+                    *self._rest, *all_strides, scratch_bytes=self._scratch_bytes,
                 )  # fmt: skip
 
 
@@ -1009,8 +1048,10 @@ def _fprop(shape: ConvShape, kind: str, straight: bool, threads: int) -> _Plan:
     (top, _), (left, _) = shape.padding
     scheme = scheme_of(shape, "fprop")
     assert scheme is not None
+    down, along = shape.dilation
     return _Plan(
-        kind, shape.N, shape.C, shape.K, shape.spatial, (top, left), shape.output, scheme, straight, threads,
+        kind, shape.N, shape.C, shape.K, shape.spatial, (top // down, left // along), shape.output,
+        shape.dilation, scheme, straight, threads,
     )  # fmt: skip
 
 
@@ -1021,9 +1062,13 @@ def _dgrad(shape: ConvShape, kind: str, straight: bool, threads: int) -> _Plan:
     if scheme == "spread":
         top = left = 0
     else:
-        top, left = (SCHEMES[scheme].taps - 1 - before for before, _ in shape.padding)
+        top, left = (
+            SCHEMES[scheme].taps - 1 - before // step
+            for (before, _), step in zip(shape.padding, shape.dilation, strict=True)
+        )
     return _Plan(
-        kind, shape.N, shape.K, shape.C, shape.output, (top, left), shape.spatial, scheme, straight, threads,
+        kind, shape.N, shape.K, shape.C, shape.output, (top, left), shape.spatial, shape.dilation, scheme,
+        straight, threads,
     )  # fmt: skip
 
 
@@ -1037,9 +1082,17 @@ def _filter_strides(w: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]
     return w, (k, c, s)
 
 
-def readable(x: torch.Tensor) -> torch.Tensor:
-    """x with something that vectors can read as neighbours."""
+def readable(x: torch.Tensor, dilation: Axes) -> torch.Tensor:
+    """x with something that vectors can read as neighbours: with a dilation, channels."""
+    if max(dilation) > 1:
+        return x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
     return x if 1 in (x.stride(1), x.stride(3)) else x.contiguous()
+
+
+def strides(x: torch.Tensor, dilation: Axes) -> tuple[int, int, int, int]:
+    """What the kernel is told of a `readable` x: a single channel is next to itself, whatever its stride."""
+    n, c, h, w = x.stride()
+    return n, 1 if x.shape[1] == 1 and (max(dilation) > 1 or w != 1) else c, h, w
 
 
 def straight(x: torch.Tensor) -> bool:
@@ -1060,11 +1113,14 @@ def _correlate(
 ) -> None:
     epilogue = epilogue or NO_EPILOGUE
     result = y
-    if 1 not in (y.stride(1), y.stride(3)):
-        result = torch.empty_like(y, memory_format=torch.contiguous_format)
+    dilated = max(shape.dilation) > 1
+    if y.stride(1) != 1 and (dilated or y.stride(3) != 1):
+        order = torch.channels_last if dilated else torch.contiguous_format
+        result = torch.empty_like(y, memory_format=order)
         if epilogue.residual is not None:
-            epilogue = epilogue._replace(residual=epilogue.residual.contiguous())
-    x = readable(x)
+            residual = epilogue.residual.contiguous(memory_format=order)
+            epilogue = epilogue._replace(residual=residual)
+    x = readable(x, shape.dilation)
     plan = planned(shape, KINDS[x.dtype], straight(x), torch.get_num_threads())
     plan.run(x, w, along, bias, result, epilogue)
     if result is not y:
@@ -1078,16 +1134,18 @@ def scheme_of(shape: ConvShape, direction: Direction) -> str | None:
     """Which of `SCHEMES` computes the problem; for the weight gradient that of fprop."""
     if not (
         shape.kernel in ((3, 3), (5, 5))
-        and shape.dilation == (1, 1)
         and shape.groups == 1
         and shape.padding_mode == "zeros"
-        and all(0 <= p < shape.kernel[0] for pair in shape.padding for p in pair)
         and math.prod(shape.x_size) > 0
     ):
         return None
+    for (before, after), step in zip(shape.padding, shape.dilation, strict=True):
+        most = shape.kernel[0] * step
+        if not (0 <= before < most and 0 <= after < most and before % step == 0):
+            return None
     if shape.stride == (1, 1):
         return "three taps" if shape.kernel == (3, 3) else "five taps"
-    if shape.stride != (2, 2) or shape.kernel != (3, 3):
+    if shape.stride != (2, 2) or shape.kernel != (3, 3) or shape.dilation != (1, 1):
         return None
     if direction == "dgrad":
         return "spread" if all(before == 1 for before, _ in shape.padding) else None
@@ -1126,7 +1184,8 @@ def _is_worth_it(shape: ConvShape, direction: Direction) -> bool:
     direct = 1.0 * shape.N * math.prod(shape.output) * math.prod(shape.kernel) * C * vectors_k
     direct /= 0.95 if shape.stride == (1, 1) else 0.8 if direction == "fprop" else 0.7
     direct += 1.4 * math.prod(shape.kernel) * C * K  # filters are packed
-    tiles = _Tiles.of(shape.N, output, C, K, axis, 1)
+    images, (output,) = grids(shape.N, shape.dilation, output)
+    tiles = _Tiles.of(images, output, C, K, axis, 1)
     products = tiles.products(axis) * C * _padded(K) / lanes / 0.94
     # Transforms have little to multiply: where vectors of 512 bits go at once they are as fast as memory.
     slow = 1.8 if simd.in_two_steps() else 1.0
@@ -1138,9 +1197,9 @@ def _is_worth_it(shape: ConvShape, direction: Direction) -> bool:
 
 def takes(shape: ConvShape, dtype: torch.dtype, direction: Direction) -> bool:
     """Whether `fprop` or `dgrad` computes the problem, and in less time than a direct convolution would: 2-D,
-    3 by 3 or 5 by 5 taps and a stride of 1, or 3 by 3 taps and a stride of 2, with a padding of 1 for dgrad;
-    dilation and groups of 1, zeros as padding, less on each side than taps. Never where `cnnops.winograd`
-    forbids it."""
+    3 by 3 or 5 by 5 taps and a stride of 1, any dilation of which the padding is a multiple; or 3 by 3 taps
+    and a stride of 2, no dilation, and for dgrad a padding of 1. Groups of 1, zeros as padding, less on each
+    side than taps reach. Never where `cnnops.winograd` forbids it."""
     return settings.winograd and dtype in KINDS and _is_worth_it(shape, direction)
 
 

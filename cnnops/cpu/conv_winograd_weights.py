@@ -57,7 +57,7 @@ def _outer_products(L, M, W, v, u, sums, common):
 
 @lru_cache(None)
 def _weights(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
-    args = layout("int64*2 float32**2 int64**2 int64*55")
+    args = layout("int64*2 float32**2 int64**2 int64*56")
     axis, full, M2 = WEIGHTS[scheme], V * L, 2 * M
     side, step, E, R, *_ = axis
     NV, NU, NM = axis.v, axis.u, axis.m
@@ -72,7 +72,7 @@ def _weights(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
         ``partial [tap] [C] [K]`` where there are others to add to it."""
         (
             x, g, partial, grad_w, picks, lines,
-            N, H, W, TH, TW, pad_h, pad_w, P, Q, needed_h, needed_w, itemsize,
+            dilation_h, dilation_w, H, W, TH, TW, pad_h, pad_w, P, Q, needed_h, needed_w, itemsize,
             C, K, parts_k, parts_c, share_k, share_c, splits, blocks, total, tiles,
             chunk_c, chunk_k, pitch_v, plane_v, pitch_u, stretch_u, plane_u, width, plane, room_c, pitch,
             v_at, u_at, sums_at, taps_at, places_at, zeros_at, slots_at, starts_at, offsets_at,
@@ -102,12 +102,14 @@ def _weights(kind: str, scheme: str, L: int, M: int, V: int) -> Task:
                 needed_w != every, first,
             )  # fmt: skip
             conv_winograd.inputs(
-                L, step, side, NV, kind, v, plane_v, 0, pitch_v, x + c0 * xc * itemsize, first, count, (0, 0),
-                channels, (N, H, W, TH, TW, pad_h, pad_w, 0, 0, itemsize), (xn, xc, xh, xw), chunk_c, room,
+                L, step, side, NV, kind, v, plane_v, 0, pitch_v, x + c0 * xc * itemsize, first, count,
+                (0, 0), channels, (dilation_h, dilation_w, H, W, TH, TW, pad_h, pad_w, 0, 0, itemsize),
+                (xn, xc, xh, xw), chunk_c, room,
             )  # fmt: skip
             conv_winograd.inputs(
                 L, E, E, NU, kind, u, plane_u, stretch_u, pitch_u, g + k0 * yk * itemsize, first, count,
-                (0, 0), filters, (N, P, Q, TH, TW, 0, 0, 0, 0, itemsize), (yn, yk, yh, yw), chunk_k, room,
+                (0, 0), filters, (dilation_h, dilation_w, P, Q, TH, TW, 0, 0, 0, 0, itemsize),
+                (yn, yk, yh, yw), chunk_k, room,
             )  # fmt: skip
             for i in range(all_products):
                 left = ahead(v, of_v[i] * plane_v)
@@ -212,8 +214,9 @@ def _weigh(shape: ConvShape) -> tuple[float, _Shares]:
     axis = WEIGHTS[_scheme(shape)]
     arrays_v, arrays_u, arrays_m = axis.v**2, axis.u**2, axis.m**2
     E = axis.taps
-    TH, TW = (-(-places // E) for places in shape.output)
-    total = shape.N * TH * TW
+    images, (output,) = conv_winograd.grids(shape.N, shape.dilation, shape.output)
+    TH, TW = (-(-places // E) for places in output)
+    total = images * TH * TW
     # See `conv_winograd`: what is no product takes longer there.
     slow = 1.8 if simd.in_two_steps() else 1.0
     best: tuple[float, float, _Shares] | None = None
@@ -227,10 +230,10 @@ def _weigh(shape: ConvShape) -> tuple[float, _Shares]:
         vectors_c, vectors_k = share_c // L, share_k // L
         parts_c, parts_k = -(-C // share_c), -(-K // share_k)
         parts = parts_c * parts_k
-        for tiles in _blocks(shape.N, TH, TW):
+        for tiles in _blocks(images, TH, TW):
             blocks = -(-total // tiles)
             products = rows_c * (width / L * tiles + 20 / M * -(-width // full))
-            products *= _products(axis, (TH, TW), shape.output)
+            products *= _products(axis, (TH, TW), output)
             transforms = vectors_c * (8.3 * (axis.inputs**2 + arrays_v) + 10 * E * E)
             transforms += vectors_k * (11.1 * arrays_u + 10 * E * E)
             cycles = products + slow * tiles * transforms
@@ -273,8 +276,12 @@ class _Plan:
         axis = WEIGHTS[_scheme(shape)]
         arrays_v, arrays_u, arrays_m = axis.v**2, axis.u**2, axis.m**2
         E = axis.taps
-        TH, TW = (-(-places // E) for places in shape.output)
-        total = shape.N * TH * TW
+        images, (spatial, output) = conv_winograd.grids(
+            shape.N, shape.dilation, shape.spatial, shape.output
+        )
+        TH, TW = (-(-places // E) for places in output)
+        total = images * TH * TW
+        self._dilation = shape.dilation
         self._work, (parts_k, parts_c, tiles, splits) = _weigh(shape)
         share_k, share_c = (
             min(up(-(-size // parts), L), size) for size, parts in ((K, parts_k), (C, parts_c))
@@ -290,8 +297,8 @@ class _Plan:
         u, sums = scratch.add(arrays_u * plane_u), scratch.add(arrays_m * plane)
         chunks, pixels = [], 0
         for size, side, step, there in (
-            (shape.spatial, axis.inputs, axis.step, straight[0]),
-            (shape.output, E, E, straight[1]),
+            (spatial, axis.inputs, axis.step, straight[0]),
+            (output, E, E, straight[1]),
         ):
             # The pixels that a rectangle of tiles reads, with what a turned vector may reach beyond.
             most = side * min(size[1], step * (min(tiles, TW) - 1) + side)
@@ -309,11 +316,13 @@ class _Plan:
         slots, starts, offsets = (scratch.add(2 * n) for n in (tiles, 8, 2 * R))
         at_pixels = scratch.add(pixels)
         self._scratch_bytes = scratch.bytes
-        (top, _), (left, _) = shape.padding
+        top, left = (
+            before // step for (before, _), step in zip(shape.padding, shape.dilation, strict=True)
+        )
         blocks = -(-total // tiles)
         self._values: tuple[Value, ...] = (
             Table(np.arange(tiles, dtype=np.int64) * pitch_v),
-            shape.N, *shape.spatial, TH, TW, top, left, *shape.output, *_needed(axis, shape.output),
+            *shape.dilation, *shape.spatial, TH, TW, top, left, *shape.output, *_needed(axis, output),
             4 if kind == "float32" else 2,
             C, K, parts_k, parts_c, share_k, share_c, splits, blocks, total, tiles,
             *chunks, pitch_v, plane_v, pitch_u, stretch_u, plane_u, width, plane, room_c, pitch,
@@ -334,7 +343,7 @@ class _Plan:
         k, c, _, s = grad_w.stride()
         self._task.run(
             self._count, self._work, x, grad_y, *ends, *self._values,
-            *x.stride(), *grad_y.stride(), k, c, s,
+            *(step for t in (x, grad_y) for step in conv_winograd.strides(t, self._dilation)), k, c, s,
             scratch_bytes=self._scratch_bytes,
         )  # fmt: skip
         if partial is not None:
@@ -373,7 +382,7 @@ def takes(shape: ConvShape, dtype: torch.dtype) -> bool:
 
 def wgrad(shape: ConvShape, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
     """The gradient with respect to w; see `conv.conv_wgrad`."""
-    x, grad_y = conv_winograd.readable(x), conv_winograd.readable(grad_y)
+    x, grad_y = (conv_winograd.readable(t, shape.dilation) for t in (x, grad_y))
     result = grad_w
     if result.dtype != torch.float32 or not conv_rows.is_ordered(result.shape, result.stride()):
         result = torch.empty(grad_w.shape)
