@@ -275,8 +275,10 @@ def test_many_threads() -> None:
     x, w = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)
     expected = torch.nn.functional.conv2d(x, w)
     wrong = []
+    barrier = threading.Barrier(8)
 
     def call(factor: float) -> None:
+        barrier.wait()
         for _ in range(200):
             y = F.conv2d(x * factor, w)
             if not torch.allclose(y, expected * factor, rtol=1e-4, atol=1e-4):
@@ -288,6 +290,17 @@ def test_many_threads() -> None:
     for thread in threads:
         thread.join()
     assert not wrong and all(known())
+
+
+def test_two_threads_with_the_same_first_call() -> None:
+    """Both have found nothing when they add it: one entry is kept."""
+    x = torch.randn(1, 2, 4, 4)
+    F.avg_pool2d(x, 2)
+    before = len(known())
+    for calls in alike._kept:
+        for key in list(calls._by_key):
+            calls.add(key, [x])
+    assert len(known()) == before > 0
 
 
 def test_not_within_what_somebody_watches() -> None:

@@ -18,6 +18,7 @@ and requires_grad in a quarter of the time that it takes Python to read them.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ class Calls:
     def __init__(self) -> None:
         self._by_key: dict[Hashable, list[Call]] = {}
         self._count = 0
+        self._adding = threading.Lock()
         _kept.append(self)
 
     def __iter__(self) -> Iterator[Call]:
@@ -90,10 +92,19 @@ class Calls:
 
     def add(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
         """Expect that such a call comes again."""
-        if self._count >= MOST:
-            self.forget()
-        self._count += 1
-        self._by_key.setdefault(key, []).append(Call(tensors))
+        # Nobody waits: what is not kept now comes again, and a forked process may have no thread left that
+        # would let go.
+        if not self._adding.acquire(blocking=False):
+            return
+        try:
+            if self.find(key, tensors) is not None:
+                return  # another thread's call was the first; a second entry would never be found
+            if self._count >= MOST:
+                self.forget()
+            self._count += 1
+            self._by_key.setdefault(key, []).append(Call(tensors))
+        finally:
+            self._adding.release()
 
     def forget(self) -> None:
         """Forget all calls."""
