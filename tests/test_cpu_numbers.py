@@ -49,8 +49,9 @@ CONVOLUTIONS = {
     "winograd": ((2, 36, 30, 30), (36, 36, 3, 3), 1, 1, 1),
     "winograd, five taps": ((3, 40, 19, 19), (33, 40, 5, 5), 1, 2, 1),
     "winograd, stride 2": ((8, 68, 29, 29), (68, 68, 3, 3), 2, 1, 1),
+    "winograd, dilation 2": ((2, 68, 29, 31), (68, 68, 3, 3), 1, 2, 1, 2),
 }
-"""Sizes of x and w, stride, padding, groups."""
+"""Sizes of x and w, stride, padding, groups, and the dilation if it is not 1."""
 
 
 class Flags:
@@ -115,12 +116,13 @@ def test_convolution(
     dtype: torch.dtype,
     met: Callable[[Callable[[], object]], bool],
 ) -> None:
-    x_size, w_size, stride, padding, groups = CONVOLUTIONS[name]
+    x_size, w_size, stride, padding, groups, *dilations = CONVOLUTIONS[name]
+    (dilation,) = dilations or (1,)
     x, w = (torch.randn(size).to(dtype, memory_format=form) for size in (x_size, w_size))
-    y = reference.conv2d(x, w, None, stride, padding, 1, groups)
+    y = reference.conv2d(x, w, None, stride, padding, dilation, groups)
     grad_y = torch.randn(y.shape).to(dtype, memory_format=form)
     last = form == torch.channels_last
-    rest = ((stride,) * 2, (padding,) * 4, (1, 1), groups, "zeros", "cpu")
+    rest = ((stride,) * 2, (padding,) * 4, (dilation,) * 2, groups, "zeros", "cpu")
     calls: dict[str, Callable[[], Tensor]] = {
         "fprop": lambda: ops.conv_fprop(x, w, None, *rest),
         "dgrad": lambda: ops.conv_dgrad(grad_y, w, None, x.shape, last, *rest),

@@ -189,6 +189,33 @@ def _read_planes(typing_context, lanes, kind, to, places, source, plane, count, 
     return signature, generate
 
 
+@intrinsic(prefer_literal=True)
+def _add_up(typing_context, lanes, kind, to, source, count, step, terms, apart):
+    """``to[i, c] = sum_t source[t * apart + i * step + c]`` for i < count, t < terms, c < lanes, in this
+    order, in float64 and rounded once."""
+    L, of = lanes.literal_value, kind.literal_value
+
+    def generate(context, builder, signature, values):
+        to, source, count, step, terms, apart = values[2:]
+        emit = Vectors(builder, of, L)
+        wide = simd.Emit(builder, ir.DoubleType(), L)
+        rows = Loop(builder, int_constant(0), count, 1, [])
+        row = _far(builder, source, rows.index, step)
+        loop = Loop(builder, int_constant(0), terms, 1, [wide.zero()])
+        value = emit.load(_far(builder, row, loop.index, apart))
+        if of != "float64":
+            value = builder.fpext(value, wide.vector)
+        (total,) = loop.close([builder.fadd(loop.carried[0], value)])
+        if of != "float64":
+            total = builder.fptrunc(total, emit.vector)
+        emit.store(total, _far(builder, to, rows.index, L))
+        rows.close([])
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(lanes, kind, to, source, i64, i64, i64, i64), generate
+
+
 def _lanes(emit: Vectors, skip: ir.Value, channels: ir.Value) -> ir.Value:
     """A mask of so many lanes behind the first `skip`."""
     behind = emit.first(emit.builder.add(skip, channels))
@@ -860,20 +887,12 @@ def _add_splits(kind: str, V: int, L: int) -> Task:
         some = min(L, C - block * L)
         skip = L - some if overlap else 0
         first, behind = max(skip, v), min(skip + some, v + V)
-        totals = pointer(scratch, "float64")
-        rounded = pointer(scratch + taps * V * 8, T)
-        for j in range(taps * V):
-            totals[j] = 0
-        for split in range(splits):
-            source = ahead(sums, (split * blocks + block) * taps * L + v)
-            for t in range(taps):
-                for j in range(V):
-                    totals[t * V + j] += source[t * L + j]
-        for j in range(taps * V):
-            rounded[j] = totals[j]
+        totals = pointer(scratch, T)
+        source = ahead(sums, block * taps * L + v)
+        _add_up(V, T, totals, source, taps, L, splits, blocks * taps * L)
         if first < behind:
             to = ahead(elements(grad_w, kind), (block * L + first - skip) * taps)
-            _write_planes(V, kind, to, ahead(rounded, first - v), taps, taps, behind - first)
+            _write_planes(V, kind, to, ahead(totals, first - v), taps, taps, behind - first)
 
     return Task(depthwise_add_splits, args)
 
@@ -1213,7 +1232,7 @@ class _WeightGradient:
         self._add = _add_splits(kind, L // wide, L)
         self._add_values = C, taps, self._splits, placed
         self._add_count = blocks * wide
-        self._add_scratch_bytes = (taps + up(taps, L) + 1) * L * 8
+        self._add_scratch_bytes = (up(taps, L) + 1) * L * 8
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
         sums = Shared(self._sums_size * self._sums_type.itemsize)

@@ -690,47 +690,62 @@ def _weights(kind: str, L: int, M: int, M2: int, V: int, U: int) -> Task:
 
 @lru_cache(None)
 def add_splits(T: str, L: int) -> Task:
-    args = layout(f"{T}**2 int64* int64*15")
+    args = layout(f"{T}**2 int64* int64*17")
 
     def conv_rows_add(address: int, index: int, scratch: int) -> None:
-        """The splits' sums of at most `L` filters of one share, added in their order, to their places."""
+        """The splits' sums of some channels and filters of one share, added in their order, to their
+        places."""
         (
             partial, grad_w, picks, groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c,
-            stretch, of_group, of_k, of_c, of_tap,
+            stretch, some_c, some_k, of_group, of_k, of_c, of_tap,
         ) = unpack(address, args)  # fmt: skip
         pitch = (share_k + L - 1) // L * L
-        k = index % (pitch // L) * L
-        rest = index // (pitch // L)
+        pieces_k, pieces_c = (pitch + some_k - 1) // some_k, (share_c + some_c - 1) // some_c
+        k, c = index % pieces_k * some_k, index // pieces_k % pieces_c * some_c
+        rest = index // (pieces_k * pieces_c)
         c0 = rest % parts_c * share_c
         k0 = rest // parts_c % parts_k * share_k
         group = rest // parts_c // parts_k
-        filters = min(share_k, K - k0) - k
-        if filters <= 0:
+        all_channels = min(share_c, C - c0)
+        filters, channels = min(some_k, min(share_k, K - k0) - k), min(some_c, all_channels - c)
+        if filters <= 0 or channels <= 0:
             return
+        width = (filters + L - 1) // L * L
         total = pointer(scratch, T)
-        size = lines * stretch
-        tasks = groups * parts_k * parts_c
-        written = side * min(share_c, C - c0)
-        for split in range(splits):
-            source = ahead(partial, (split * tasks + rest) * size * pitch + k)
-            for t in range(lines):
-                for j in range(t * stretch, t * stretch + written):
-                    if split == 0:
-                        for n in range(L):
-                            total[j * L + n] = source[j * pitch + n]
-                    else:
-                        for n in range(L):
-                            total[j * L + n] += source[j * pitch + n]
-        to = ahead(grad_w, group * of_group + (k0 + k) * of_k + c0 * of_c)
-        deliver(
-            L, T, total, L, ahead(total, size * L), to, min(L, filters), lines, side, stretch,
-            min(share_c, C - c0), (of_k, of_c, of_tap), picks,
-        )  # fmt: skip
+        step = groups * parts_k * parts_c * lines * stretch * pitch
+        size = lines * side * channels * width
+        for i in range(size):
+            total[i] = 0
+        # Channels of which all filters are added up lie one behind another.
+        runs, length = (1, channels * width) if width == pitch else (channels, width)
+        row = total
+        for t in range(lines):
+            for s in range(side):
+                at = (rest * lines + t) * stretch + s * all_channels + c
+                for j in range(at, at + runs):
+                    source = ahead(partial, j * pitch + k)
+                    vectors.sum_window(L, T, row, source, splits, step, length)
+                    row = ahead(row, length)
+        to = ahead(grad_w, group * of_group + (k0 + k) * of_k + (c0 + c) * of_c)
+        for v in range(0, width, L):
+            deliver(
+                L, T, ahead(total, v), width, ahead(total, size), ahead(to, v * of_k), min(L, filters - v),
+                lines, side, side * channels, channels, (of_k, of_c, of_tap), picks,
+            )  # fmt: skip
 
     return Task(conv_rows_add, args)
 
 
 # ---- plans ------------------------------------------------------------------------------------------------
+
+
+def pieces_of(shares: int, share_c: int, pitch: int, L: int) -> tuple[int, int, int]:
+    """How many pieces `add_splits` takes the shares apart into, and of how many channels and filters: a
+    vector of channels of all filters, which lie one behind another; where such pieces are few, vectors of
+    both."""
+    pieces = shares * -(-share_c // L)
+    some_k = pitch if pieces >= 4 else L
+    return pieces * -(-pitch // some_k), min(share_c, L), some_k
 
 
 Strides = tuple[int, ...]
@@ -1110,11 +1125,13 @@ class _WeightGradient:
         )  # fmt: skip
         self._table_values = tuple(map(Table, tables))
         self._add = add_splits(T, lanes)
-        self._add_count = groups * parts_k * parts_c * (pitch // lanes)
+        pieces, some_c, some_k = pieces_of(groups * parts_k * parts_c, share_c, pitch, lanes)
+        self._add_count = pieces
         self._add_values = (
-            groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, stretch, *along,
+            groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, stretch, some_c, some_k,
+            *along,
         )  # fmt: skip
-        self._add_scratch = (lines * stretch + lanes) * lanes * itemsize
+        self._add_scratch = (lines * side * some_c * some_k + lanes * lanes) * itemsize
 
     def _weigh(
         self, x: _Memory, N: int, groups: int, C: int, K: int, axes: Sequence[_Axis], lines: int,

@@ -12,11 +12,11 @@ and A, so that ⊙ becomes matrix products ``M[m] += V[v] · U[u]``, of [tiles, 
 All transforms go along channels with vectors, whatever the layout: planes of x and y, and half types, pass
 through small channels-last float32 buffers. Tiles are numbered through all images, so small planes fill
 blocks, too; what lies outside of x is read from a vector of zeros. With a dilation an image is several, of
-every so many lines and columns. Tiles that reach beyond y do without some
-products: in a block those come first that lie at the lower edge alone, then those at none, at the right edge,
-at both, so that the tiles of a product lie side by side: 0.84 of the products for 7 by 7 and 14 by 14 outputs
-of 3 by 3 taps. The input gradient is the same computation, of grad_y with the filters turned around and their
-channels exchanged, by the scheme "spread" where there is a stride.
+every so many lines and columns. Tiles that reach beyond y do without some products: in a block those come
+first that lie at the lower edge alone, then those at none, at the right edge, at both, so that the tiles of a
+product lie side by side: 0.84 of the products for 7 by 7 and 14 by 14 outputs of 3 by 3 taps. The input
+gradient is the same computation, of grad_y with the filters turned around and their channels exchanged, by
+the scheme "spread" where there is a stride.
 
 Either U or V is made before, for all tasks. Where U is small a task makes V of a block of tiles, and takes it
 through all panels. Where U is large, as at the end of a network, or there are few tiles, all V is made first:
@@ -963,8 +963,10 @@ class _Plan:
             wave = max(1, WAVE_BYTES // (arrays_v * 4 * C * tiles)) * tiles
             waves = [(first, min(wave, T - first)) for first in range(0, T, wave)]
             all_rows = up(min(wave, T), tiles) - tiles + rows
-            # Whole images, if they are small.
+            # Whole images, if they are small and all threads have some.
             some = up(4 * M, TH * TW) if TH * TW < TILES else 4 * M
+            if all_rows < some * threads:
+                some = min(some, max(up(-(-all_rows // threads), TW), 2 * M))
             making = -(-all_rows // some)
         else:
             waves = [(0, T)]

@@ -332,10 +332,23 @@ class _Plan:
         self._splits, self._count = splits, splits * parts_k * parts_c
         self._sums = R * R * room_c * pitch
         self._add = conv_rows.add_splits("float32", L)
-        self._add_count = parts_k * parts_c * (pitch // L)
+        self._add_count, *some = conv_rows.pieces_of(parts_k * parts_c, share_c, pitch, L)
         self._picks = Table(np.arange(R * R, dtype=np.int64))
-        self._add_values = (1, C, K, R * R, 1, splits, parts_k, parts_c, share_k, share_c, room_c)
-        self._add_scratch = 4 * (R * R * room_c + L) * L
+        self._add_values = (
+            1,
+            C,
+            K,
+            R * R,
+            1,
+            splits,
+            parts_k,
+            parts_c,
+            share_k,
+            share_c,
+            room_c,
+            *some,
+        )
+        self._add_scratch = 4 * (R * R * math.prod(some) + L * L)
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:
         partial = Shared(4 * self._count * self._sums) if self._splits > 1 else None
