@@ -1,21 +1,23 @@
 """Group norm and layer norm on the CPU, forward and backward.
 
-Of every image's group of channels, or of every row, ``y = act(gamma * (x - mean) * rstd + beta)``. Sums are
-kept in float64 about the group's first value, which is as far from its mean as the deviation allows: so
-statistics survive a mean far larger than the deviation in one pass over x. (A float64 x takes a second pass
-about the first's mean.) A mean that float32 cannot hold is carried as ``high + low``; where the two meet a
-product, low times that product's other factor is part of a constant. The backward computes the activation's
-input anew from x.
+Of every image's group of channels, or of every row, ``y = act(gamma * (x - mean) * rstd + beta)``. As in
+`norm`, statistics come from one pass over x about a number near the mean, and from a second one in float64
+where that turns out far from it; a mean that float32 cannot hold is carried as ``high + low``: where the two
+meet a product, low times that product's other factor is part of a constant. The backward computes the
+activation's input anew from x.
 
-There are two orders of memory, and a pair of kernels for each:
+There are three orders of memory, and a pair of kernels for each:
 
-    rows       a group's D = C/groups·L values are neighbours: row-major images, and layer norm, where the
-               row is the group and has one place a channel (L = 1)
-    columns    channels are innermost: L steps of `side` neighbouring channels, whole groups of one image
+    planes     a group's D = C/groups·L values are neighbours: row-major images. A task does some groups, each
+               from its first value to its last, which are in the cache when they are read again
+    columns    channels are innermost. A task does all channels of an image; where images are few, tasks do
+               some of its places, in phases that wait for each other
+    rows       a channel has one place, L = 1: layer norm, where the row is the group, and groups of vectors.
+               What gradients of gamma and beta need is added up while a row is read for its own sums
 
-Gradients of gamma and beta are sums over images. Each task sums those of its own images, and `total` adds up
-the tasks' sums in their order; how the images are split depends on the shape alone. Of long rows a kernel of
-their own, `parameters`, sums some channels over all images.
+Gradients of gamma and beta are sums over images. Each task adds up those of its own images, and in a last
+phase the tasks' sums are added up in their order; how the images are split depends on the shape alone. Of
+long rows a kernel of their own, `parameters`, sums some channels over all images.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -28,18 +30,28 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from cnnops.cpu import norm_vectors, simd, vectors
 from cnnops.cpu.compiler import routine
-from cnnops.cpu.norm import (
-    _activate,
-    _deliver,
-    _dense,
-    _real,
-    _result,
-    _slope,
-    _vector,
+from cnnops.cpu.conv_axes import up, zeros
+from cnnops.cpu.norm_base import (
+    FAR,
+    clear,
+    computed,
+    deliver,
+    guess,
+    is_laid,
+    is_settled,
+    kind_of,
+    laid,
+    rest_of,
+    result_like,
+    vector_of,
 )
+from cnnops.cpu.phases import done, wait
 from cnnops.cpu.task import (
     NAME,
+    At,
+    Shared,
     Task,
     ahead,
     given,
@@ -53,17 +65,12 @@ from cnnops.cpu.task import (
 from cnnops.epilogue import ACTIVATIONS
 from cnnops.shapes import GroupShape, LayerShape
 
-SIDE = 64
-"""Channels done side by side in channels-last memory, at least: four cache lines of float32."""
-
 PIECE = 32
-"""Rows whose sums for gamma and beta are added up together, so that what they are added to stays in cache."""
+"""Rows whose sums for gamma and beta are kept in the elements' own type before they meet float64; and least
+rows, if there are as many, of a task that has such sums to leave behind."""
 
 SPAN = 512
-"""Channels of those sums done at a time."""
-
-SHORT = 256
-"""Terms of a gradient's sum that are added up in the elements' own type."""
+"""Channels of those sums that are added up at a time."""
 
 LONG = 4096
 """Channels of one place beyond which sums are not kept by task."""
@@ -71,161 +78,84 @@ LONG = 4096
 STRETCH = 2048
 """Channels of them that are then done at a time: memory is read in long runs."""
 
-FAR = 64
-"""Deviations from zero beyond which a mean as it was kept is off by a good part of the deviation."""
+TASKS = 64
+"""Tasks enough for many threads."""
+
+FEW = 8
+"""Fewer images than these are split among tasks, channels last."""
+
+PLACES = 32_768
+"""Least elements of such a part of an image."""
+
+_ALONE = norm_vectors.NONE
+"""The backward is told of the activation by x alone."""
 
 
-# ---- kernels ----------------------------------------------------------------------------------------------
-
-
-@routine(fastmath={"reassoc", "contract"})
-def _deviations(x, count, about):
-    """The sums of ``x - about`` and of its squares."""
-    first, second = 0.0, 0.0
-    for i in range(count):
-        d = np.float64(x[i]) - about
-        first += d
-        second += d * d
-    return first, second
+# ---- steps ------------------------------------------------------------------------------------------------
 
 
 @routine
-def _moments(exact, x, count):
-    """Mean and biased variance of a row. `exact`: x is as wide as the sums, and two passes are worth it."""
-    about = np.float64(x[0])
-    first, second = _deviations(x, count, about)
-    mean = about + first / count
-    if exact:
-        about = mean
-        first, second = _deviations(x, count, about)
-        mean = about + first / count
-    var = second / count - (first / count) * (first / count)
+def _deviations(V, kind, exact, x, count, about, sums):
+    """The sums of ``x - about`` and of its squares over a run of memory; `sums` is scratch for them."""
+    clear(sums, 2)
+    longest = norm_vectors.VECTORS * V
+    for start in range(0, count, longest):
+        norm_vectors.moments(
+            V, kind, False, exact, ahead(x, start), 1, 0, min(longest, count - start), about, sums,
+            ahead(sums, 1),
+        )  # fmt: skip
+    return sums[0], sums[1]
+
+
+@routine
+def _moments(V, kind, x, count, share, table, about, sums):
+    """Mean and biased variance of a run of memory; share is ``1 / count``. `table`, `about` and `sums` are
+    scratch."""
+    table[0] = norm_vectors.element(kind, x)
+    first, second = _deviations(V, kind, False, x, count, table, sums)
+    off = first * share
+    mean, var = table[0] + off, second * share - off * off
+    if not is_settled(off, var):
+        about[0] = mean if math.isfinite(mean) else 0.0
+        first, second = _deviations(V, kind, True, x, count, about, sums)
+        off = first * share
+        mean, var = about[0] + off, second * share - off * off
     return mean, 0.0 if var < 0 else var  # rounding; NaN stays
 
 
-@routine(fastmath={"contract"})
-def _normalise_plane(real, kind, x, y, count, high, scale, shift):
-    for i in range(count):
-        y[i] = _activate(real, kind, (x[i] - high) * scale + shift)
-
-
-@routine(fastmath={"contract"})
-def _normalise_row(real, kind, x, y, count, weight, bias, high, low, rstd):
-    for i in range(count):
-        y[i] = _activate(real, kind, ((x[i] - high) * rstd - low) * weight[i] + bias[i])
-
-
-@routine(fastmath={"reassoc", "contract"})
-def _plane_sums(real, kind, grad_y, x, count, high, scale, shift):
-    """The sums of the gradient of the activation's input, and of its products with ``x - high``."""
-    first, second = 0.0, 0.0
-    for start in range(0, count, SHORT):
-        sum1, sum2 = real(0), real(0)
-        for i in range(start, min(start + SHORT, count)):
-            d = x[i] - high
-            g = grad_y[i] * _slope(real, kind, d * scale + shift)
-            sum1 += g
-            sum2 += g * d
-        first += sum1
-        second += sum2
-    return first, second
-
-
-@routine(fastmath={"reassoc", "contract"})
-def _row_sums(real, kind, grad_y, x, count, weight, bias, high, low, rstd):
-    """As `_plane_sums`, of gradients times gamma."""
-    first, second = 0.0, 0.0
-    for start in range(0, count, SHORT):
-        sum1, sum2 = real(0), real(0)
-        for i in range(start, min(start + SHORT, count)):
-            d = x[i] - high
-            g = grad_y[i] * weight[i]
-            g *= _slope(real, kind, (d * rstd - low) * weight[i] + bias[i])
-            sum1 += g
-            sum2 += g * d
-        first += sum1
-        second += sum2
-    return first, second
-
-
-@routine(fastmath={"contract"})
-def _plane_back(real, kind, grad_y, x, to, count, high, scale, shift, a, b):
-    """``grad_x = scale * grad_z - a - (x - high) * b``."""
-    for i in range(count):
-        d = x[i] - high
-        to[i] = grad_y[i] * _slope(real, kind, d * scale + shift) * scale - a - d * b
-
-
-@routine(fastmath={"contract"})
-def _row_back(real, kind, grad_y, x, to, count, weight, bias, high, low, rstd, a, b):
-    for i in range(count):
-        d = x[i] - high
-        g = grad_y[i] * weight[i]
-        g *= _slope(real, kind, (d * rstd - low) * weight[i] + bias[i])
-        to[i] = g * rstd - a - d * b
-
-
-@routine(fastmath={"contract"})
-def _add_row(real, kind, grad_y, x, count, weight, bias, high, low, rstd, to_weight, to_bias):
-    """Add a row's ``grad_z * xhat`` and ``grad_z`` to sums of a few rows."""
-    for i in range(count):
-        xhat = (x[i] - high) * rstd - low
-        g = grad_y[i] * _slope(real, kind, xhat * weight[i] + bias[i])
-        to_bias[i] += g
-        to_weight[i] += g * xhat
-
-
-@routine(fastmath={"contract"})
-def _add_deviations(x, count, step, n, about, first, second):
-    for r in range(count):
-        row = ahead(x, r * step)
-        for i in range(n):
-            d = np.float64(row[i]) - about[i]
-            first[i] += d
-            second[i] += d * d
-
-
-@routine(fastmath={"contract"})
-def _normalise_columns(real, kind, x, y, count, step, n, high, scale, shift):
-    for r in range(count):
-        row, to = ahead(x, r * step), ahead(y, r * step)
-        for i in range(n):
-            to[i] = _activate(real, kind, (row[i] - high[i]) * scale[i] + shift[i])
-
-
-@routine(fastmath={"contract"})
-def _sloped(real, kind, grad_y, x, n, high, scale, shift, grad_z):
-    """The gradient of the activation's input in one step of n channels: `grad_z`, or grad_y itself."""
-    if kind == 0:
-        return grad_y
-    for i in range(n):
-        grad_z[i] = grad_y[i] * _slope(real, kind, (x[i] - high[i]) * scale[i] + shift[i])
-    return grad_z
-
-
-@routine(fastmath={"contract"})
-def _add_products(real, kind, grad_y, x, count, step, n, high, scale, shift, grad_z, first, second):
-    for r in range(count):
-        row = ahead(x, r * step)
-        g = _sloped(real, kind, ahead(grad_y, r * step), row, n, high, scale, shift, grad_z)
-        for i in range(n):
-            first[i] += g[i]
-            second[i] += g[i] * (row[i] - high[i])
-
-
-@routine(fastmath={"contract"})
-def _columns_back(real, kind, grad_y, x, to, count, step, n, high, scale, shift, grad_z, a, b):
-    for r in range(count):
-        row, into = ahead(x, r * step), ahead(to, r * step)
-        g = _sloped(real, kind, ahead(grad_y, r * step), row, n, high, scale, shift, grad_z)
-        for i in range(n):
-            into[i] = g[i] * scale[i] - a[i] - (row[i] - high[i]) * b[i]
+@routine
+def _lacking(V, kind, x, count, high, rstd, about, sums):
+    """What `high` lacks of the mean of a run of memory, as far as that matters."""
+    if not abs(high) * rstd > FAR:
+        return 0.0
+    about[0] = high
+    first, _ = _deviations(V, kind, True, x, count, about, sums)
+    return first / count
 
 
 @routine
-def _rest(mean, high):
-    """What of a mean `high` does not hold."""
-    return mean - high if math.isfinite(mean) else 0.0
+def _products(V, kind, act, grad_y, x, count, table, sums):
+    """The sums of grad_z and of ``grad_z * (x - high)`` over a run of memory; `table` has high, scale and
+    shift."""
+    none = vectors.elements(0, kind)
+    clear(sums, 2)
+    longest = norm_vectors.VECTORS * V
+    for start in range(0, count, longest):
+        norm_vectors.back_sums(
+            V, kind, act, _ALONE, False, ahead(grad_y, start), ahead(x, start), none, none, none, 1, 0,
+            min(longest, count - start), table, ahead(table, 1), ahead(table, 2), sums, ahead(sums, 1), 0,
+        )  # fmt: skip
+    return sums[0], sums[1]
+
+
+@routine
+def _gamma(weight, c):
+    return np.float64(weight[c]) if given(weight) else 1.0
+
+
+@routine
+def _shift(bias, c, low, scale):
+    return (np.float64(bias[c]) if given(bias) else 0.0) - low * scale
 
 
 @routine
@@ -236,228 +166,528 @@ def _constants(average, slope, low, rstd):
     return rstd * average - low * b, b
 
 
+@routine
+def _add_parts(partial, parts, C, index, grad_weight, grad_bias, scratch):
+    """Some values of the gradients of gamma and beta, from ``partial [part] [of gamma, of beta] [C]``."""
+    c0 = index * SPAN
+    n = min(SPAN, C - c0)
+    total = pointer(scratch, "float64")
+    for which in range(2):
+        to = grad_bias if which == 1 else grad_weight
+        if not given(to):
+            continue
+        clear(total, n)
+        for part in range(parts):
+            row = ahead(partial, (2 * part + which) * C + c0)
+            for i in range(n):
+                total[i] += row[i]
+        for i in range(n):
+            to[c0 + i] = total[i]
+
+
+# ---- planes -----------------------------------------------------------------------------------------------
+
+
 @lru_cache(None)
-def _rows_forward(T: str, kind: int) -> Task:
-    args = layout(f"{T}**6 int64*6 float64")
-    real, exact = _real(T), T == "float64"
+def _planes_forward(kind: str, act: int, V: int) -> Task:
+    T = computed(kind)
+    args = layout(f"{T}**2 int64*2 {T}**2 int64*7 float64")
+
+    def group_norm_planes(address: int, index: int, scratch: int) -> None:
+        """The groups ``index * each …`` of y, mean and rstd."""
+        (
+            weight, bias, x_, y_, means, rstds, rows, each, groups, channels, D, L, past, eps,
+        ) = unpack(address, args)  # fmt: skip
+        x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
+        none = vectors.elements(0, kind)
+        table, about = pointer(scratch, T), pointer(scratch + 32, "float64")
+        sums = pointer(scratch + 64, "float64")
+        # Without gamma and beta all channels of a group are done alike.
+        planes, length = (channels, L) if given(weight) or given(bias) else (1, D)
+        for r in range(index * each, min(index * each + each, rows)):
+            mean, var = _moments(V, kind, ahead(x, r * D), D, 1 / D, table, about, sums)
+            rstd = 1 / math.sqrt(var + eps)
+            means[r], rstds[r] = mean, rstd
+            table[0] = mean
+            low = rest_of(mean, table[0])
+            for c in range(planes):
+                scale = _gamma(weight, r % groups * channels + c) * rstd
+                table[1] = scale
+                table[2] = _shift(bias, r % groups * channels + c, low, scale)
+                at = r * D + c * L
+                norm_vectors.normalise(
+                    V, kind, act, False, ahead(x, at), none, ahead(y, at), 1, 0, length, table,
+                    ahead(table, 1), ahead(table, 2), past,
+                )  # fmt: skip
+
+    return Task(group_norm_planes, args)
+
+
+@lru_cache(None)
+def _planes_backward(kind: str, act: int, V: int) -> Task:
+    T = computed(kind)
+    args = layout(f"int64*4 {T}**4 float64* {T}**2 int64*10")
+
+    def group_norm_planes_backward(address: int, index: int, scratch: int) -> None:
+        """grad_x of some images, `side` groups of each, and what they add to the sums; then these."""
+        (
+            _, grad_y_, x_, grad_x_, weight, bias, means, rstds, partial, grad_weight, grad_bias,
+            N, each, parts, groups, blocks, side, channels, C, L, past,
+        ) = unpack(address, args)  # fmt: skip
+        if index >= parts * blocks:
+            wait(address, parts * blocks)
+            index -= parts * blocks
+            _add_parts(partial, parts, C, index, grad_weight, grad_bias, scratch)
+            return
+        grad_y, x = vectors.elements(grad_y_, kind), vectors.elements(x_, kind)
+        grad_x, none = vectors.elements(grad_x_, kind), vectors.elements(0, kind)
+        table, about = pointer(scratch, T), pointer(scratch + 64, "float64")
+        sums = pointer(scratch + 128, "float64")
+        part, block, D = index // blocks, index % blocks, channels * L
+        to_weight = ahead(partial, 2 * part * C)
+        to_bias = ahead(to_weight, C)
+        if given(partial):
+            for c in range(block * side * channels, min((block + 1) * side, groups) * channels):
+                to_weight[c], to_bias[c] = 0, 0
+        for image in range(part * each, min(part * each + each, N)):
+            for group in range(block * side, min(block * side + side, groups)):
+                r, c0 = image * groups + group, group * channels
+                rstd = np.float64(rstds[r])
+                low = _lacking(V, kind, ahead(x, r * D), D, means[r], rstd, about, sums)
+                table[0] = means[r]
+                sum1, sum2 = 0.0, 0.0
+                for c in range(c0, c0 + channels):
+                    gamma = _gamma(weight, c)
+                    table[1], table[2] = gamma * rstd, _shift(bias, c, low, gamma * rstd)
+                    at = r * D + (c - c0) * L
+                    first, second = _products(
+                        V, kind, act, ahead(grad_y, at), ahead(x, at), L, table, sums
+                    )
+                    sum1 += first * gamma
+                    sum2 += second * gamma
+                    if given(partial):
+                        to_weight[c] += (second - low * first) * rstd
+                        to_bias[c] += first
+                if grad_x_ == 0:
+                    continue
+                a, b = _constants(sum1 / D, sum2 / D, low, rstd)
+                table[3], table[4] = a, b
+                for c in range(c0, c0 + channels):
+                    scale = _gamma(weight, c) * rstd
+                    table[1], table[2] = scale, _shift(bias, c, low, scale)
+                    at = r * D + (c - c0) * L
+                    norm_vectors.back_combine(
+                        V, kind, act, _ALONE, False, ahead(grad_y, at), ahead(x, at), none, none,
+                        ahead(grad_x, at), 1, 0, L, table, ahead(table, 1), ahead(table, 2), ahead(table, 3),
+                        ahead(table, 4), past,
+                    )  # fmt: skip
+        done(address)
+
+    return Task(group_norm_planes_backward, args, in_order=True)
+
+
+# ---- columns ----------------------------------------------------------------------------------------------
+# What a kernel keeps of an image: high, scale, shift, a and b, `room` numbers each, of 8 bytes whatever their
+# type; what high lacks of the means; and each part's two sums.
+
+
+@routine
+def _image_bytes(room, parts):
+    return (48 + 16 * parts) * room
+
+
+@routine
+def _image_sums(V, kind, x, C, L, channels, first_place, places, near, sums, room):
+    """A part's sums about numbers near the means of the groups, which `near` gets."""
+    guess(V, kind, x, C, L, C, near)
+    for c in range(0, C, channels):
+        total = 0.0
+        for i in range(c, c + channels):
+            total += near[i]
+        for i in range(c, c + channels):
+            near[i] = total / channels
+    clear(ahead(near, C), room - C)
+    clear(sums, 2 * room)
+    norm_vectors.moments(
+        V, kind, True, False, ahead(x, first_place * C), places, C, C, near, sums, ahead(sums, room)
+    )
+
+
+@routine
+def _gather_parts(sums, parts, room):
+    """The sums of all parts, in their order, where the first part's are."""
+    for part in range(1, parts):
+        other = ahead(sums, 2 * part * room)
+        for i in range(2 * room):
+            sums[i] += other[i]
+
+
+@routine
+def _image_tables(
+    V, kind, T, x, C, L, channels, weight, bias, eps, means, rstds, base, room
+):  # fmt: skip
+    """Statistics and tables of an image from its sums about what stands for `high`."""
+    high = pointer(base, T)
+    scale, shift = ahead(high, room), ahead(high, 2 * room)
+    about = pointer(base + 40 * room, "float64")
+    first = ahead(about, room)
+    second = ahead(first, room)
+    for i in range(room):
+        about[i] = high[i]
+    for attempt in range(2):
+        settled = True
+        for c in range(0, C, channels):
+            sum1, sum2 = 0.0, 0.0
+            for i in range(c, c + channels):
+                sum1 += first[i]
+                sum2 += second[i]
+            off = sum1 / (channels * L)
+            mean, var = about[c] + off, sum2 / (channels * L) - off * off
+            settled = settled and is_settled(off, var)
+            rstd = 1 / math.sqrt((0.0 if var < 0 else var) + eps)
+            means[c // channels], rstds[c // channels] = mean, rstd
+            for i in range(c, c + channels):
+                about[i] = mean if math.isfinite(mean) else 0.0
+                high[i] = mean
+                factor = _gamma(weight, i) * rstd
+                scale[i], shift[i] = factor, _shift(bias, i, rest_of(mean, high[i]), factor)
+        if settled or attempt == 1:
+            break
+        clear(first, 2 * room)
+        norm_vectors.moments(V, kind, True, True, x, L, C, C, about, first, second)
+    for table in (high, scale, shift):
+        clear(ahead(table, C), room - C)
+
+
+@lru_cache(None)
+def _columns_forward(kind: str, act: int, V: int) -> Task:
+    T = computed(kind)
+    args = layout(f"int64 {T}**2 int64*2 {T}**2 int64*9 float64")
+
+    def group_norm_columns(address: int, index: int, scratch: int) -> None:
+        """Images of y. Where they have several parts, in three phases: sums of a part, statistics and tables
+        of an image, y of a part."""
+        (
+            _, weight, bias, x_, y_, means, rstds, memory, N, parts, C, L, groups, channels, room, past, eps,
+        ) = unpack(address, args)  # fmt: skip
+        x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
+        phase, image, part = 0, index, 0
+        if parts > 1:
+            if index < N * parts:
+                image, part = index // parts, index % parts
+            elif index < N * parts + N:
+                phase, image = 1, index - N * parts
+                wait(address, N * parts)
+            else:
+                phase, index = 2, index - N * parts - N
+                image, part = index // parts, index % parts
+                wait(address, N * parts + N)
+        base = memory + image * _image_bytes(room, parts) if parts > 1 else scratch
+        high = pointer(base, T)
+        sums = pointer(base + 48 * room, "float64")
+        place = ahead(x, image * L * C)
+        start, stop = L * part // parts, L * (part + 1) // parts
+        if phase == 0:
+            # Each part finds the same numbers near the means; the first one's are kept.
+            near = high if part == 0 else pointer(scratch, T)
+            mine = ahead(sums, 2 * part * room)
+            _image_sums(V, kind, place, C, L, channels, start, stop - start, near, mine, room)
+        if phase == 1 or parts == 1:
+            _gather_parts(sums, parts, room)
+            _image_tables(
+                V, kind, T, place, C, L, channels, weight, bias, eps, ahead(means, image * groups),
+                ahead(rstds, image * groups), base, room,
+            )  # fmt: skip
+        if phase == 2 or parts == 1:
+            at = (image * L + start) * C
+            norm_vectors.normalise(
+                V, kind, act, True, ahead(x, at), vectors.elements(0, kind), ahead(y, at), stop - start, C, C,
+                high, ahead(high, room), ahead(high, 2 * room), past,
+            )  # fmt: skip
+        if parts > 1:
+            done(address)
+
+    return Task(group_norm_columns, args, in_order=True)
+
+
+@routine
+def _image_back_tables(V, kind, T, x, C, L, channels, weight, bias, means, rstds, base, room):
+    """Tables of an image for its backward, and what its means lack."""
+    high = pointer(base, T)
+    scale, shift = ahead(high, room), ahead(high, 2 * room)
+    lows = pointer(base + 40 * room, "float64")
+    first = ahead(lows, room)
+    far = False
+    for i in range(C):
+        high[i], lows[i] = means[i // channels], means[i // channels]
+        far = far or abs(lows[i]) * rstds[i // channels] > FAR
+    clear(first, 2 * room)
+    if far:
+        norm_vectors.moments(V, kind, True, True, x, L, C, C, lows, first, ahead(first, room))
+    for c in range(0, C, channels):
+        low = 0.0
+        for i in range(c, c + channels):
+            low += first[i]
+        rstd = np.float64(rstds[c // channels])
+        for i in range(c, c + channels):
+            lows[i] = low / (channels * L)
+            factor = _gamma(weight, i) * rstd
+            scale[i], shift[i] = factor, _shift(bias, i, lows[i], factor)
+    for t in range(5):
+        clear(ahead(high, t * room + C), room - C)
+
+
+@routine
+def _image_constants(T, C, L, channels, weight, rstds, base, room, to_weight, to_bias):
+    """a and b of an image from its sums, and what these add to the gradients of gamma and beta."""
+    a = pointer(base, T)
+    a, b = ahead(a, 3 * room), ahead(a, 4 * room)
+    lows = pointer(base + 40 * room, "float64")
+    first = ahead(lows, room)
+    second = ahead(first, room)
+    for c in range(0, C, channels):
+        rstd, low = np.float64(rstds[c // channels]), lows[c]
+        sum1, sum2 = 0.0, 0.0
+        for i in range(c, c + channels):
+            gamma = _gamma(weight, i)
+            sum1 += first[i] * gamma
+            sum2 += second[i] * gamma
+        if given(to_weight):
+            for i in range(c, c + channels):
+                to_weight[i] += (second[i] - low * first[i]) * rstd
+                to_bias[i] += first[i]
+        D = channels * L
+        of_a, of_b = _constants(sum1 / D, sum2 / D, low, rstd)
+        for i in range(c, c + channels):
+            a[i], b[i] = of_a, of_b
+
+
+@lru_cache(None)
+def _columns_backward(kind: str, act: int, V: int) -> Task:
+    T = computed(kind)
+    args = layout(f"int64*4 {T}**4 float64* {T}**2 int64*11")
+
+    def group_norm_columns_backward(address: int, index: int, scratch: int) -> None:
+        """`each` images of grad_x, and what they add to the sums; then these. Where images have several
+        parts, in phases: tables of an image, sums of a part, constants of an image, grad_x of a part."""
+        (
+            _, grad_y_, x_, grad_x_, weight, bias, means, rstds, partial, grad_weight, grad_bias,
+            memory, N, each, tasks, parts, C, L, groups, channels, room, past,
+        ) = unpack(address, args)  # fmt: skip
+        grad_y, x = vectors.elements(grad_y_, kind), vectors.elements(x_, kind)
+        grad_x, none = vectors.elements(grad_x_, kind), vectors.elements(0, kind)
+        phase, first_image, end, part = 0, index * each, min(index * each + each, N), 0
+        if parts > 1:
+            # Phases of an image and of its parts take turns.
+            before = 0
+            for step in range(4):
+                count = N * parts if step % 2 == 1 else N
+                if step < 3 or grad_x_ != 0:
+                    if index >= before + count:
+                        phase, before = step + 1, before + count
+                    else:
+                        break
+                else:
+                    phase = 4
+            if before > 0:
+                wait(address, before if phase < 4 else 2 * N + N * parts)
+            index -= before
+            first_image = index // parts if phase % 2 == 1 else index
+            end, part = first_image + 1, index % parts if phase % 2 == 1 else 0
+        elif index >= tasks:
+            phase = 4
+            wait(address, tasks)
+            index -= tasks
+        if phase == 4:
+            _add_parts(partial, tasks, C, index, grad_weight, grad_bias, scratch)
+            return
+        to_weight = ahead(partial, 2 * (first_image // each) * C)
+        to_bias = ahead(to_weight, C)
+        if given(partial) and phase == 0:
+            clear(to_weight, 2 * C)
+        if not given(partial):
+            to_weight = partial
+        for image in range(first_image, end):
+            base = memory + image * _image_bytes(room, parts) if parts > 1 else scratch
+            high = pointer(base, T)
+            scale, shift = ahead(high, room), ahead(high, 2 * room)
+            sums = pointer(base + 48 * room, "float64")
+            place = ahead(x, image * L * C)
+            of_image = ahead(rstds, image * groups)
+            at, places = (
+                (image * L + L * part // parts) * C,
+                L * (part + 1) // parts - L * part // parts,
+            )
+            if phase == 0:
+                _image_back_tables(
+                    V, kind, T, place, C, L, channels, weight, bias, ahead(means, image * groups), of_image,
+                    base, room,
+                )  # fmt: skip
+            if phase == 1 or parts == 1:
+                mine = ahead(sums, 2 * part * room)
+                clear(mine, 2 * room)
+                norm_vectors.back_sums(
+                    V, kind, act, _ALONE, True, ahead(grad_y, at), ahead(x, at), none, none, none,
+                    places, C, C, high, scale, shift, mine, ahead(mine, room), 0,
+                )  # fmt: skip
+            if phase == 2 or parts == 1:
+                _gather_parts(sums, parts, room)
+                _image_constants(
+                    T, C, L, channels, weight, of_image, base, room, to_weight, to_bias
+                )
+            if grad_x_ != 0 and (phase == 3 or parts == 1):
+                norm_vectors.back_combine(
+                    V, kind, act, _ALONE, True, ahead(grad_y, at), ahead(x, at), none, none,
+                    ahead(grad_x, at), places, C, C, high, scale, shift, ahead(high, 3 * room),
+                    ahead(high, 4 * room), past,
+                )  # fmt: skip
+        done(address)
+
+    return Task(group_norm_columns_backward, args, in_order=True)
+
+
+# ---- rows -------------------------------------------------------------------------------------------------
+
+
+@lru_cache(None)
+def _rows_forward(kind: str, act: int, V: int) -> Task:
+    T = computed(kind)
+    real = np.float64 if T == "float64" else np.float32
+    args = layout(f"{T}**2 int64*2 {T}**2 int64*5 float64")
 
     def group_norm_rows(address: int, index: int, scratch: int) -> None:
         """The groups ``index * each …`` of y, mean and rstd."""
         (
-            x, weight, bias, y, means, rstds, rows, each, groups, channels, D, L, eps,
+            weight, bias, x_, y_, means, rstds, rows, each, groups, D, past, eps,
         ) = unpack(address, args)  # fmt: skip
+        x, y = vectors.elements(x_, kind), vectors.elements(y_, kind)
+        table, about = pointer(scratch, T), pointer(scratch + 32, "float64")
+        sums, share = pointer(scratch + 64, "float64"), 1 / D
         for r in range(index * each, min(index * each + each, rows)):
-            row, to = ahead(x, r * D), ahead(y, r * D)
-            mean, var = _moments(exact, row, D)
+            row = ahead(x, r * D)
+            mean, var = _moments(V, kind, row, D, share, table, about, sums)
             rstd = 1 / math.sqrt(var + eps)
             means[r], rstds[r] = mean, rstd
-            high = real(mean)
-            low = _rest(mean, high)
-            c0 = r % groups * channels
-            if L == 1:
-                _normalise_row(
-                    real, kind, row, to, D, ahead(weight, c0), ahead(bias, c0), high, real(low * rstd),
-                    real(rstd),
-                )  # fmt: skip
-                continue
-            for c in range(channels):
-                scale = weight[c0 + c] * rstd
-                _normalise_plane(
-                    real, kind, ahead(row, c * L), ahead(to, c * L), L, high, real(scale),
-                    real(bias[c0 + c] - low * scale),
-                )  # fmt: skip
+            c0, high = r % groups * D, real(mean)
+            norm_vectors.normalise_row(
+                V, kind, act, row, ahead(y, r * D), D, ahead(weight, c0), ahead(bias, c0), high,
+                real(rest_of(mean, high) * rstd), real(rstd), past,
+            )  # fmt: skip
 
     return Task(group_norm_rows, args)
 
 
-@lru_cache(None)
-def _columns_forward(T: str, kind: int) -> Task:
-    args = layout(f"{T}**6 int64*6 float64")
-    real, exact = _real(T), T == "float64"
-
-    def group_norm_columns(address: int, index: int, scratch: int) -> None:
-        """Some groups of one image: `side` channels."""
-        (
-            x, weight, bias, y, means, rstds, blocks, side, channels, C, L, groups, eps,
-        ) = unpack(address, args)  # fmt: skip
-        image, c0 = index // blocks, index % blocks * side
-        n = min(side, C - c0)
-        about = pointer(scratch, "float64")
-        first, second = ahead(about, side), ahead(about, 2 * side)
-        high = pointer(scratch + 24 * side, T)
-        scale, shift = ahead(high, side), ahead(high, 2 * side)
-        place = image * L * C + c0
-        for i in range(n):
-            about[i] = x[place + i // channels * channels]
-        for attempt in range(2 if exact else 1):
-            for i in range(n):
-                first[i], second[i] = 0, 0
-            _add_deviations(ahead(x, place), L, C, n, about, first, second)
-            for g in range(0, n, channels):
-                sum1, sum2 = 0.0, 0.0
-                for i in range(g, g + channels):
-                    sum1 += first[i]
-                    sum2 += second[i]
-                off = sum1 / (channels * L)
-                mean, var = about[g] + off, sum2 / (channels * L) - off * off
-                if exact and attempt == 0:
-                    for i in range(g, g + channels):
-                        about[i] = mean
-                    continue
-                rstd = 1 / math.sqrt((0.0 if var < 0 else var) + eps)
-                r = image * groups + (c0 + g) // channels
-                means[r], rstds[r] = mean, rstd
-                for i in range(g, g + channels):
-                    high[i] = mean
-                    factor = weight[c0 + i] * rstd
-                    scale[i] = factor
-                    shift[i] = bias[c0 + i] - _rest(mean, high[i]) * factor
-        _normalise_columns(
-            real, kind, ahead(x, place), ahead(y, place), L, C, n, high, scale, shift
-        )
-
-    return Task(group_norm_columns, args)
+@routine
+def _row_sums(
+    V, kind, act, grad_y, x, count, weight, bias, high, low, rstd, sums, of_weight, of_bias
+):
+    """``sum(gamma * grad_z)`` and ``sum(gamma * grad_z * (x - high))`` of a row; see `row_back_sums`."""
+    clear(sums, 2)
+    longest = norm_vectors.VECTORS * V
+    for c in range(0, count, longest):
+        step = c if given(of_weight) else 0
+        norm_vectors.row_back_sums(
+            V, kind, act, ahead(grad_y, c), ahead(x, c), min(longest, count - c), ahead(weight, c),
+            ahead(bias, c), high, low, rstd, sums, ahead(sums, 1), ahead(of_weight, step),
+            ahead(of_bias, step),
+        )  # fmt: skip
+    return sums[0], sums[1]
 
 
 @lru_cache(None)
-def _planes_backward(T: str, kind: int) -> Task:
-    args = layout(f"{T}**7 float64**2 int64*8")
-    real = _real(T)
-
-    def group_norm_planes_backward(address: int, index: int, scratch: int) -> None:
-        """grad_x of some images, `side` groups of each, and what they add to the sums. L > 1."""
-        (
-            grad_y, x, weight, bias, means, rstds, grad_x, to_weight, to_bias,
-            N, each, groups, blocks, side, channels, C, L,
-        ) = unpack(address, args)  # fmt: skip
-        part, block, D = index // blocks, index % blocks, channels * L
-        for image in range(part * each, min(part * each + each, N)):
-            for group in range(block * side, min(block * side + side, groups)):
-                r, c0 = image * groups + group, group * channels
-                grad, row, to = ahead(grad_y, r * D), ahead(x, r * D), ahead(grad_x, r * D)
-                high, rstd, low = means[r], np.float64(rstds[r]), 0.0
-                if abs(high) * rstd > FAR:
-                    first, second = _deviations(row, D, np.float64(high))
-                    low = first / D
-                sum1, sum2 = 0.0, 0.0
-                for c in range(channels):
-                    factor = rstd * weight[c0 + c]
-                    first, second = _plane_sums(
-                        real, kind, ahead(grad, c * L), ahead(row, c * L), L, high, real(factor),
-                        real(bias[c0 + c] - low * factor),
-                    )  # fmt: skip
-                    sum1 += first * weight[c0 + c]
-                    sum2 += second * weight[c0 + c]
-                    if given(to_weight):
-                        to_weight[part * C + c0 + c] += (second - low * first) * rstd
-                        to_bias[part * C + c0 + c] += first
-                if not given(grad_x):
-                    continue
-                a, b = _constants(sum1 / D, sum2 / D, low, rstd)
-                for c in range(channels):
-                    factor = rstd * weight[c0 + c]
-                    _plane_back(
-                        real, kind, ahead(grad, c * L), ahead(row, c * L), ahead(to, c * L), L, high,
-                        real(factor), real(bias[c0 + c] - low * factor), real(a), real(b),
-                    )  # fmt: skip
-
-    return Task(group_norm_planes_backward, args)
-
-
-@lru_cache(None)
-def _rows_backward(T: str, kind: int) -> Task:
-    args = layout(f"{T}**8 float64**2 int64*8")
-    real = _real(T)
+def _rows_backward(kind: str, act: int, V: int) -> Task:
+    T = computed(kind)
+    real = np.float64 if T == "float64" else np.float32
+    args = layout(f"int64*4 {T}**5 float64* {T}**2 int64*8")
 
     def group_norm_rows_backward(address: int, index: int, scratch: int) -> None:
-        """grad_x of some images, and what they add to the sums. L = 1. `lows` gets what the means lack, as
-        parts of the deviation."""
+        """grad_x of some images, and what they add to the sums; then these. `lows`, where given, gets what
+        the means lack, as parts of the deviation."""
         (
-            grad_y, x, weight, bias, means, rstds, grad_x, lows, to_weight, to_bias,
-            N, each, groups, blocks, side, D, C, L,
+            _, grad_y_, x_, grad_x_, weight, bias, means, rstds, lows, partial, grad_weight, grad_bias,
+            N, each, parts, groups, D, C, room, past,
         ) = unpack(address, args)  # fmt: skip
+        if index >= parts:
+            wait(address, parts)
+            _add_parts(partial, parts, C, index - parts, grad_weight, grad_bias, scratch)
+            return
+        grad_y, x = vectors.elements(grad_y_, kind), vectors.elements(x_, kind)
+        grad_x = vectors.elements(grad_x_, kind)
+        about = pointer(scratch, "float64")
+        sums = pointer(scratch + 64, "float64")
+        of_weight = pointer(scratch + 64 + 16 * V if given(partial) else 0, T)
+        of_bias = ahead(of_weight, room if given(partial) else 0)
+        to_weight = ahead(partial, 2 * index * C)
         start, stop = index * each, min(index * each + each, N)
-        high = pointer(scratch, T)
-        low, rstd = ahead(high, PIECE), ahead(high, 2 * PIECE)
-        of_weight = ahead(high, 3 * PIECE)
-        of_bias = ahead(of_weight, SPAN)
-        share = 1.0 / D
         for group in range(groups):
             c0 = group * D
-            gamma, beta = ahead(weight, c0), ahead(bias, c0)
             for first_image in range(start, stop, PIECE):
-                images = min(PIECE, stop - first_image)
-                for j in range(images):
-                    r = (first_image + j) * groups + group
-                    grad, row = ahead(grad_y, r * D), ahead(x, r * D)
-                    high[j], rstd[j], off = means[r], rstds[r], 0.0
-                    if abs(high[j]) * rstd[j] > FAR:
-                        first, second = _deviations(row, D, np.float64(high[j]))
-                        off = first * share
-                    low[j] = off * rstd[j]
+                if given(partial):
+                    clear(of_weight, 2 * room)
+                for image in range(first_image, min(first_image + PIECE, stop)):
+                    r = image * groups + group
+                    at, high, rstd = r * D, means[r], rstds[r]
+                    low = _lacking(V, kind, ahead(x, at), D, high, np.float64(rstd), about, sums)
+                    part = real(low * rstd)
                     if given(lows):
-                        lows[r] = low[j]
-                    if given(grad_x):
-                        sum1, sum2 = _row_sums(
-                            real, kind, grad, row, D, gamma, beta, high[j], low[j], rstd[j]
-                        )
-                        a, b = _constants(sum1 * share, sum2 * share, off, np.float64(rstd[j]))
-                        _row_back(
-                            real, kind, grad, row, ahead(grad_x, r * D), D, gamma, beta, high[j], low[j],
-                            rstd[j], real(a), real(b),
+                        lows[r] = part
+                    sum1, sum2 = _row_sums(
+                        V, kind, act, ahead(grad_y, at), ahead(x, at), D, ahead(weight, c0), ahead(bias, c0),
+                        high, part, rstd, sums, of_weight, of_bias,
+                    )  # fmt: skip
+                    if grad_x_ != 0:
+                        a, b = _constants(sum1 / D, sum2 / D, low, np.float64(rstd))
+                        norm_vectors.row_back_combine(
+                            V, kind, act, ahead(grad_y, at), ahead(x, at), ahead(grad_x, at), D,
+                            ahead(weight, c0), ahead(bias, c0), high, part, rstd, real(a), real(b), past,
                         )  # fmt: skip
-                if not given(to_weight):
-                    continue
-                for c in range(0, D, SPAN):
-                    n = min(SPAN, D - c)
-                    for i in range(n):
-                        of_weight[i], of_bias[i] = 0, 0
-                    for j in range(images):
-                        place = ((first_image + j) * groups + group) * D + c
-                        _add_row(
-                            real, kind, ahead(grad_y, place), ahead(x, place), n, ahead(gamma, c),
-                            ahead(beta, c), high[j], low[j], rstd[j], of_weight, of_bias,
-                        )  # fmt: skip
-                    place = index * C + c0 + c
-                    for i in range(n):
-                        to_weight[place + i] += of_weight[i]
-                        to_bias[place + i] += of_bias[i]
+                if given(partial):
+                    for which in range(2):
+                        to = ahead(to_weight, which * C + c0)
+                        some = ahead(of_weight, which * room)
+                        if first_image == start:
+                            for i in range(D):
+                                to[i] = some[i]
+                        else:
+                            for i in range(D):
+                                to[i] += some[i]
+        done(address)
 
-    return Task(group_norm_rows_backward, args)
+    return Task(group_norm_rows_backward, args, in_order=True)
 
 
 @lru_cache(None)
-def _parameters(T: str, kind: int) -> Task:
-    args = layout(f"{T}**9 int64*4")
-    real = _real(T)
+def _parameters(kind: str, act: int, V: int) -> Task:
+    T = computed(kind)
+    args = layout(f"int64*2 {T}**7 int64*4")
 
     def group_norm_parameters(address: int, index: int, scratch: int) -> None:
         """Gradients of STRETCH values of gamma and beta, for rows so long that parts of sums would not be
         small beside x."""
         (
-            grad_y, x, weight, bias, means, lows, rstds, grad_weight, grad_bias, N, groups, channels, blocks,
+            grad_y_, x_, weight, bias, means, lows, rstds, grad_weight, grad_bias,
+            N, groups, channels, blocks,
         ) = unpack(address, args)  # fmt: skip
+        grad_y, x = vectors.elements(grad_y_, kind), vectors.elements(x_, kind)
         group, c = index // blocks, index % blocks * STRETCH
         n, c0 = min(STRETCH, channels - c), index // blocks * channels + index % blocks * STRETCH
-        total_weight = pointer(scratch, "float64")
+        sums = pointer(scratch, "float64")
+        total_weight = ahead(sums, 2 * V)
         total_bias = ahead(total_weight, STRETCH)
-        of_weight = pointer(scratch + 16 * STRETCH, T)
+        of_weight = pointer(scratch + 16 * (V + STRETCH), T)
         of_bias = ahead(of_weight, STRETCH)
-        for i in range(n):
-            total_weight[i], total_bias[i] = 0, 0
+        clear(total_weight, 2 * STRETCH)
         for first_image in range(0, N, PIECE):
-            for i in range(n):
-                of_weight[i], of_bias[i] = 0, 0
+            clear(of_weight, 2 * STRETCH)
             for image in range(first_image, min(first_image + PIECE, N)):
                 r = image * groups + group
-                place = r * channels + c
-                _add_row(
-                    real, kind, ahead(grad_y, place), ahead(x, place), n, ahead(weight, c0),
-                    ahead(bias, c0), means[r], lows[r], rstds[r], of_weight, of_bias,
+                at = r * channels + c
+                _row_sums(
+                    V, kind, act, ahead(grad_y, at), ahead(x, at), n, ahead(weight, c0), ahead(bias, c0),
+                    means[r], lows[r], rstds[r], sums, of_weight, of_bias,
                 )  # fmt: skip
-            for i in range(n):
+            for i in range(2 * STRETCH):
                 total_weight[i] += of_weight[i]
-                total_bias[i] += of_bias[i]
         for i in range(n):
             if given(grad_weight):
                 grad_weight[c0 + i] = total_weight[i]
@@ -467,159 +697,62 @@ def _parameters(T: str, kind: int) -> Task:
     return Task(group_norm_parameters, args)
 
 
-@lru_cache(None)
-def _columns_backward(T: str, kind: int) -> Task:
-    args = layout(f"{T}**7 float64**2 int64*8")
-    real = _real(T)
-
-    def group_norm_columns_backward(address: int, index: int, scratch: int) -> None:
-        """grad_x of some images, `side` channels of each, and what they add to the sums."""
-        (
-            grad_y, x, weight, bias, means, rstds, grad_x, to_weight, to_bias,
-            N, each, groups, blocks, side, channels, C, L,
-        ) = unpack(address, args)  # fmt: skip
-        part, c0 = index // blocks, index % blocks * side
-        n = min(side, C - c0)
-        about = pointer(scratch, "float64")
-        first, second = ahead(about, side), ahead(about, 2 * side)
-        high = pointer(scratch + 24 * side, T)
-        scale, shift = ahead(high, side), ahead(high, 2 * side)
-        a, b, grad_z = ahead(high, 3 * side), ahead(high, 4 * side), ahead(high, 5 * side)
-        for image in range(part * each, min(part * each + each, N)):
-            place = image * L * C + c0
-            row0 = image * groups + c0 // channels
-            far = False
-            for i in range(n):
-                high[i], first[i], second[i] = means[row0 + i // channels], 0, 0
-                about[i] = high[i]
-                far = far or abs(about[i]) * rstds[row0 + i // channels] > FAR
-            if far:
-                _add_deviations(ahead(x, place), L, C, n, about, first, second)
-            for g in range(0, n, channels):
-                low = 0.0
-                for i in range(g, g + channels):
-                    low += first[i]
-                for i in range(g, g + channels):
-                    about[i] = low / (channels * L)  # from here on what `high` lacks of the mean
-                    factor = np.float64(weight[c0 + i]) * rstds[row0 + i // channels]
-                    scale[i] = factor
-                    shift[i] = bias[c0 + i] - about[i] * factor
-                    first[i], second[i] = 0, 0
-            _add_products(
-                real, kind, ahead(grad_y, place), ahead(x, place), L, C, n, high, scale, shift, grad_z,
-                first, second,
-            )  # fmt: skip
-            for g in range(0, n, channels):
-                rstd, low = np.float64(rstds[row0 + g // channels]), about[g]
-                sum1, sum2 = 0.0, 0.0
-                for i in range(g, g + channels):
-                    sum1 += first[i] * weight[c0 + i]
-                    sum2 += second[i] * weight[c0 + i]
-                    if given(to_weight):
-                        to_weight[part * C + c0 + i] += (second[i] - low * first[i]) * rstd
-                        to_bias[part * C + c0 + i] += first[i]
-                D = channels * L
-                ours_a, ours_b = _constants(sum1 / D, sum2 / D, low, rstd)
-                for i in range(g, g + channels):
-                    a[i], b[i] = ours_a, ours_b
-            if given(grad_x):
-                _columns_back(
-                    real, kind, ahead(grad_y, place), ahead(x, place), ahead(grad_x, place), L, C, n, high,
-                    scale, shift, grad_z, a, b,
-                )  # fmt: skip
-
-    return Task(group_norm_columns_backward, args)
-
-
-@lru_cache(None)
-def _total(T: str) -> Task:
-    args = layout(f"float64* {T}* int64*2")
-
-    def group_norm_total(address: int, index: int, scratch: int) -> None:
-        """``to[c]``, the sum of ``sums[part][c]`` over parts, for some of the c."""
-        sums, to, parts, C = unpack(address, args)
-        total = pointer(scratch, "float64")
-        c0 = index * SPAN
-        n = min(SPAN, C - c0)
-        for i in range(n):
-            total[i] = 0
-        for part in range(parts):
-            row = ahead(sums, part * C + c0)
-            for i in range(n):
-                total[i] += row[i]
-        for i in range(n):
-            to[c0 + i] = total[i]
-
-    return Task(group_norm_total, args)
-
-
 # ---- operations -------------------------------------------------------------------------------------------
 
 
-class _Work(NamedTuple):
-    """How a problem is cut into tasks, in `parts` along the images."""
-
-    sizes: tuple[int, ...]
-    tasks: int
-    parts: int
-    cycles: float
-    scratch: int
-
-
-def _numbers(shape: GroupShape | LayerShape) -> tuple[int, int, int, int]:
+class _Numbers(NamedTuple):
     """Images, groups, channels of a group, and places of a channel. A row is an image of one group."""
-    if isinstance(shape, LayerShape):
-        return shape.N, 1, shape.D, 1
-    return shape.N, shape.groups, shape.C // shape.groups, shape.L
 
+    N: int
+    groups: int
+    channels: int
+    L: int
 
-@lru_cache(512)
-def _forward_work(shape: GroupShape | LayerShape, together: bool) -> _Work:
-    N, groups, channels, L = _numbers(shape)
-    C, D = groups * channels, channels * L
-    cycles = 2.0 * N * C * L
-    if together:
-        side = channels * max(1, SIDE // channels)
-        blocks = -(-C // side)
-        sizes = (blocks, side, channels, C, L, groups)
-        return _Work(sizes, N * blocks, 1, cycles, (24 + 8 * 3) * side)
-    each = max(1, 4096 // D)
-    return _Work((N * groups, each, groups, channels, D, L), -(-N * groups // each), 1, cycles, 0)
+    @classmethod
+    def of(cls, shape: GroupShape | LayerShape) -> _Numbers:
+        if isinstance(shape, LayerShape):
+            return cls(shape.N, 1, shape.D, 1)
+        return cls(shape.N, shape.groups, shape.C // shape.groups, shape.L)
 
+    @property
+    def C(self) -> int:
+        return self.groups * self.channels
 
-@lru_cache(512)
-def _backward_work(shape: GroupShape | LayerShape, together: bool) -> _Work:
-    N, groups, channels, L = _numbers(shape)
-    C, D = groups * channels, channels * L
-    if together:
-        side = channels * max(1, SIDE // channels)
-        blocks, scratch = -(-C // side), (24 + 8 * 6) * side
-    elif L > 1:
-        side = max(1, 4096 // D)
-        blocks, scratch = -(-groups // side), 0
-    else:
-        side, blocks, scratch = groups, 1, 8 * (3 * PIECE + 2 * SPAN)
-    each = -(-N // min(N, max(1, 64 // blocks)))  # tasks enough for many threads
-    parts = -(-N // each)
-    sizes = (N, each, groups, blocks, side, channels, C, L)
-    return _Work(sizes, parts * blocks, parts, 4.0 * N * C * L, scratch)
+    @property
+    def D(self) -> int:
+        return self.channels * self.L
+
+    @property
+    def parts(self) -> int:
+        """Parts of an image in channels-last memory."""
+        if self.N >= FEW:
+            return 1
+        return max(1, min(-(-2 * FEW // self.N), self.C * self.L // PLACES))
+
+    def each(self, blocks: int = 1, least: int = 1) -> int:
+        """Images of a task that leaves sums for gamma and beta behind."""
+        return max(-(-self.N // max(1, TASKS // blocks)), min(least, self.N))
 
 
 def _together(shape: GroupShape | LayerShape, result: torch.Tensor) -> bool:
     """Whether to work on memory where channels are neighbours, as they are in `result`."""
     if isinstance(shape, LayerShape) or shape.L == 1 or result.is_contiguous():
         return False
-    return result.movedim(1, -1).is_contiguous()
+    return is_laid(result, True)
+
+
+@lru_cache(64)
+def _ones(count: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.ones(count, dtype=dtype)
 
 
 def _affine(
-    like: torch.Tensor, size: int, weight: torch.Tensor | None, bias: torch.Tensor | None
+    size: int, dtype: torch.dtype, weight: torch.Tensor | None, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias as kernels read them: ones and zeros for those that are not there."""
-    gamma, beta = _vector(weight, like.dtype), _vector(bias, like.dtype)
+    """Gamma and beta where kernels read them from memory: ones and zeros for those that are not there."""
     return (
-        like.new_ones(size) if gamma is None else gamma,
-        like.new_zeros(size) if beta is None else beta,
+        _ones(size, dtype) if weight is None else weight,
+        zeros(size, dtype) if bias is None else bias,
     )
 
 
@@ -629,17 +762,35 @@ def _forward(
     rstd: torch.Tensor,
 ) -> None:  # fmt: skip
     together = _together(shape, y)
-    x = _dense(x, together)
-    _, groups, channels, _ = _numbers(shape)
-    affine = _affine(x, groups * channels, weight, bias)
-    result = _result(y, x.dtype, together)
-    work = _forward_work(shape, together)
-    kernel = _columns_forward if together else _rows_forward
-    kernel(NAME[x.dtype], ACTIVATIONS.index(activation)).run(
-        work.tasks, work.cycles, x, *affine, result, mean, rstd, *work.sizes, eps,
-        scratch_bytes=work.scratch,
-    )  # fmt: skip
-    _deliver((result, y))
+    x = laid(x, together)
+    kind, dtype = kind_of(x)
+    weight, bias = vector_of(weight, dtype), vector_of(bias, dtype)
+    found = [vector_of(t, dtype) for t in (mean, rstd)]
+    result = result_like(y, x.dtype, together)
+    n = _Numbers.of(shape)
+    act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
+    past, work = x.nbytes >= simd.PAST, 2.0 * n.N * n.C * n.L
+    rows, each = n.N * n.groups, max(1, 4096 // n.D)
+    ends = x, result, *found
+    if together:
+        room, parts = up(n.C, V), n.parts
+        size = (48 + 16 * parts) * room
+        memory = Shared(n.N * size) if parts > 1 else None
+        _columns_forward(kind, act, V).run(
+            n.N if parts == 1 else n.N * (2 * parts + 1), work, 0, weight, bias, *ends, memory,
+            n.N, parts, n.C, n.L, n.groups, n.channels, room, past, eps, scratch_bytes=size,
+        )  # fmt: skip
+    elif n.L > 1:
+        _planes_forward(kind, act, V).run(
+            -(-rows // each), work, weight, bias, *ends, rows, each, n.groups, n.channels, n.D, n.L, past,
+            eps, scratch_bytes=64 + 16 * V,
+        )  # fmt: skip
+    else:
+        _rows_forward(kind, act, V).run(
+            -(-rows // each), work, *_affine(n.C, dtype, weight, bias), *ends, rows, each, n.groups, n.D,
+            past, eps, scratch_bytes=64 + 16 * V,
+        )  # fmt: skip
+    deliver((result, y), *zip(found, (mean, rstd), strict=True))
 
 
 def _backward(
@@ -648,48 +799,72 @@ def _backward(
     grad_x: torch.Tensor | None, grad_weight: torch.Tensor | None, grad_bias: torch.Tensor | None,
 ) -> None:  # fmt: skip
     together = _together(shape, x if grad_x is None else grad_x)
-    grad_y, x = _dense(grad_y, together), _dense(x, together)
-    _, groups, channels, L = _numbers(shape)
-    C = groups * channels
-    affine = _affine(x, C, weight, bias)
-    statistics = [_vector(t, x.dtype) for t in (mean, rstd)]
-    name, kind = NAME[x.dtype], ACTIVATIONS.index(activation)
+    grad_y, x = laid(grad_y, together), laid(x, together)
+    if grad_y.dtype != x.dtype:
+        grad_y = grad_y.to(x.dtype)
+    kind, dtype = kind_of(x)
+    weight, bias = vector_of(weight, dtype), vector_of(bias, dtype)
     asked = (grad_x, grad_weight, grad_bias)
-    result = _result(grad_x, x.dtype, together)
-    grads = [None if t is None else _vector_result(t, x.dtype) for t in (grad_weight, grad_bias)]
-    work = _backward_work(shape, together)
-    inputs = (grad_y, x, *affine, *statistics)
-    long = not together and L == 1 and C > LONG
-    lows = x.new_empty(mean.numel()) if long else None
-    sums: tuple[torch.Tensor | None, ...] = (None, None)
-    if not long and grads != [None, None]:
-        sums = torch.zeros(2, work.parts, C, dtype=torch.float64).unbind()
-    kernel = _columns_backward if together else _planes_backward if L > 1 else _rows_backward
-    outputs = (result, lows, *sums) if kernel is _rows_backward else (result, *sums)
-    kernel(name, kind).run(
-        work.tasks, work.cycles, *inputs, *outputs, *work.sizes, scratch_bytes=work.scratch
-    )  # fmt: skip
-    if long and grads != [None, None]:
-        gamma, beta, means, rstds = inputs[2:]
-        blocks = -(-channels // STRETCH)
-        _parameters(name, kind).run(
-            groups * blocks, work.cycles / 2,
-            grad_y, x, gamma, beta, means, lows, rstds, *grads, shape.N, groups, channels,
-            blocks, scratch_bytes=32 * STRETCH,
+    grads = [_own_or_new(t, dtype) for t in asked[1:]]
+    statistics = [vector_of(t, dtype) for t in (mean, rstd)]
+    result = result_like(grad_x, x.dtype, together)
+    n = _Numbers.of(shape)
+    act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
+    past, work = x.nbytes >= simd.PAST, 4.0 * n.N * n.C * n.L
+    adding = grads != [None, None]
+    totals = -(-n.C // SPAN) if adding else 0
+
+    def sums(parts: int) -> Shared | None:
+        return Shared(16 * parts * n.C) if adding else None
+
+    if together:
+        room, parts = up(n.C, V), n.parts
+        each = n.each() if parts == 1 else 1
+        tasks = -(-n.N // each)
+        size = (48 + 16 * parts) * room
+        added = 16 * tasks * n.C if adding else 0
+        shared = Shared(added + (n.N * size if parts > 1 else 0))
+        count = tasks if parts == 1 else n.N * (2 + parts * (1 if result is None else 2))
+        _columns_backward(kind, act, V).run(
+            count + totals, work, 0, grad_y, x, result, weight, bias, *statistics, shared if adding else None,
+            *grads, At(shared, added), n.N, each, tasks, parts, n.C, n.L, n.groups, n.channels, room, past,
+            scratch_bytes=max(size, 8 * SPAN),
+        )  # fmt: skip
+    elif n.L > 1:
+        side = max(1, 4096 // n.D)
+        blocks = -(-n.groups // side)
+        each = n.each(blocks)
+        parts = -(-n.N // each)
+        _planes_backward(kind, act, V).run(
+            parts * blocks + totals, work, 0, grad_y, x, result, weight, bias, *statistics, sums(parts),
+            *grads, n.N, each, parts, n.groups, blocks, side, n.channels, n.C, n.L, past,
+            scratch_bytes=max(128 + 16 * V, 8 * SPAN),
         )  # fmt: skip
     else:
-        for partial, grad in zip(sums, grads, strict=True):
-            if partial is not None and grad is not None:
-                _total(name).run(
-                    -(-C // SPAN), 1.0 * work.parts * C, partial, grad, work.parts, C,
-                    scratch_bytes=8 * SPAN,
-                )  # fmt: skip
-    _deliver(*zip((result, *grads), asked, strict=True))
+        affine = _affine(n.C, dtype, weight, bias)
+        long = n.C > LONG
+        lows = Shared(mean.numel() * dtype.itemsize) if long else None
+        each, room = n.each(1, 1 if long else PIECE), up(n.D, V)
+        parts = -(-n.N // each)
+        _rows_backward(kind, act, V).run(
+            parts + (0 if long else totals), work, 0, grad_y, x, result, *affine, *statistics, lows,
+            None if long else sums(parts), *grads, n.N, each, parts, n.groups, n.D, n.C, room, past,
+            scratch_bytes=max(64 + 16 * V + (0 if long else 16 * room), 8 * SPAN),
+        )  # fmt: skip
+        if long and adding:
+            blocks = -(-n.channels // STRETCH)
+            _parameters(kind, act, V).run(
+                n.groups * blocks, work / 2, grad_y, x, *affine, statistics[0], lows, statistics[1], *grads,
+                n.N, n.groups, n.channels, blocks, scratch_bytes=16 * V + 32 * STRETCH,
+            )  # fmt: skip
+    deliver(*zip((result, *grads), asked, strict=True))
 
 
-def _vector_result(t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _own_or_new(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """Where kernels write what becomes `t`: `t` itself if its type and order allow it."""
-    return t if t.dtype == dtype and t.is_contiguous() else torch.empty(t.shape, dtype=dtype)
+    if t is None or (t.dtype == dtype and t.is_contiguous()):
+        return t
+    return torch.empty(t.shape, dtype=dtype)
 
 
 def group_norm_fwd(

@@ -26,6 +26,20 @@ import torch
 
 from cnnops.cpu import norm_vectors, simd, vectors
 from cnnops.cpu.compiler import routine
+from cnnops.cpu.norm_base import (
+    FAR,
+    clear,
+    computed,
+    deliver,
+    guess,
+    is_laid,
+    is_settled,
+    kind_of,
+    laid,
+    rest_of,
+    result_like,
+    vector_of,
+)
 from cnnops.cpu.phases import done, wait
 from cnnops.cpu.task import (
     NAME,
@@ -34,7 +48,6 @@ from cnnops.cpu.task import (
     ahead,
     given,
     layout,
-    native,
     pointer,
     unpack,
 )
@@ -44,91 +57,17 @@ from cnnops.cpu.task import (
 from cnnops.epilogue import ACTIVATIONS
 from cnnops.shapes import NormShape
 
-FAR = 64
-"""Deviations from zero beyond which a mean as it was kept is off by a good part of the deviation."""
-
 PIECE = 65_536
 """Elements of a channels-last task: what starting it costs is little beside."""
 
 
 # ---- kernels ----------------------------------------------------------------------------------------------
-# `_activate` and `_slope` serve the other norms: `kind` is an index into ACTIVATIONS there, `real` the type
-# of the elements; both are known when a kernel is compiled, so that one branch remains.
-
-
-@routine
-def _activate(real, kind, z):
-    if kind == 1:
-        return real(0) if z <= real(0) else z
-    if kind == 2:
-        return real(0) if z <= real(0) else real(6) if z >= real(6) else z
-    if kind == 3:
-        return z / (real(1) + math.exp(-z))
-    if kind == 4:
-        return real(0.5) * z * (real(1) + math.erf(z * real(math.sqrt(0.5))))
-    if kind == 5:
-        return z * min(max(z + real(3), real(0)), real(6)) / real(6)
-    if kind == 6:
-        return z if z > real(0) else z * real(0.01)
-    if kind == 7:
-        return real(1) / (real(1) + math.exp(-z))
-    if kind == 8:
-        return math.tanh(z)
-    return z
-
-
-@routine
-def _slope(real, kind, z):
-    """The activation's derivative at z; where there is none, PyTorch's choice."""
-    if kind == 1:
-        return real(0) if z <= real(0) else real(1)
-    if kind == 2:
-        return real(0) if z <= real(0) or z >= real(6) else real(1)
-    if kind == 3:
-        s = real(1) / (real(1) + math.exp(-z))
-        return s * (real(1) + z * (real(1) - s))
-    if kind == 4:
-        below = real(0.5) * (real(1) + math.erf(z * real(math.sqrt(0.5))))
-        return below + z * real(1 / math.sqrt(2 * math.pi)) * math.exp(real(-0.5) * z * z)
-    if kind == 5:
-        if z <= real(-3):
-            return real(0)
-        return z / real(3) + real(0.5) if z < real(3) else real(1)
-    if kind == 6:
-        return real(1) if z > real(0) else real(0.01)
-    if kind == 7:
-        s = real(1) / (real(1) + math.exp(-z))
-        return s * (real(1) - s)
-    if kind == 8:
-        t = math.tanh(z)
-        return real(1) - t * t
-    return real(1)
-
-
-@routine
-def _rest(mean, high):
-    """What of a mean `high` does not hold."""
-    return mean - high if math.isfinite(mean) else 0.0
-
-
-@routine
-def _clear(values, count):
-    """Zeros, for sums, and in what fills vectors up: denormal numbers would take a hundred times as long."""
-    for i in range(count):
-        values[i] = 0
-
-
-@routine
-def _settled(off, var):
-    """Whether sums about a number that is `off` the mean tell the variance: most digits of neither are lost,
-    and squares stayed within float32's range."""
-    return 1e-30 < var < 1e30 and off * off <= 16 * var
 
 
 @routine
 def _plane_moments(V, kind, exact, x, images, pitch, length, about, sums):
     """Sums of ``x - about`` and of their squares over a channel's planes; `sums` is scratch for two."""
-    _clear(sums, 2)
+    clear(sums, 2)
     longest = norm_vectors.VECTORS * V
     together = max(1, longest // length)
     for image in range(0, images, together):
@@ -145,7 +84,7 @@ def _plane_products(
     V, kind, act, form, grad_y, x, beside, grad_z, grad_x, images, pitch, length, table, sums, past
 ):  # fmt: skip
     """As `_plane_moments`, of ``grad_z`` and of ``grad_z * (x - high)``: `norm_vectors.back_sums`."""
-    _clear(sums, 2)
+    clear(sums, 2)
     longest = norm_vectors.VECTORS * V
     together = max(1, longest // length)
     for image in range(0, images, together):
@@ -174,20 +113,10 @@ def _repeat(table, C, W):
 
 
 @routine
-def _guess(V, kind, x, C, total, n, about):
-    """For n channels from x on a number near the mean: the mean of four rows of `total`."""
-    _clear(about, (n + V - 1) // V * V)
-    for r in range(4):
-        vectors.sum_up(V, kind, about, ahead(x, r * total // 4 * C), n)
-    for i in range(n):
-        about[i] /= 4
-
-
-@routine
 def _gather(partial, parts, room, C, W, c0, n, first, second):
     """The sums of n channels from c0 on: of all parts, in their order, and of the rows side by side."""
-    _clear(first, n)
-    _clear(second, n)
+    clear(first, n)
+    clear(second, n)
     for part in range(parts):
         for start in range(c0, W, C):
             some = ahead(partial, 2 * part * room + start)
@@ -197,18 +126,9 @@ def _gather(partial, parts, room, C, W, c0, n, first, second):
                 second[i] += some[room + i]
 
 
-def _real(T: str) -> type:
-    return np.float32 if T == "float32" else np.float64
-
-
-def _computed(kind: str) -> str:
-    """The type that elements are computed in."""
-    return "float64" if kind == "float64" else "float32"
-
-
 @lru_cache(None)
 def _planes_forward(kind: str, act: int, V: int) -> Task:
-    T = _computed(kind)
+    T = computed(kind)
     args = layout(f"{T}**4 int64*3 {T}**2 int64*6 float64*2")
 
     def batch_norm_planes_forward(address: int, index: int, scratch: int) -> None:
@@ -231,7 +151,7 @@ def _planes_forward(kind: str, act: int, V: int) -> Task:
                 first, second = _plane_moments(V, kind, False, place, N, C * L, L, table, sums)
                 off = first / total
                 mean, var = table[0] + off, second / total - off * off
-                if not _settled(off, var):
+                if not is_settled(off, var):
                     about[0] = mean if math.isfinite(mean) else 0.0
                     first, second = _plane_moments(V, kind, True, place, N, C * L, L, about, sums)
                     off = first / total
@@ -253,7 +173,7 @@ def _planes_forward(kind: str, act: int, V: int) -> Task:
                 factor *= weight[c]
             addend = np.float64(bias[c]) if given(bias) else 0.0
             table[0], table[1] = mean, factor
-            table[2] = addend - _rest(mean, table[0]) * factor
+            table[2] = addend - rest_of(mean, table[0]) * factor
             # From the last plane on: it is the likeliest still to be in the cache.
             at = (N - 1) * C * L + c * L
             norm_vectors.normalise(
@@ -266,7 +186,7 @@ def _planes_forward(kind: str, act: int, V: int) -> Task:
 
 @lru_cache(None)
 def _columns_forward(kind: str, act: int, V: int) -> Task:
-    T = _computed(kind)
+    T = computed(kind)
     args = layout(f"int64 {T}**4 int64*3 {T}**2 int64*9 float64*2")
 
     def batch_norm_columns_forward(address: int, index: int, scratch: int) -> None:
@@ -287,11 +207,11 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
         if index < parts:
             first = ahead(partial, 2 * room * index)
             second = ahead(first, room)
-            _clear(first, 2 * room)
+            clear(first, 2 * room)
             near = pointer(scratch, T)
-            _guess(V, kind, x, C, total, C, near)
+            guess(V, kind, x, C, total, C, near)
             _repeat(near, C, W)
-            _clear(ahead(near, W), room - W)
+            clear(ahead(near, W), room - W)
             start, stop = rows * index // parts, rows * (index + 1) // parts
             norm_vectors.moments(
                 V, kind, True, False, ahead(x, start * W), stop - start, W, W, near, first, second
@@ -311,20 +231,20 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
             second, about = ahead(first, n + V), ahead(first, 2 * (n + V))
             near = pointer(scratch + 24 * (n + V), T)
             if training:
-                _guess(V, kind, ahead(x, c0), C, total, n, near)
+                guess(V, kind, ahead(x, c0), C, total, n, near)
                 _gather(partial, parts, room, C, W, c0, n, first, second)
                 settled = True
                 for i in range(n):
                     off = first[i] / total
                     about[i] = near[i] + off
                     second[i] = second[i] / total - off * off
-                    settled = settled and _settled(off, second[i])
+                    settled = settled and is_settled(off, second[i])
                 if not settled:
                     for i in range(n):
                         if not math.isfinite(about[i]):
                             about[i] = 0
-                    _clear(first, n)
-                    _clear(second, n)
+                    clear(first, n)
+                    clear(second, n)
                     norm_vectors.moments(
                         V, kind, True, True, ahead(x, c0), total, C, n, about, first, second
                     )
@@ -351,12 +271,12 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
                     factor *= weight[c]
                 addend = np.float64(bias[c]) if given(bias) else 0.0
                 high[c], scale[c] = mean, factor
-                shift[c] = addend - _rest(mean, high[c]) * factor
+                shift[c] = addend - rest_of(mean, high[c]) * factor
                 for j in range(c + C, W, C):
                     high[j], scale[j], shift[j] = high[c], scale[c], shift[c]
             if index == 0:
                 for table in (high, scale, shift):
-                    _clear(ahead(table, W), room - W)
+                    clear(ahead(table, W), room - W)
             done(address)
             return
         wait(address, parts + blocks)
@@ -380,7 +300,7 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
 
 @lru_cache(None)
 def _planes_backward(kind: str, act: int, form: int, V: int) -> Task:
-    T = _computed(kind)
+    T = computed(kind)
     args = layout(f"int64*5 {T}**6 int64*6")
 
     def batch_norm_planes_backward(address: int, index: int, scratch: int) -> None:
@@ -431,7 +351,7 @@ def _planes_backward(kind: str, act: int, form: int, V: int) -> Task:
 
 @lru_cache(None)
 def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
-    T = _computed(kind)
+    T = computed(kind)
     args = layout(f"int64*6 {T}**6 int64*9")
     ready = norm_vectors.READY
 
@@ -463,8 +383,8 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
             if far:
                 first = pointer(scratch, "float64")
                 second, about = ahead(first, n + V), ahead(first, 2 * (n + V))
-                _clear(first, n)
-                _clear(second, n)
+                clear(first, n)
+                clear(second, n)
                 for i in range(n):
                     about[i] = means[c0 + i]
                 norm_vectors.moments(
@@ -481,7 +401,7 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
                     high[j], scale[j], shift[j] = means[c], factor, addend - lows[c] * factor
             if index == 0:
                 for table in (high, scale, shift, a, b):
-                    _clear(ahead(table, W), room - W)
+                    clear(ahead(table, W), room - W)
             done(address)
             return
         index -= blocks
@@ -489,7 +409,7 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
             wait(address, blocks)
             first = ahead(partial, 2 * room * index)
             second = ahead(first, room)
-            _clear(first, 2 * room)
+            clear(first, 2 * room)
             start, stop = rows * index // parts, rows * (index + 1) // parts
             direct = none if training else grad_x
             at = start * W
@@ -557,55 +477,7 @@ def _together(shape: NormShape, result: torch.Tensor | None) -> bool:
     """Whether to work on memory where channels are neighbours, as they are in `result`."""
     if shape.L == 1:
         return True
-    return result is not None and result.stride(1) == 1 and _is_laid(result, True)
-
-
-def _is_laid(t: torch.Tensor, together: bool) -> bool:
-    if together and t.dim() == 4:
-        return t.is_contiguous(memory_format=torch.channels_last)
-    return (t.movedim(1, -1) if together else t).is_contiguous()
-
-
-def _laid(t: torch.Tensor, together: bool) -> torch.Tensor:
-    """`t` in a type that kernels read and in the order asked for, copied if need be."""
-    t = vectors.readable(t)
-    if _is_laid(t, together):
-        return t
-    return t.movedim(1, -1).contiguous().movedim(-1, 1) if together else t.contiguous()
-
-
-def _dense(t: torch.Tensor, together: bool) -> torch.Tensor:
-    """As `_laid`, for kernels that do not read half types."""
-    return _laid(native(t), together)
-
-
-def _result(t: torch.Tensor | None, dtype: torch.dtype, together: bool) -> torch.Tensor | None:
-    """Where kernels write what becomes `t`: `t` itself if its type and order allow it."""
-    if t is None or (t.dtype == dtype and _is_laid(t, together)):
-        return t
-    view = t.movedim(1, -1) if together else t
-    apart = torch.empty(view.shape, dtype=dtype)
-    return apart.movedim(-1, 1) if together else apart
-
-
-def _vector(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    if t is None or (t.dtype == dtype and t.is_contiguous()):
-        return t
-    return t.to(dtype).contiguous()
-
-
-def _deliver(*pairs: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
-    """Copy each (computed, asked for) that is not one tensor."""
-    for computed, t in pairs:
-        if t is not None and computed is not None and computed is not t:
-            t.copy_(computed)
-
-
-def _kind(x: torch.Tensor) -> tuple[str, torch.dtype]:
-    """The name of the type of x, and the type in which it is computed with."""
-    kind = vectors.kind(x.dtype)
-    assert kind is not None  # x is readable
-    return kind, torch.float64 if x.dtype == torch.float64 else torch.float32
+    return result is not None and result.stride(1) == 1 and is_laid(result, True)
 
 
 class _Columns(NamedTuple):
@@ -654,12 +526,12 @@ def _forward(
 ) -> None:  # fmt: skip
     """y, or with no y the statistics alone: mean and variance then, not its root's inverse."""
     together = _together(shape, x if y is None else y)
-    x = _laid(x, together)
-    residual = None if residual is None else _laid(residual, together)
-    kind, dtype = _kind(x)
-    tensors = [_vector(t, dtype) for t in (weight, bias, *averages)]
-    found = [_vector(t, dtype) for t in statistics]
-    result = _result(y, x.dtype, together)
+    x = laid(x, together)
+    residual = None if residual is None else laid(residual, together)
+    kind, dtype = kind_of(x)
+    tensors = [vector_of(t, dtype) for t in (weight, bias, *averages)]
+    found = [vector_of(t, dtype) for t in statistics]
+    result = result_like(y, x.dtype, together)
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
     ends = *tensors, x, residual, result, *found
     past = y is not None and x.nbytes >= simd.PAST
@@ -678,8 +550,8 @@ def _forward(
             count, work, *ends, *sizes, past, training, momentum, eps, scratch_bytes=64 + 16 * V,
         )  # fmt: skip
     if training:
-        _deliver(*zip(tensors[2:], averages, strict=True), *zip(found, statistics, strict=True))
-    _deliver((result, y))
+        deliver(*zip(tensors[2:], averages, strict=True), *zip(found, statistics, strict=True))
+    deliver((result, y))
 
 
 def batch_norm_stats(
@@ -722,18 +594,18 @@ def batch_norm_bwd(
     """Every gradient that is asked for. With `training`, mean and rstd are x's own, and x's gradient flows
     through them too."""
     together = _together(shape, next((t for t in (grad_x, grad_residual) if t is not None), x))
-    grad_y, x = _laid(grad_y, together), _laid(x, together)
+    grad_y, x = laid(grad_y, together), laid(x, together)
     form, beside = norm_vectors.NONE, None
     if activation != "none" and y is not None:
-        form, beside = norm_vectors.RESULT, _laid(y, together)
+        form, beside = norm_vectors.RESULT, laid(y, together)
     elif activation != "none" and residual is not None:
-        form, beside = norm_vectors.RESIDUAL, _laid(residual, together)
-    kind, dtype = _kind(x)
-    given = [_vector(t, dtype) for t in (weight, bias, mean, rstd)]
+        form, beside = norm_vectors.RESIDUAL, laid(residual, together)
+    kind, dtype = kind_of(x)
+    given = [vector_of(t, dtype) for t in (weight, bias, mean, rstd)]
     asked = grad_x, grad_residual, grad_weight, grad_bias
     results = [
-        *(_result(t, x.dtype, together) for t in asked[:2]),
-        *(_vector(t, dtype) for t in asked[2:]),
+        *(result_like(t, x.dtype, together) for t in asked[:2]),
+        *(vector_of(t, dtype) for t in asked[2:]),
     ]
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
     ends = grad_y, x, beside, *results[:2], *given, *results[2:]
@@ -752,4 +624,4 @@ def batch_norm_bwd(
         _planes_backward(kind, act, form, V).run(
             count, work, *ends, *sizes, past, training, scratch_bytes=128 + 16 * V
         )
-    _deliver(*zip(results, asked, strict=True))
+    deliver(*zip(results, asked, strict=True))

@@ -1,4 +1,4 @@
-"""Batch normalisation's loops over vectors, as LLVM IR: moments, forward, and both halves of the backward.
+"""The norms' loops over vectors, as LLVM IR: moments, forward, and both halves of the backward.
 
 Each goes over `rows` rows of `count` elements, `pitch` apart, in one of two ways:
 
@@ -8,6 +8,9 @@ Each goes over `rows` rows of `count` elements, `pitch` apart, in one of two way
 Tables are read in whole vectors, rows are not: their last vector is masked. Elements x enter as ``x - high``,
 high the mean as their type holds it. Sums of a few elements are kept in their own type, then added to
 float64.
+
+Layer norm has loops of its own, over one row: there the row has the mean and the scale, and each of its
+elements a gamma and a beta, arrays as long as the row.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -341,6 +344,17 @@ def near(typing_context, lanes, kind, x, apart, count):
     return T(lanes, kind, x, types.int64, types.int64), generate
 
 
+@intrinsic(prefer_literal=True)
+def element(typing_context, kind, x):
+    """The element of the type called `kind` at x."""
+    of = kind.literal_value
+
+    def generate(context, builder, signature, values):
+        return builder.extract_element(Vectors(builder, of, 1).read(values[1]), _int(0))
+
+    return (types.float64 if of == "float64" else types.float32)(kind, x), generate
+
+
 def _past(
     builder: ir.IRBuilder, emit: Vectors, asked: ir.Value, pitch: ir.Value, *places: ir.Value
 ) -> ir.Value:
@@ -553,3 +567,167 @@ def back_combine(
         ),
         generate,
     )  # fmt: skip
+
+
+# ---- one row, whose elements have a gamma and a beta each --------------------------------------------------
+
+
+class _Row:
+    """A row's elements: ``xhat = (x - high) * rstd - low`` and ``z = xhat * gamma + beta``."""
+
+    def __init__(self, emit: Vectors, arrays: list[ir.Value], numbers: list[ir.Value]) -> None:
+        self._emit = emit
+        self._x, self._gamma, self._beta = arrays
+        self.high, self.low, self.rstd = (
+            simd.splat(emit.builder, number, emit.lanes) for number in numbers
+        )
+
+    def gamma(self, column: ir.Value, mask: ir.Value | None) -> ir.Value:
+        return self._of(self._gamma, column, mask)
+
+    def _of(self, array: ir.Value, column: ir.Value, mask: ir.Value | None) -> ir.Value:
+        place = self._emit.builder.gep(array, [column])
+        return self._emit.load(place) if mask is None else self._emit.load_some(place, mask)
+
+    def off(self, column: ir.Value, mask: ir.Value | None) -> ir.Value:
+        """``x - high``, zero behind the last element."""
+        value = self._emit.read(self._emit.builder.gep(self._x, [column]), mask)
+        return _where(self._emit, mask, self._emit.builder.fsub(value, self.high))
+
+    def xhat(self, off: ir.Value) -> ir.Value:
+        return self._emit.multiply_add(off, self.rstd, self._emit.builder.fneg(self.low))
+
+    def z(
+        self, xhat: ir.Value, gamma: ir.Value, column: ir.Value, mask: ir.Value | None
+    ) -> ir.Value:
+        return self._emit.multiply_add(xhat, gamma, self._of(self._beta, column, mask))
+
+
+@intrinsic(prefer_literal=True)
+def normalise_row(
+    typing_context, lanes, kind, act, x, y, count, gamma, beta, high, low, rstd, past
+):  # fmt: skip
+    """``y = act(((x - high) * rstd - low) * gamma + beta)``, `past` as in `normalise`."""
+    L, of, name = lanes.literal_value, kind.literal_value, ACTIVATIONS[act.literal_value]
+
+    def generate(context, builder, signature, values):
+        x, y, count, gamma, beta, *numbers, past = values[3:]
+        emit = Vectors(builder, of, L)
+        row = _Row(emit, [x, gamma, beta], numbers)
+
+        def loop(past: bool) -> None:
+            def body(_, offsets, columns, mask):
+                results = []
+                for column in columns:
+                    factor = row.gamma(column, mask)
+                    z = row.z(row.xhat(row.off(column, mask)), factor, column, mask)
+                    results.append(_activate(emit, name, z))
+                for column, result in zip(columns, results, strict=True):
+                    emit.write(result, builder.gep(y, [column]), mask, past)
+
+            _sweep(emit, 4 if _cheap(name) else 1, _int(1), _int(0), count, body)
+
+        with builder.if_else(_past(builder, emit, past, _int(0), y)) as (through, kept):
+            with through:
+                loop(True)
+            with kept:
+                loop(False)
+        return context.get_dummy_value()
+
+    i64, T = types.int64, gamma.dtype
+    return types.void(lanes, kind, act, x, y, i64, gamma, gamma, T, T, T, i64), generate
+
+
+@intrinsic(prefer_literal=True)
+def row_back_sums(
+    typing_context, lanes, kind, act, grad_y, x, count, gamma, beta, high, low, rstd, first, second,
+    to_gamma, to_beta,
+):  # fmt: skip
+    """``first += grad_z * gamma`` and ``second += grad_z * gamma * (x - high)`` of all elements, at most
+    `VECTORS` vectors; and of each, unless null, ``to_gamma += grad_z * xhat`` and ``to_beta += grad_z``,
+    which are read and written in whole vectors."""
+    L, of, name = lanes.literal_value, kind.literal_value, ACTIVATIONS[act.literal_value]
+
+    def generate(context, builder, signature, values):
+        grad_y, x, count, gamma, beta, *numbers, first, second, to_gamma, to_beta = values[3:]
+        emit = Vectors(builder, of, L)
+        row = _Row(emit, [x, gamma, beta], numbers)
+        slots = 4 if _cheap(name) else 1
+        sums = _Sums(emit, slots, [first, second])
+
+        def loop(adding: bool) -> None:
+            def body(slot, offsets, columns, mask):
+                for number, column in enumerate(columns, slot):
+                    g = emit.read(builder.gep(grad_y, [column]), mask)
+                    d = row.off(column, mask)
+                    factor = row.gamma(column, mask)
+                    if adding or name != "none":
+                        xhat = row.xhat(d)
+                    if name != "none":
+                        z = row.z(xhat, factor, column, mask)
+                        g = _where(emit, mask, _gated(emit, name, g, z, False))
+                    if adding:
+                        places = [builder.gep(t, [column]) for t in (to_gamma, to_beta)]
+                        more = emit.multiply_add(g, xhat, emit.load(places[0]))
+                        emit.store(more, places[0])
+                        emit.store(builder.fadd(emit.load(places[1]), g), places[1])
+                    g = builder.fmul(g, factor)
+                    sums.add(number, [(g, None), (g, d)])
+
+            sums.clear()
+            _sweep(emit, slots, _int(1), _int(0), count, body)
+            sums.add_lanes()
+
+        with builder.if_else(_given(builder, to_gamma)) as (given, without):
+            with given:
+                loop(True)
+            with without:
+                loop(False)
+        return context.get_dummy_value()
+
+    i64, T, F64 = types.int64, gamma.dtype, types.CPointer(types.float64)
+    return types.void(
+        lanes, kind, act, grad_y, x, i64, gamma, gamma, T, T, T, F64, F64, gamma, gamma
+    ), generate
+
+
+@intrinsic(prefer_literal=True)
+def row_back_combine(
+    typing_context, lanes, kind, act, grad_y, x, grad_x, count, gamma, beta, high, low, rstd, a, b, past
+):  # fmt: skip
+    """``grad_x = grad_z * gamma * rstd - a - (x - high) * b``, `past` as in `normalise`."""
+    L, of, name = lanes.literal_value, kind.literal_value, ACTIVATIONS[act.literal_value]
+
+    def generate(context, builder, signature, values):
+        grad_y, x, grad_x, count, gamma, beta, high, low, rstd, a, b, past = values[3:]
+        emit = Vectors(builder, of, L)
+        row = _Row(emit, [x, gamma, beta], [high, low, rstd])
+        a, b = (simd.splat(builder, builder.fneg(number), L) for number in (a, b))
+
+        def loop(past: bool) -> None:
+            def body(_, offsets, columns, mask):
+                results = []
+                for column in columns:
+                    g = emit.read(builder.gep(grad_y, [column]), mask)
+                    d = row.off(column, mask)
+                    factor = row.gamma(column, mask)
+                    if name != "none":
+                        g = _gated(emit, name, g, row.z(row.xhat(d), factor, column, mask), False)
+                    g = emit.multiply_add(builder.fmul(g, factor), row.rstd, a)
+                    results.append(emit.multiply_add(d, b, g))
+                for column, result in zip(columns, results, strict=True):
+                    emit.write(result, builder.gep(grad_x, [column]), mask, past)
+
+            _sweep(emit, 4 if _cheap(name) else 1, _int(1), _int(0), count, body)
+
+        with builder.if_else(_past(builder, emit, past, _int(0), grad_x)) as (through, kept):
+            with through:
+                loop(True)
+            with kept:
+                loop(False)
+        return context.get_dummy_value()
+
+    i64, T = types.int64, gamma.dtype
+    return types.void(
+        lanes, kind, act, grad_y, x, grad_x, i64, gamma, gamma, T, T, T, T, T, i64
+    ), generate
