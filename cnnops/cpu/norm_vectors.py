@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from llvmlite import ir
 from numba import types
@@ -371,6 +372,15 @@ def _given(builder: ir.IRBuilder, place: ir.Value) -> ir.Value:
     return builder.icmp_unsigned("!=", place, ir.Constant(place.type, None))
 
 
+def _either(builder: ir.IRBuilder, condition: ir.Value, code: Callable[[bool], None]) -> None:
+    """`code` for either value of a condition: one of the two runs."""
+    with builder.if_else(condition) as (yes, no):
+        with yes:
+            code(True)
+        with no:
+            code(False)
+
+
 @intrinsic(prefer_literal=True)
 def normalise(
     typing_context, lanes, kind, act, across, x, residual, y, rows, pitch, count, high, scale, shift, past
@@ -401,13 +411,8 @@ def normalise(
             _sweep(emit, 4 if _cheap(name) else 1, rows, pitch, count, body)
 
         past = _past(builder, emit, past, pitch, y)
-        with builder.if_else(_given(builder, residual)) as (with_residual, without):
-            for given, branch in ((True, with_residual), (False, without)):
-                with branch, builder.if_else(past) as (through, kept):
-                    with through:
-                        loops(given, True)
-                    with kept:
-                        loops(given, False)
+        given = _given(builder, residual)
+        _either(builder, given, lambda given: _either(builder, past, partial(loops, given)))
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -469,11 +474,7 @@ def back_sums(
             if mask is not None:
                 emit.write(value, place, mask)
                 return
-            with builder.if_else(past) as (through, kept):
-                with through:
-                    emit.write(value, place, None, True)
-                with kept:
-                    emit.write(value, place)
+            _either(builder, past, partial(emit.write, value, place, None))
 
         # Where much is computed of each vector, the CPU runs too few rows ahead to have memory busy.
         slow = wide and not _cheap(name)
@@ -497,10 +498,11 @@ def back_sums(
 
         arguments = wide, rows, pitch, count, [high, scale, shift], [first, second]
         # In training nothing is written yet.
-        with builder.if_else(builder.or_(z_given, x_given)) as (given, nothing):
-            for writing, branch in ((True, given), (False, nothing)):
-                with branch:
-                    _add_up(emit, *arguments, terms(writing), slots)
+        _either(
+            builder,
+            builder.or_(z_given, x_given),
+            lambda writing: _add_up(emit, *arguments, terms(writing), slots),
+        )
         return context.get_dummy_value()
 
     i64, T = types.int64, types.CPointer(types.float64)
@@ -551,12 +553,7 @@ def back_combine(
             simple = _cheap(name) or told == READY
             _sweep(emit, 4 if simple else 1, rows, pitch, count, body)
 
-        past = _past(builder, emit, past, pitch, grad_z, grad_x)
-        with builder.if_else(past) as (through, kept):
-            with through:
-                loops(True)
-            with kept:
-                loops(False)
+        _either(builder, _past(builder, emit, past, pitch, grad_z, grad_x), loops)
         return context.get_dummy_value()
 
     i64 = types.int64
@@ -627,11 +624,7 @@ def normalise_row(
 
             _sweep(emit, 4 if _cheap(name) else 1, _int(1), _int(0), count, body)
 
-        with builder.if_else(_past(builder, emit, past, _int(0), y)) as (through, kept):
-            with through:
-                loop(True)
-            with kept:
-                loop(False)
+        _either(builder, _past(builder, emit, past, _int(0), y), loop)
         return context.get_dummy_value()
 
     i64, T = types.int64, gamma.dtype
@@ -678,11 +671,7 @@ def row_back_sums(
             _sweep(emit, slots, _int(1), _int(0), count, body)
             sums.add_lanes()
 
-        with builder.if_else(_given(builder, to_gamma)) as (given, without):
-            with given:
-                loop(True)
-            with without:
-                loop(False)
+        _either(builder, _given(builder, to_gamma), loop)
         return context.get_dummy_value()
 
     i64, T, F64 = types.int64, gamma.dtype, types.CPointer(types.float64)
@@ -720,11 +709,7 @@ def row_back_combine(
 
             _sweep(emit, 4 if _cheap(name) else 1, _int(1), _int(0), count, body)
 
-        with builder.if_else(_past(builder, emit, past, _int(0), grad_x)) as (through, kept):
-            with through:
-                loop(True)
-            with kept:
-                loop(False)
+        _either(builder, _past(builder, emit, past, _int(0), grad_x), loop)
         return context.get_dummy_value()
 
     i64, T = types.int64, gamma.dtype
