@@ -77,7 +77,7 @@ PARALLEL_FLOPS = 5e7
 """From here on more than one thread should pay on a CPU: the suite "scaling" shows how much."""
 FIRST = (
     "kernelbench", "reports", "resnet50", "mobilenetv2", "lenet5", "convnext_t", "alexnet", "vgg16",
-    "efficientnet_b0", "lenet5_original", "scaling",
+    "efficientnet_b0", "lenet5_original", "group_norms", "scaling",
 )  # fmt: skip
 """Suites in the order in which their rows are taken in turn; the sweeps follow."""
 
@@ -266,13 +266,13 @@ def by_interest(rows: Iterable[Row]) -> list[Row]:
 
 def on_cpu(rows: Iterable[Row]) -> list[Row]:
     """Rows in the sizes that a CPU is asked for, those of which `bench.parts` tells first. Layers of networks
-    in float32, and the suite "scaling", come in both layouts, one right after the other.
+    in float32, and the suites "group_norms" and "scaling", come in both layouts, one right after the other.
     """
     told: list[Row] = []
     others: list[Row] = []
     for row in by_interest(rows):
         case = row.case
-        if row.dtype != "float32" or case.suite not in (*suites.NETWORKS, "scaling"):
+        if row.dtype != "float32" or case.suite not in (*suites.NETWORKS, "group_norms", "scaling"):
             case = suites.reduced(case, **ON_CPU)
             others.append(Row(case, row.direction, row.dtype, row.layout))
             continue

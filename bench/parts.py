@@ -58,6 +58,8 @@ PARTS = (
     Part("pooling, backward", _NETWORKS, "pooling", ("bwd",)),
     Part("batch norm with activation, forward", _NETWORKS, "norm", ("fwd",)),
     Part("batch norm with activation, backward", _NETWORKS, "norm", ("bwd",)),
+    Part("group norm, layer norm: forward", ("group_norms",), "group_norm", ("fwd",)),
+    Part("group norm, layer norm: backward", ("group_norms",), "group_norm", ("bwd",)),
     Part("3x3 convolutions of 1 MFLOP to 10 GFLOP", ("scaling",), "convolution", ("fprop", "dgrad", "wgrad")),
     Part("LeNet-5, ResNet-18, MobileNetV2: training step", ("lenet5", "resnet18", "mobilenetv2"), "network",
          ("train",)),
@@ -77,7 +79,8 @@ def kind_of(op: str, problem: str) -> str:
     if op == "conv2d":
         size = sizes(problem)
         return "depthwise" if 1 < size["C"] == size.get("groups") else "convolution"
-    return "norm" if op == "batch_norm_act" else "pooling" if "pool" in op else op
+    named = {"batch_norm_act": "norm", "layer_norm": "group_norm"}
+    return named.get(op, "pooling" if "pool" in op else op)
 
 
 def parts_of(suite: str, kind: str, direction: str) -> list[Part]:

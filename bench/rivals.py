@@ -71,7 +71,7 @@ class Inputs:
     bias: Tensor | None = None
     residual: Tensor | None = None
     norm: tuple[Tensor, ...] = ()
-    """running_mean, running_var, weight, bias"""
+    """weight, bias, and before them a batch norm's running_mean, running_var"""
     grad: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Inputs:
@@ -120,6 +120,9 @@ def inputs(row: Row, device: torch.device, seed: int) -> Inputs:
         C = case.x[1]
         made.norm = (make(C), make(C).abs() + 0.5, make(C), make(C))
         made.residual = make(*case.x) if options.get("residual") else None
+    if case.kind == "group_norm":
+        channels = options.get("normalized_shape", case.x[1:2])
+        made.norm = (make(*channels), make(*channels))
     if row.direction not in ("fprop", "fwd"):
         made.grad = make(*case.y)
     return made
@@ -140,6 +143,9 @@ def function(row: Row, ours: bool) -> Callable[[Inputs], Tensor]:
     if case.kind == "pool":
         pool = getattr(home, case.op)
         return lambda t: pool(t.x, **options)
+    if case.kind == "group_norm":
+        norm, (together,) = getattr(home, case.op), options.values()
+        return lambda t: norm(t.x, together, *t.norm)
     training, after = options.get("training", False), options.get("activation", "relu")
     if case.op == "batch_norm":
         return lambda t: home.batch_norm(t.x, *t.norm, training)
@@ -164,7 +170,7 @@ def wanted(row: Row, t: Inputs) -> list[Tensor]:
     if row.direction == "wgrad":
         assert t.w is not None
         return [t.w]
-    return [t.x, *t.norm[2:], *([] if t.residual is None else [t.residual])]
+    return [t.x, *t.norm[-2:], *([] if t.residual is None else [t.residual])]
 
 
 def runner(row: Row, f: Callable[[Inputs], Tensor], sets: Sequence[Inputs]) -> Callable[[int], Any]:

@@ -15,6 +15,8 @@ published figures do. Bytes are the least traffic of kernels that find nothing i
                   grad_y and x twice and writes grad_x. In evaluation each reads once. A residual is one more
                   read. If an activation follows, bwd needs the residual to know what was activated, and
                   writes the residual's gradient; if none does, that gradient is grad_y itself.
+    group norm    Layer norm, too: fwd reads x and writes y, bwd reads grad_y and x and writes grad_x. What is
+                  normalised together is small enough to be read once.
 
 A kernel that skips padding or goes by Winograd or Fourier does fewer flops, and a tensor that fits in the L2
 cache is read from memory once, not twice: such rows may beat their floor.
@@ -29,12 +31,13 @@ from functools import cache, cached_property
 from typing import Any
 
 from cnnops import shapes
-from cnnops.shapes import ConvShape, NormShape, PoolShape
+from cnnops.shapes import ConvShape, GroupShape, LayerShape, NormShape, PoolShape
 
 Size = tuple[int, ...]
 Form = tuple[str, str]
 """A dtype and a layout."""
-Shape = ConvShape | PoolShape | NormShape
+Norms = NormShape | GroupShape | LayerShape
+Shape = ConvShape | PoolShape | Norms
 
 OPS: dict[str, str] = {
     **{f"conv{d}d": "conv" for d in (1, 2, 3)},
@@ -42,6 +45,8 @@ OPS: dict[str, str] = {
     **{f"{kind}_pool{d}d": "pool" for kind in ("max", "avg", "adaptive_avg") for d in (1, 2, 3)},
     "batch_norm": "norm",
     "batch_norm_act": "norm",
+    "group_norm": "group_norm",
+    "layer_norm": "group_norm",
 }
 """Operation -> kind of its problem."""
 
@@ -50,6 +55,7 @@ DIRECTIONS: dict[str, tuple[str, ...]] = {
     "conv_transpose": ("fprop", "dgrad", "wgrad"),
     "pool": ("fwd", "bwd"),
     "norm": ("fwd", "bwd"),
+    "group_norm": ("fwd", "bwd"),
 }
 """Kind -> its directions."""
 
@@ -61,6 +67,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "conv_transpose": {"stride": 1, "padding": 0, "output_padding": 0, "dilation": 1, "groups": 1},
     "pool": {"padding": 0, "dilation": 1},
     "norm": {"training": False, "residual": False, "activation": "relu"},
+    "group_norm": {},
 }
 
 
@@ -96,8 +103,9 @@ class Case:
     """Weight of a convolution as torch has it: ``K C/groups *kernel``, transposed ``C K/groups *kernel``."""
     bias: bool = False
     options: tuple[tuple[str, Any], ...] = ()
-    """The function's other keyword arguments, without those at their default. For norms, weight, bias and
-    running statistics are always given; ("residual", True) stands for a residual of the input's size."""
+    """The function's other keyword arguments, without those at their default. For norms, weight, bias and a
+    batch norm's running statistics are always given; ("residual", True) stands for a residual of the input's
+    size."""
     count: int = 1
     """How many layers of the network are exactly this."""
     source: str = ""
@@ -121,6 +129,10 @@ class Case:
         options = dict(self.options)
         if self.kind == "norm":
             return NormShape.of(self.x, training=options.get("training", False))
+        if self.op == "group_norm":
+            return GroupShape.of(self.x, options["num_groups"])
+        if self.op == "layer_norm":
+            return LayerShape.of(self.x, options["normalized_shape"])
         if self.kind == "pool":
             if self.op.startswith("adaptive"):
                 return PoolShape.adaptive(self.x, options["output_size"])
@@ -134,7 +146,7 @@ class Case:
     def y(self) -> Size:
         """The output's size."""
         shape = self.shape
-        if isinstance(shape, NormShape) or self.kind == "conv_transpose":
+        if isinstance(shape, Norms) or self.kind == "conv_transpose":
             return shape.x_size
         return shape.y_size
 
@@ -183,8 +195,8 @@ class Row:
 
     @property
     def flops(self) -> int:
-        """Two a multiply-add; for pooling one a place of every window; for batch norm, bound by memory, 0."""
-        return 0 if isinstance(self.shape, NormShape) else self.shape.flops
+        """Two a multiply-add; for pooling one a place of every window; for norms, bound by memory, 0."""
+        return 0 if isinstance(self.shape, Norms) else self.shape.flops
 
     @property
     def bytes_moved(self) -> int:
@@ -192,6 +204,8 @@ class Row:
         shape, size = self.shape, ITEMSIZE[self.dtype]
         if isinstance(shape, NormShape):
             return shape.bytes_moved(size, *_passes(self.direction, dict(self.case.options)))
+        if isinstance(shape, (GroupShape, LayerShape)):
+            return shape.bytes_moved(size, 1 if self.direction == "fwd" else 2, 1)
         if isinstance(shape, PoolShape):
             if self.direction == "fwd":
                 return shape.bytes_moved(size) - size * _never_read(shape)
@@ -203,7 +217,7 @@ class Row:
         return moved if direction == "dgrad" else moved - size * _never_read(shape)
 
     def floor_seconds(self, ceilings: Ceilings, tensor_cores: bool = False) -> float:
-        """The least time by the roofline of `ceilings`; pooling and batch norm are bound by traffic alone.
+        """The least time by the roofline of `ceilings`; pooling and norms are bound by traffic alone.
 
         `tensor_cores`: float32 may be multiplied as tf32.
         """
@@ -267,7 +281,9 @@ def _makes_sense(case: Case, axis: int) -> bool:
         shape = case.shape
     except (RuntimeError, ValueError):
         return False
-    if axis == 0 or isinstance(shape, NormShape):
+    if isinstance(shape, GroupShape):
+        return shape.count > 1  # or there is no deviation
+    if axis == 0 or isinstance(shape, Norms):
         return True
     i = axis - 2
     return shape.spatial[i] >= shape.dilation[i] * (shape.kernel[i] - 1) + 1
@@ -276,7 +292,8 @@ def _makes_sense(case: Case, axis: int) -> bool:
 def _fewer_channels(case: Case) -> Case:
     N, channels, *spatial = case.x
     if case.w is None:
-        return replace(case, x=(N, max(channels // 2, 1), *spatial))
+        fewer = replace(case, x=(N, max(channels // 2, 1), *spatial))
+        return fewer if case.op != "group_norm" or _makes_sense(fewer, 1) else case
     options = dict(case.options)
     groups = options.get("groups", 1)
     transposed = case.kind == "conv_transpose"
@@ -862,6 +879,28 @@ def _sweep_norm() -> tuple[Case, ...]:
     )
 
 
+def _group_norms() -> tuple[Case, ...]:
+    """Group norm in a ResNet, instance norm in a generator of images (group norm with a channel a group), and
+    ConvNeXt-T's layer norms, whose rows are channels-last places."""
+
+    def norm(name: str, C: int, H: int, groups: int) -> Case:
+        return _case(
+            "group_norms", name, "group_norm", (32, C, H, H), forms=USUAL, num_groups=groups
+        )
+
+    return (
+        *(norm(f"C{C}_H{H}", C, H, 32) for C, H in ((64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7))),
+        norm("instance_C64_H64", 64, 64, 64),
+        *(
+            _case(
+                "group_norms", f"layer_C{C}_H{H}", "layer_norm", (32, H * H, C),
+                forms=(F32, ("bfloat16", "contiguous")), normalized_shape=(C,),
+            )
+            for C, H in ((96, 56), (192, 28), (384, 14), (768, 7))
+        ),
+    )  # fmt: skip
+
+
 SUITES: dict[str, tuple[Case, ...]] = {
     "lenet5": _chain("lenet5", (64, 1, 28, 28), _LENET5),
     "lenet5_original": _chain("lenet5_original", (64, 1, 32, 32), _LENET5_ORIGINAL, "avg_pool2d"),
@@ -881,6 +920,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
     "sweep_kernel": _sweep_kernel(),
     "sweep_pool": _sweep_pool(),
     "sweep_norm": _sweep_norm(),
+    "group_norms": _group_norms(),
     "scaling": _scaling(),
 }
 """Suite -> its cases."""

@@ -462,6 +462,8 @@ def test_fused_networks_are_told_apart(tmp_path: Path) -> None:
         ("adaptive_avg_pool2d", "x 8x2048x7x7 output_size=1", "pooling"),
         ("batch_norm_act", "x 8x64x56x56 training residual", "norm"),
         ("batch_norm", "x 8x64x56x56 training", "batch_norm"),
+        ("group_norm", "x 8x64x56x56 num_groups=32", "group_norm"),
+        ("layer_norm", "x 8x3136x96 normalized_shape=96", "group_norm"),
     ],
 )
 def test_kinds(op: str, problem: str, kind: str) -> None:

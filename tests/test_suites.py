@@ -35,6 +35,9 @@ def output(case: Case) -> torch.Tensor:
         y = F.batch_norm(x, meta(C), meta(C), meta(C), meta(C), **options)
         return y + meta(*case.x) if residual else y
     function = getattr(F, case.op)
+    if case.kind == "group_norm":
+        size = options.get("normalized_shape", case.x[1:2])
+        return function(x, *options.values(), meta(*size), meta(*size))
     if case.w is None:
         return function(x, **options)
     groups = options.get("groups", 1)
