@@ -202,6 +202,8 @@ def step_layers(options: Options) -> None:
 
     machine.pin_threads()
     device, done = _device(options), {row["id"] for row in found(options, "layers")}
+    if device.type == "cpu" and not options.dry_run:
+        timing.keep_memory()
     ceilings = suites.Ceilings(**found(options, "machine")[0]["ceilings"])
     for row, rivals, engine in layer_rows(options):
         if row.id in done:

@@ -9,15 +9,17 @@ Before every batch of work the stream sleeps, so that the host is ahead and its 
 
 On a CPU: the host's clock around enough calls to last some milliseconds: "warm". torch and numba have one
 thread a core. One that waits spins for a while, as OpenMP has it by default: that makes both faster, and
-costs the rival whose turn is next less than the noise. The memory of a layer's results is not given back to
-Linux between calls, which would hit whoever has the highest addresses; but for results of 32 MB and more,
-whose memory the C library always gives back.
+costs the rival whose turn is next less than the noise. glibc is told to keep the memory of results instead of
+giving it back to Linux, which would hit whoever has the highest addresses; but for results of 32 MB and more,
+which always have pages of their own.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from statistics import quantiles
 from time import perf_counter
 from typing import Any
@@ -36,6 +38,8 @@ BATCH_SECONDS = 4e-3
 """How long a batch of warm calls should last."""
 LAUNCH_BOUND = 60e-6
 """Calls shorter than this are also timed as a graph."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of malloc.h."""
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -234,18 +238,17 @@ def _graphs(
 # ---- rows -------------------------------------------------------------------------------------------------
 
 
-def memory_above(ready: Mapping[str, Call]) -> list[torch.Tensor]:
-    """Tensors, the last one at a higher address than the results of all rivals, or 64 of them: as long
-    as it is there the C library's heap keeps what lies below."""
-    results: list[torch.Tensor] = []
-    for call in ready.values():
-        with call.around():
-            results += call.run(0)
-    top = max((result.data_ptr() for result in results), default=0)
-    found: list[torch.Tensor] = []
-    while len(found) < 64 and not (found and found[-1].data_ptr() > top):
-        found.append(torch.empty(1 << 20))  # larger than most gaps between what was freed
-    return found
+@cache
+def keep_memory() -> bool:
+    """Have the C library keep what is freed: pages fresh from Linux take longer than many a layer, and it is
+    chance whose they are. False where it is none that can be told (`mallopt` is glibc's)."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    # Larger blocks always have pages of their own: glibc takes no higher limit.
+    kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    return bool(kept)
 
 
 def measure(
@@ -270,9 +273,7 @@ def measure(
     serial = {name: call for name, call in ready.items() if name == ONE_THREAD}
     others = {name: call for name, call in ready.items() if name != ONE_THREAD}
     if timed:
-        kept = memory_above(ready) if device.type == "cpu" else []
         times = take(others, device, seconds) | take(serial, device, seconds / 2)
-        del kept
     else:
         times = once(ready)
     return {
