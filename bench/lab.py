@@ -283,7 +283,8 @@ def on_cpu(rows: Iterable[Row]) -> list[Row]:
             fewer = replace(case, x=(images, *case.x[1:]))
             case = suites.reduced(fewer, **NETWORKS_ON_CPU)
         part = parts.parts_of(case.suite, parts.kind_of(case.op, case.problem), row.direction)
-        both = (Row(case, row.direction, row.dtype, layout) for layout in parts.LAYOUTS)
+        layouts = parts.LAYOUTS if len(case.x) > 3 else (row.layout,)  # rows have no other
+        both = (Row(case, row.direction, row.dtype, layout) for layout in layouts)
         (told if part else others).extend(both)
     return told + others
 

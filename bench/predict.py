@@ -4,7 +4,7 @@
     python bench/predict.py --only resnet50 fold  # the rows whose names hold one of these words
     python bench/predict.py --check               # exit 1 where a table is stale
 
-Every row of bench/suites.py that is pooling, normalisation or depthwise convolution gets its predicted time
+Every row of bench/suites.py that is pooling, batch norm or depthwise convolution gets its predicted time
 before a GPU is asked: the emulator counts what its launches move (bench/traffic.py), `predict` makes a time
 of it, and of a convolution's multiply-adds, by the constants of `Gpu`. Measured times stand beside it once
 bench/results/ has those of a GPU. Rows of equal sizes stand in the table once, under the first name; float16

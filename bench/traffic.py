@@ -5,7 +5,7 @@ that the emulator can run in a second and for which the launchers choose the sam
 for the full one; `count` runs it there and scales the counts up again. tests/test_traffic.py holds the counts
 to the least traffic, `bench/predict.py` makes times of them.
 
-Problems are the pooling and normalisation rows of `bench/suites.py`, its depthwise convolutions, and
+Problems are the pooling and batch norm rows of `bench/suites.py`, its depthwise convolutions, and
 `OTHERS`, which no suite has.
 """
 

@@ -1125,8 +1125,9 @@ class _WeightGradient:
         )  # fmt: skip
         self._table_values = tuple(map(Table, tables))
         self._add = add_splits(T, lanes)
-        pieces, some_c, some_k = pieces_of(groups * parts_k * parts_c, share_c, pitch, lanes)
-        self._add_count = pieces
+        self._add_count, some_c, some_k = pieces_of(
+            groups * parts_k * parts_c, share_c, pitch, lanes
+        )
         self._add_values = (
             groups, C, K, lines, side, splits, parts_k, parts_c, share_k, share_c, stretch, some_c, some_k,
             *along,

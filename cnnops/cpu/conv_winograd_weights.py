@@ -335,19 +335,8 @@ class _Plan:
         self._add_count, *some = conv_rows.pieces_of(parts_k * parts_c, share_c, pitch, L)
         self._picks = Table(np.arange(R * R, dtype=np.int64))
         self._add_values = (
-            1,
-            C,
-            K,
-            R * R,
-            1,
-            splits,
-            parts_k,
-            parts_c,
-            share_k,
-            share_c,
-            room_c,
-            *some,
-        )
+            1, C, K, R * R, 1, splits, parts_k, parts_c, share_k, share_c, room_c, *some,
+        )  # fmt: skip
         self._add_scratch = 4 * (R * R * math.prod(some) + L * L)
 
     def run(self, grad_y: torch.Tensor, x: torch.Tensor, grad_w: torch.Tensor) -> None:

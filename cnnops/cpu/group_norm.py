@@ -774,7 +774,7 @@ def _forward(
     ends = x, result, *found
     if together:
         room, parts = up(n.C, V), n.parts
-        size = (48 + 16 * parts) * room
+        size = _image_bytes.py_func(room, parts)
         memory = Shared(n.N * size) if parts > 1 else None
         _columns_forward(kind, act, V).run(
             n.N if parts == 1 else n.N * (2 * parts + 1), work, 0, weight, bias, *ends, memory,
@@ -821,7 +821,7 @@ def _backward(
         room, parts = up(n.C, V), n.parts
         each = n.each() if parts == 1 else 1
         tasks = -(-n.N // each)
-        size = (48 + 16 * parts) * room
+        size = _image_bytes.py_func(room, parts)
         added = 16 * tasks * n.C if adding else 0
         shared = Shared(added + (n.N * size if parts > 1 else 0))
         count = tasks if parts == 1 else n.N * (2 + parts * (1 if result is None else 2))
