@@ -11,6 +11,8 @@ from functools import lru_cache
 import numpy as np
 import pytest
 import torch
+from numba import types
+from numba.extending import intrinsic
 
 import cnnops
 from cnnops.cpu import conv, conv_blocks, conv_rows, pool, simd
@@ -222,6 +224,52 @@ def test_sum_of(T: str, rng: np.random.Generator) -> None:
         sum_of(T).run(1, 0, address(values), address(total), count, stride)
         expected = values[1 : 1 + count * stride : stride].astype(np.float64).sum()
         assert abs(total[0] - expected) <= 1e-12 * abs(expected)
+
+
+@intrinsic(prefer_literal=True)
+def exponentials(typing_context, lanes, to, source):  # type: ignore[no-untyped-def]
+    L = lanes.literal_value
+
+    def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
+        _, to, source = values
+        emit = simd.Emit(builder, to.type.pointee, L)
+        emit.store(emit.exp(emit.load(source)), to)
+        return context.get_dummy_value()
+
+    return types.void(lanes, to, source), generate
+
+
+@lru_cache(None)
+def exp(T: str, L: int) -> Task:
+    args = layout(f"{T}**2 int64")
+
+    def test_exp(address: int, index: int, scratch: int) -> None:
+        to, source, count = unpack(address, args)
+        for i in range(0, count, L):
+            exponentials(L, ahead(to, i), ahead(source, i))
+
+    return Task(test_exp, args)
+
+
+@element
+def test_exp(T: str) -> None:
+    """To two units in the last place, denormal results to one of theirs; and the same bits at every width,
+    whether 2^n is one instruction or two factors."""
+    reach = 110 if T == "float32" else 760
+    special = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e30, -1e30, 1e-30, -1e-30, reach, -reach, 1e-8]
+    z = np.concatenate([np.linspace(-reach, reach, 30_004), special]).astype(T)
+    found = []
+    for bits in simd.WIDTHS:
+        found.append(np.full_like(z, 7))
+        exp(T, lanes(T, bits)).run(1, 0, address(found[-1]), address(z), z.size)
+        assert np.array_equal(found[-1], found[0], equal_nan=True)
+    with np.errstate(over="ignore"):
+        wanted = np.exp(z.astype(np.longdouble))
+        rounded = wanted.astype(T)
+    number = np.isfinite(rounded)
+    assert np.array_equal(found[0][~number], rounded[~number], equal_nan=True)
+    step = np.spacing(rounded[number]).astype(np.longdouble)
+    assert (abs(found[0][number] - wanted[number]) <= 2 * step).all()
 
 
 # ---- the width in force ----------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from cnnops.cpu.compiler import routine
 from cnnops.cpu.conv_axes import up, zeros
 from cnnops.cpu.norm_base import (
     FAR,
+    beyond,
     clear,
     computed,
     deliver,
@@ -91,6 +92,11 @@ _ALONE = norm_vectors.NONE
 """The backward is told of the activation by x alone."""
 
 
+def _waits(kind: str, act: int) -> bool:
+    """Whether grad_z waits in grad_x's memory until grad_x is made of it. Half types would round it."""
+    return kind == computed(kind) and norm_vectors.is_dear(ACTIVATIONS[act], _ALONE)
+
+
 # ---- steps ------------------------------------------------------------------------------------------------
 
 
@@ -134,16 +140,17 @@ def _lacking(V, kind, x, count, high, rstd, about, sums):
 
 
 @routine
-def _products(V, kind, act, grad_y, x, count, table, sums):
-    """The sums of grad_z and of ``grad_z * (x - high)`` over a run of memory; `table` has high, scale and
-    shift."""
+def _products(V, kind, act, grad_y, x, grad_z, count, table, sums):
+    """The sums of grad_z, which is written unless null, and of ``grad_z * (x - high)`` over a run of memory;
+    `table` has high, scale and shift."""
     none = vectors.elements(0, kind)
     clear(sums, 2)
     longest = norm_vectors.VECTORS * V
     for start in range(0, count, longest):
         norm_vectors.back_sums(
-            V, kind, act, _ALONE, False, ahead(grad_y, start), ahead(x, start), none, none, none, 1, 0,
-            min(longest, count - start), table, ahead(table, 1), ahead(table, 2), sums, ahead(sums, 1), 0,
+            V, kind, act, _ALONE, False, ahead(grad_y, start), ahead(x, start), none, beyond(grad_z, start),
+            none, 1, 0, min(longest, count - start), table, ahead(table, 1), ahead(table, 2), sums,
+            ahead(sums, 1), 0,
         )  # fmt: skip
     return sums[0], sums[1]
 
@@ -226,6 +233,8 @@ def _planes_forward(kind: str, act: int, V: int) -> Task:
 @lru_cache(None)
 def _planes_backward(kind: str, act: int, V: int) -> Task:
     T = computed(kind)
+    waits = _waits(kind, act)
+    form = norm_vectors.READY if waits else _ALONE
     args = layout(f"int64*4 {T}**4 float64* {T}**2 int64*10")
 
     def group_norm_planes_backward(address: int, index: int, scratch: int) -> None:
@@ -241,6 +250,7 @@ def _planes_backward(kind: str, act: int, V: int) -> Task:
             return
         grad_y, x = vectors.elements(grad_y_, kind), vectors.elements(x_, kind)
         grad_x, none = vectors.elements(grad_x_, kind), vectors.elements(0, kind)
+        grad_z, source = (grad_x, grad_x) if waits else (none, grad_y)
         table, about = pointer(scratch, T), pointer(scratch + 64, "float64")
         sums = pointer(scratch + 128, "float64")
         part, block, D = index // blocks, index % blocks, channels * L
@@ -261,8 +271,9 @@ def _planes_backward(kind: str, act: int, V: int) -> Task:
                     table[1], table[2] = gamma * rstd, _shift(bias, c, low, gamma * rstd)
                     at = r * D + (c - c0) * L
                     first, second = _products(
-                        V, kind, act, ahead(grad_y, at), ahead(x, at), L, table, sums
-                    )
+                        V, kind, act, ahead(grad_y, at), ahead(x, at), beyond(grad_z, at), L, table,
+                        sums,
+                    )  # fmt: skip
                     sum1 += first * gamma
                     sum2 += second * gamma
                     if given(partial):
@@ -277,7 +288,7 @@ def _planes_backward(kind: str, act: int, V: int) -> Task:
                     table[1], table[2] = scale, _shift(bias, c, low, scale)
                     at = r * D + (c - c0) * L
                     norm_vectors.back_combine(
-                        V, kind, act, _ALONE, False, ahead(grad_y, at), ahead(x, at), none, none,
+                        V, kind, act, form, False, ahead(source, at), ahead(x, at), none, none,
                         ahead(grad_x, at), 1, 0, L, table, ahead(table, 1), ahead(table, 2), ahead(table, 3),
                         ahead(table, 4), past,
                     )  # fmt: skip
@@ -465,6 +476,8 @@ def _image_constants(T, C, L, channels, weight, rstds, base, room, to_weight, to
 @lru_cache(None)
 def _columns_backward(kind: str, act: int, V: int) -> Task:
     T = computed(kind)
+    waits = _waits(kind, act)
+    form = norm_vectors.READY if waits else _ALONE
     args = layout(f"int64*4 {T}**4 float64* {T}**2 int64*11")
 
     def group_norm_columns_backward(address: int, index: int, scratch: int) -> None:
@@ -476,6 +489,7 @@ def _columns_backward(kind: str, act: int, V: int) -> Task:
         ) = unpack(address, args)  # fmt: skip
         grad_y, x = vectors.elements(grad_y_, kind), vectors.elements(x_, kind)
         grad_x, none = vectors.elements(grad_x_, kind), vectors.elements(0, kind)
+        grad_z, source = (grad_x, grad_x) if waits else (none, grad_y)
         phase, first_image, end, part = 0, index * each, min(index * each + each, N), 0
         if parts > 1:
             # Phases of an image and of its parts take turns.
@@ -527,8 +541,8 @@ def _columns_backward(kind: str, act: int, V: int) -> Task:
                 mine = ahead(sums, 2 * part * room)
                 clear(mine, 2 * room)
                 norm_vectors.back_sums(
-                    V, kind, act, _ALONE, True, ahead(grad_y, at), ahead(x, at), none, none, none,
-                    places, C, C, high, scale, shift, mine, ahead(mine, room), 0,
+                    V, kind, act, _ALONE, True, ahead(grad_y, at), ahead(x, at), none,
+                    beyond(grad_z, at), none, places, C, C, high, scale, shift, mine, ahead(mine, room), 0,
                 )  # fmt: skip
             if phase == 2 or parts == 1:
                 _gather_parts(sums, parts, room)
@@ -537,7 +551,7 @@ def _columns_backward(kind: str, act: int, V: int) -> Task:
                 )
             if grad_x_ != 0 and (phase == 3 or parts == 1):
                 norm_vectors.back_combine(
-                    V, kind, act, _ALONE, True, ahead(grad_y, at), ahead(x, at), none, none,
+                    V, kind, act, form, True, ahead(source, at), ahead(x, at), none, none,
                     ahead(grad_x, at), places, C, C, high, scale, shift, ahead(high, 3 * room),
                     ahead(high, 4 * room), past,
                 )  # fmt: skip
@@ -810,7 +824,7 @@ def _backward(
     result = result_like(grad_x, x.dtype, together)
     n = _Numbers.of(shape)
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
-    past, work = x.nbytes >= simd.PAST, 4.0 * n.N * n.C * n.L
+    past, work = x.nbytes >= simd.PAST and not _waits(kind, act), 4.0 * n.N * n.C * n.L
     adding = grads != [None, None]
     totals = -(-n.C // SPAN) if adding else 0
 

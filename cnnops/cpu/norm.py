@@ -28,6 +28,7 @@ from cnnops.cpu import norm_vectors, simd, vectors
 from cnnops.cpu.compiler import routine
 from cnnops.cpu.norm_base import (
     FAR,
+    beyond,
     clear,
     computed,
     deliver,
@@ -91,18 +92,12 @@ def _plane_products(
         for start in range(0, length, longest):
             at = image * pitch + start
             norm_vectors.back_sums(
-                V, kind, act, form, False, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
-                _ahead(grad_z, at), _ahead(grad_x, at), min(together, images - image), pitch,
+                V, kind, act, form, False, ahead(grad_y, at), ahead(x, at), beyond(beside, at),
+                beyond(grad_z, at), beyond(grad_x, at), min(together, images - image), pitch,
                 min(longest, length - start), table, ahead(table, 1), ahead(table, 2), sums, ahead(sums, 1),
                 past,
             )  # fmt: skip
     return sums[0], sums[1]
-
-
-@routine
-def _ahead(base, count):
-    """As `ahead`, of a pointer that may be null and stays so."""
-    return ahead(base, count if given(base) else 0)
 
 
 @routine
@@ -177,7 +172,7 @@ def _planes_forward(kind: str, act: int, V: int) -> Task:
             # From the last plane on: it is the likeliest still to be in the cache.
             at = (N - 1) * C * L + c * L
             norm_vectors.normalise(
-                V, kind, act, False, ahead(x, at), _ahead(residual, at), ahead(y, at), N, -C * L, L, table,
+                V, kind, act, False, ahead(x, at), beyond(residual, at), ahead(y, at), N, -C * L, L, table,
                 ahead(table, 1), ahead(table, 2), past,
             )  # fmt: skip
 
@@ -286,12 +281,12 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
         if piece == pieces - 1 and rest > 0:
             at = rows * W
             norm_vectors.normalise(
-                V, kind, act, True, ahead(x, at), _ahead(residual, at), ahead(y, at), 1, W, rest, high,
+                V, kind, act, True, ahead(x, at), beyond(residual, at), ahead(y, at), 1, W, rest, high,
                 scale, shift, past,
             )  # fmt: skip
         at = start * W
         norm_vectors.normalise(
-            V, kind, act, True, ahead(x, at), _ahead(residual, at), ahead(y, at), stop - start, W, W, high,
+            V, kind, act, True, ahead(x, at), beyond(residual, at), ahead(y, at), stop - start, W, W, high,
             scale, shift, past,
         )  # fmt: skip
 
@@ -302,9 +297,11 @@ def _columns_forward(kind: str, act: int, V: int) -> Task:
 def _planes_backward(kind: str, act: int, form: int, V: int) -> Task:
     T = computed(kind)
     args = layout(f"int64*5 {T}**6 int64*6")
+    ready = norm_vectors.READY
 
     def batch_norm_planes_backward(address: int, index: int, scratch: int) -> None:
-        """Some channels of every gradient that is asked for."""
+        """Some channels of every gradient that is asked for. Where grad_z is grad_x's own memory, it waits
+        there until grad_x is made of it."""
         (
             grad_y_, x_, beside_, grad_x_, grad_z_, weight, bias, means, rstds, grad_weight, grad_bias,
             C, each, N, L, past, training,
@@ -315,7 +312,7 @@ def _planes_backward(kind: str, act: int, form: int, V: int) -> Task:
         none = vectors.elements(0, kind)
         table, about = pointer(scratch, T), pointer(scratch + 64, "float64")
         sums = pointer(scratch + 128, "float64")
-        total = N * L
+        total, waits = N * L, grad_z_ != 0 and grad_z_ == grad_x_
         for c in range(index * each, min(index * each + each, C)):
             at, rstd, low = c * L, np.float64(rstds[c]), 0.0
             if training and abs(means[c]) * rstd > FAR:
@@ -326,9 +323,9 @@ def _planes_backward(kind: str, act: int, form: int, V: int) -> Task:
             addend = np.float64(bias[c]) if given(bias) else 0.0
             table[0], table[1], table[2] = means[c], scale, addend - low * scale
             first, second = _plane_products(
-                V, kind, act, form, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
-                none if training else _ahead(grad_z, at), none if training else _ahead(grad_x, at), N, C * L,
-                L, table, sums, past,
+                V, kind, act, form, ahead(grad_y, at), ahead(x, at), beyond(beside, at),
+                beyond(grad_z, at) if waits or not training else none,
+                none if training else beyond(grad_x, at), N, C * L, L, table, sums, past,
             )  # fmt: skip
             second -= low * first
             if given(grad_bias):
@@ -340,11 +337,18 @@ def _planes_backward(kind: str, act: int, form: int, V: int) -> Task:
             b = second / total * rstd * rstd * scale
             table[3], table[4] = first / total * scale - low * b, b
             at += (N - 1) * C * L  # from the last plane on, which may still be in the cache
-            norm_vectors.back_combine(
-                V, kind, act, form, False, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
-                _ahead(grad_z, at), _ahead(grad_x, at), N, -C * L, L, table, ahead(table, 1),
-                ahead(table, 2), ahead(table, 3), ahead(table, 4), past,
-            )  # fmt: skip
+            if waits:
+                norm_vectors.back_combine(
+                    V, kind, act, ready, False, ahead(grad_z, at), ahead(x, at), none, none,
+                    ahead(grad_x, at), N, -C * L, L, table, ahead(table, 1), ahead(table, 2),
+                    ahead(table, 3), ahead(table, 4), past,
+                )  # fmt: skip
+            else:
+                norm_vectors.back_combine(
+                    V, kind, act, form, False, ahead(grad_y, at), ahead(x, at), beyond(beside, at),
+                    beyond(grad_z, at), beyond(grad_x, at), N, -C * L, L, table, ahead(table, 1),
+                    ahead(table, 2), ahead(table, 3), ahead(table, 4), past,
+                )  # fmt: skip
 
     return Task(batch_norm_planes_backward, args)
 
@@ -357,7 +361,8 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
 
     def batch_norm_columns_backward(address: int, index: int, scratch: int) -> None:
         """In four phases: tables of some channels, sums of some rows, what follows from all sums for some
-        channels, grad_x of some rows. In evaluation the sums' phase writes grad_x, too."""
+        channels, grad_x of some rows. In evaluation the sums' phase writes grad_x, too. grad_z may wait in
+        grad_x's memory."""
         (
             _, grad_y_, x_, beside_, grad_x_, grad_z_, weight, bias, means, rstds, grad_weight, grad_bias,
             work, C, W, total, parts, blocks, pieces, past, training,
@@ -414,15 +419,15 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
             direct = none if training else grad_x
             at = start * W
             norm_vectors.back_sums(
-                V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
-                _ahead(grad_z, at), _ahead(direct, at), stop - start, W, W, high, scale, shift, first, second,
+                V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), beyond(beside, at),
+                beyond(grad_z, at), beyond(direct, at), stop - start, W, W, high, scale, shift, first, second,
                 past,
             )  # fmt: skip
             if index == parts - 1 and rest > 0:
                 at = rows * W
                 norm_vectors.back_sums(
-                    V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
-                    _ahead(grad_z, at), _ahead(direct, at), 1, W, rest, high, scale, shift, first, second,
+                    V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), beyond(beside, at),
+                    beyond(grad_z, at), beyond(direct, at), 1, W, rest, high, scale, shift, first, second,
                     past,
                 )  # fmt: skip
             done(address)
@@ -463,7 +468,7 @@ def _columns_backward(kind: str, act: int, form: int, V: int) -> Task:
                 )  # fmt: skip
             else:
                 norm_vectors.back_combine(
-                    V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), _ahead(beside, at),
+                    V, kind, act, form, True, ahead(grad_y, at), ahead(x, at), beyond(beside, at),
                     none, ahead(grad_x, at), lines, W, count, high, scale, shift, a, b, past,
                 )  # fmt: skip
 
@@ -608,8 +613,13 @@ def batch_norm_bwd(
         *(vector_of(t, dtype) for t in asked[2:]),
     ]
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
-    ends = grad_y, x, beside, *results[:2], *given, *results[2:]
-    past = x.nbytes >= simd.PAST
+    to_x, to_z = results[:2]
+    # Half types would round what waits.
+    waits = (
+        training and to_z is None and x.dtype == dtype and norm_vectors.is_dear(activation, form)
+    )
+    ends = grad_y, x, beside, to_x, to_x if waits else to_z, *given, *results[2:]
+    past = x.nbytes >= simd.PAST and not waits
     work = 3.0 * shape.C * shape.count
     if together:
         plan = _columns(shape, V)

@@ -10,7 +10,7 @@ import torch
 
 from cnnops.cpu import vectors
 from cnnops.cpu.compiler import routine
-from cnnops.cpu.task import ahead
+from cnnops.cpu.task import ahead, given
 
 FAR = 64
 """Deviations from zero beyond which a mean as it was kept is off by a good part of the deviation."""
@@ -21,6 +21,12 @@ def clear(values, count):
     """Zeros, for sums, and in what fills vectors up: denormal numbers would take a hundred times as long."""
     for i in range(count):
         values[i] = 0
+
+
+@routine
+def beyond(base, count):
+    """As `ahead`, of a pointer that may be null and stays so."""
+    return ahead(base, count if given(base) else 0)
 
 
 @routine

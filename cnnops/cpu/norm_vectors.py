@@ -116,6 +116,12 @@ def _cheap(name: str) -> bool:
     return name in ("none", "relu", "relu6", "leaky_relu")
 
 
+def is_dear(name: str, form: int) -> bool:
+    """Whether an activation's derivative takes longer than to write its product with the gradient to memory
+    and to read it again."""
+    return form in (NONE, RESIDUAL) and name in ("silu", "gelu", "sigmoid", "tanh")
+
+
 # ---- loops -------------------------------------------------------------------------------------------------
 
 Body = Callable[[int, list[ir.Value], list[ir.Value], "ir.Value | None"], None]

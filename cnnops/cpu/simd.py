@@ -45,17 +45,20 @@ def simd_bits() -> int:
         if named not in map(str, WIDTHS):
             raise ValueError(f"CNNOPS_SIMD_BITS: expected one of {WIDTHS}, got {named!r}")
         return int(named)
-    # numba compiles for the host unless its own settings name another CPU.
+    if "avx512f" in _features():
+        return 512
+    return 256 if {"avx2", "fma"} <= _features() else 128
+
+
+@lru_cache(None)
+def _features() -> set[str]:
+    """What numba compiles for: the host's, unless its own settings name another CPU."""
     listed = numba.config.CPU_FEATURES
     if listed is not None:
-        features = {word[1:] for word in listed.split(",") if word.startswith("+")}
-    elif numba.config.CPU_NAME == "generic":
-        features = set()
-    else:
-        features = {name for name, present in llvm.get_host_cpu_features().items() if present}
-    if "avx512f" in features:
-        return 512
-    return 256 if {"avx2", "fma"} <= features else 128
+        return {word[1:] for word in listed.split(",") if word.startswith("+")}
+    if numba.config.CPU_NAME == "generic":
+        return set()
+    return {name for name, present in llvm.get_host_cpu_features().items() if present}
 
 
 @lru_cache(None)
@@ -180,29 +183,37 @@ class Emit:
 
     def between(self, z: ir.Value, least: ir.Value, most: ir.Value) -> ir.Value:
         """As `clamp`, by two vectors."""
-        select = self.builder.select
-        z = select(self.above(z, least), z, select(self._is_nan(z), z, least))
-        return select(self.above(z, most), most, z)
-
-    def _is_nan(self, z: ir.Value) -> ir.Value:
-        return self.builder.fcmp_unordered("uno", z, z)
+        # In this form one instruction each: x86's max and min give their second operand where one is NaN.
+        z = self.builder.select(self.above(least, z), least, z)
+        return self.builder.select(self.above(z, most), most, z)
 
     def exp(self, z: ir.Value) -> ir.Value:
         """e^z, within a unit in the last place or two: 0, infinity and NaN as they should be."""
         low, high = (-104.0, 89.0) if self.align == 4 else (-746.0, 710.0)
-        power, n = self._power(self.clamp(z, low, high))
+        power, n, exponent = self._power(self.clamp(z, low, high))
+        power = self.builder.fadd(power, self.constant(1.0))
+        if self.lanes * self.align == 64 and "avx512f" in _features():
+            return self._scaled(power, exponent)
         # 2^n in two factors: n reaches beyond what an exponent holds on either side.
         half = self.builder.ashr(n, self._integers(1))
         other = self.builder.sub(n, half)
-        power = self.builder.fadd(power, self.constant(1.0))
         return self.builder.fmul(self.builder.fmul(power, self._two_to(half)), self._two_to(other))
+
+    def _scaled(self, value: ir.Value, exponent: ir.Value) -> ir.Value:
+        """``value * 2^exponent``, rounded once, by AVX-512's own instruction."""
+        mask, mode = ir.IntType(self.lanes), ir.IntType(32)
+        kind = ir.FunctionType(self.vector, [self.vector] * 3 + [mask, mode])
+        name = f"llvm.x86.avx512.mask.scalef.{'ps' if self.align == 4 else 'pd'}.512"
+        function = declared(self.builder.module, name, kind)
+        by_register = mode(4)
+        return self.builder.call(function, [value, exponent, value, mask(-1), by_register])
 
     def tanh(self, z: ir.Value) -> ir.Value:
         builder, one = self.builder, self.constant(1.0)
         negative = self.above(self.zero(), z)
         z = builder.select(negative, z, builder.fneg(z))
         # By e^(-2|z|) - 1, which keeps all digits of a small z; from 20 on, 1 is the nearest number.
-        power, n = self._power(self.clamp(builder.fmul(z, self.constant(2.0)), -40.0, 0.0))
+        power, n, _ = self._power(self.clamp(builder.fmul(z, self.constant(2.0)), -40.0, 0.0))
         scale = self._two_to(n)
         less_one = self.multiply_add(scale, power, builder.fsub(scale, one))
         size = builder.fdiv(
@@ -225,8 +236,9 @@ class Emit:
         width = ir.IntType(8 * self.align)
         return ir.Constant(ir.VectorType(width, self.lanes), [value] * self.lanes)
 
-    def _power(self, z: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The p and the integer n of ``e^z = (1 + p) 2^n``, for a z that is not far beyond e^z's range."""
+    def _power(self, z: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The p and the integer n, also as a float, of ``e^z = (1 + p) 2^n``, for a z that is not far beyond
+        e^z's range."""
         builder = self.builder
         mantissa, head, terms = (23, 15, 7) if self.align == 4 else (52, 40, 13)
         # A number so large that the nearest integer is in its last bits.
@@ -244,7 +256,7 @@ class Emit:
         p = self.constant(1 / math.factorial(terms))
         for k in range(terms - 1, 0, -1):
             p = self.multiply_add(p, r, self.constant(1 / math.factorial(k)))
-        return builder.fmul(p, r), n
+        return builder.fmul(p, r), n, rounded
 
     def _two_to(self, n: ir.Value) -> ir.Value:
         mantissa, bias = (23, 127) if self.align == 4 else (52, 1023)
