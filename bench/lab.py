@@ -52,7 +52,7 @@ from bench import machine, models, parts, report, suites, timing  # noqa: E402
 from bench.models import ModelRow  # noqa: E402
 from bench.rivals import FUSED, ONE_THREAD, RIVALS, TORCH  # noqa: E402
 from bench.suites import Row  # noqa: E402
-from cnnops import system  # noqa: E402
+from cnnops import keep_memory, system  # noqa: E402
 
 SHARES = {
     "machine": 0.05, "golden": 0.12, "tests": 0.3, "layers": 0.6, "models": 0.5, "sanitizer": 0.8,
@@ -197,13 +197,18 @@ def step_tests(options: Options) -> None:
                 )
 
 
+def _keep_memory(options: Options) -> None:
+    """On a CPU pages fresh from the system take longer than many a layer, and it is chance whose they are."""
+    if _device(options).type == "cpu" and not options.dry_run:
+        keep_memory()
+
+
 def step_layers(options: Options) -> None:
     import torch
 
     machine.pin_threads()
     device, done = _device(options), {row["id"] for row in found(options, "layers")}
-    if device.type == "cpu" and not options.dry_run:
-        timing.keep_memory()
+    _keep_memory(options)
     ceilings = suites.Ceilings(**found(options, "machine")[0]["ceilings"])
     for row, rivals, engine in layer_rows(options):
         if row.id in done:
@@ -314,6 +319,7 @@ def step_models(options: Options) -> None:
 
     machine.pin_threads()
     device, done = _device(options), {row["id"] for row in found(options, "models")}
+    _keep_memory(options)
     for row in model_rows(options):
         if row.id in done or _left(options) < 4 * options.seconds:
             continue

@@ -16,10 +16,8 @@ which always have pages of their own.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from statistics import quantiles
 from time import perf_counter
 from typing import Any
@@ -38,8 +36,6 @@ BATCH_SECONDS = 4e-3
 """How long a batch of warm calls should last."""
 LAUNCH_BOUND = 60e-6
 """Calls shorter than this are also timed as a graph."""
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""Of malloc.h."""
 
 
 def summary(samples: Sequence[float]) -> dict[str, Any]:
@@ -236,19 +232,6 @@ def _graphs(
 
 
 # ---- rows -------------------------------------------------------------------------------------------------
-
-
-@cache
-def keep_memory() -> bool:
-    """Have the C library keep what is freed: pages fresh from Linux take longer than many a layer, and it is
-    chance whose they are. False where it is none that can be told (`mallopt` is glibc's)."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    # Larger blocks always have pages of their own: glibc takes no higher limit.
-    kept = mallopt(M_MMAP_THRESHOLD, 32 << 20) and mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    return bool(kept)
 
 
 def measure(

@@ -18,6 +18,7 @@ from cnnops import functional, nn, tuned
 from cnnops.config import engine, fallback, policy, winograd
 from cnnops.conversion import Conversion, convert, revert
 from cnnops.fusion import Fusion, fuse
+from cnnops.memory import keep_memory
 from cnnops.patching import patched
 from cnnops.registry import UnsupportedError, algorithm, explain
 from cnnops.summary import summary
@@ -37,6 +38,7 @@ __all__ = [
     "fallback",
     "functional",
     "fuse",
+    "keep_memory",
     "nn",
     "patched",
     "policy",

@@ -8,9 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import re
-import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -314,33 +312,6 @@ def test_rivals_take_turns() -> None:
     assert all(t["warm"]["samples"] == timing.LEAST for t in times.values())
     calls = [name for name, former in zip(order, [""] + order[:-1], strict=True) if name != former]
     assert len(calls) > 3 * timing.LEAST - 3, "each round visits every rival"
-
-
-def test_memory_is_kept_while_rivals_are_timed() -> None:
-    """In a process of its own: results of some megabytes bring no new pages. 60 MB are more than glibc keeps
-    by itself."""
-    script = """
-        import resource
-        import torch
-        from bench import timing
-
-        def faults():
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-            for _ in range(10):
-                results = [torch.ones(5_000_000) for _ in range(3)]
-                del results
-            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-        kept = timing.keep_memory()
-        faults()
-        print(int(kept), faults())
-    """
-    home = Path(__file__).parents[1]
-    command = [sys.executable, "-c", textwrap.dedent(script)]
-    told = subprocess.run(command, cwd=home, capture_output=True, text=True, check=True)
-    kept, faults = map(int, told.stdout.split())
-    assert kept == (platform.libc_ver()[0] == "glibc")
-    assert faults < 1000 or not kept  # or, unless chance has it otherwise, 97,000
 
 
 def test_one_thread_is_timed_after_all_others(monkeypatch: pytest.MonkeyPatch) -> None:

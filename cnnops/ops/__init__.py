@@ -25,7 +25,7 @@ from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from cnnops import huge_pages, registry
+from cnnops import memory, registry
 from cnnops.ops.alike import looked_on
 from cnnops.ops.repeat import Repeated, note
 from cnnops.ops.vmap import Rule, one_by_one
@@ -208,8 +208,8 @@ def empty_strided(
     else:
         t = like.new_empty_strided(size, strides, dtype=dtype)
     # Fake tensors are of another type; they have no memory, and must not be asked for sizes.
-    if type(t) is Tensor and t.numel() >= huge_pages.LEAST and t.is_cpu:
-        huge_pages.use_for(t)
+    if type(t) is Tensor and t.numel() >= memory.LEAST and t.is_cpu:
+        memory.use_huge_pages(t)
     return t
 
 

@@ -20,7 +20,7 @@ from torch._C._dynamo import guards
 from torch.autograd import Function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cnnops import huge_pages
+from cnnops import memory
 from cnnops.ops.alike import Calls, looked_on, told_apart
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ class Repeat:
         bytes."""
         from cnnops.cpu.task import Shared
 
-        self._memory = Shared
+        self._shared_memory = Shared
         self._made = [(tuple(t.shape), t.stride(), t.dtype) for t in made]
-        self._large = [i for i, t in enumerate(made) if t.numel() >= huge_pages.LEAST]
+        self._large = [i for i, t in enumerate(made) if t.numel() >= memory.LEAST]
         self._shared, self._run, self._results = shared, program.run, results
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
@@ -78,11 +78,11 @@ class Repeat:
         # As compiled code makes its tensors: PyTorch's dispatcher takes longer than many a kernel.
         made = [_new(*form) for form in self._made]
         for index in self._large:
-            huge_pages.use_for(made[index])
+            memory.use_huge_pages(made[index])
         addresses += map(_address, made)
         if self._shared:
-            shared = [self._memory(size) for size in self._shared]
-            addresses += [memory.address for memory in shared]
+            shared = [self._shared_memory(size) for size in self._shared]
+            addresses += [each.address for each in shared]
         self._run(addresses)
         return self._results(made)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from cnnops import data, info
+from cnnops import data, info, keep_memory
 from cnnops.data.digits import has_idx_files
 from cnnops.models import MODELS
 from cnnops.training import checkpoint, network, plan
@@ -187,6 +187,8 @@ def _run(
     from rich.console import Console
 
     first = peers.rank == 0
+    if training.device.type == "cpu":
+        keep_memory()
     # Names and figures as they are: no wrapping, no markup, no colours of rich's own choosing.
     console = Console(soft_wrap=True, markup=False, highlight=False, emoji=False, quiet=not first)
     start = info.kernel_counts()
