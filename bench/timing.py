@@ -9,9 +9,8 @@ Before every batch of work the stream sleeps, so that the host is ahead and its 
 
 On a CPU: the host's clock around enough calls to last some milliseconds: "warm". torch and numba have one
 thread a core. One that waits spins for a while, as OpenMP has it by default: that makes both faster, and
-costs the rival whose turn is next less than the noise. glibc is told to keep the memory of results instead of
-giving it back to Linux, which would hit whoever has the highest addresses; but for results of 32 MB and more,
-which always have pages of their own.
+costs the rival whose turn is next less than the noise. glibc is told to keep the memory of results
+(`cnnops.keep_memory`) instead of giving it back to Linux: fresh pages would hit a rival by chance.
 """
 
 from __future__ import annotations
