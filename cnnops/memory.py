@@ -65,8 +65,9 @@ def keep_memory() -> bool:
 
     By itself glibc, the C library of most Linux systems, hands large blocks back to the system as soon as
     they are free, and fetches new pages for the next tensor: in a training step on a CPU some ten thousand,
-    PyTorch's own operations included. After this call there are none. A step of MobileNetV2 with 8 images
-    of 224x224 took 0.7 of the time, one of VGG-16 with 2 images 0.9 (2 cores of an Intel Emerald Rapids).
+    PyTorch's own operations included. After this call there are hardly any. Steps of
+    MobileNetV2 with 8 images of 224x224 and of VGG-16 with 2 took 0.7 of the time (2 cores of an Intel
+    Emerald Rapids).
 
     The price: the process keeps as much memory as it ever needed at once, and gaps between blocks that
     others do not fit in. It concerns all of the process, not tensors alone. Environment variables do the

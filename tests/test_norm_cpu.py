@@ -83,6 +83,6 @@ def test_same_bits_as_without_waiting(
     """A half type would round what waits, so there nothing does."""
     residual = tensors(name, dtype)[3] if beside else None
     found = gradients(name, activation, dtype, residual)
-    monkeypatch.setattr(norm_vectors, "is_dear", lambda *_: False)
+    monkeypatch.setattr(norm_vectors, "may_wait", lambda *_: False)
     for a, b in zip(gradients(name, activation, dtype, residual), found, strict=True):
         assert torch.equal(a, b)

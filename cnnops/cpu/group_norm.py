@@ -92,11 +92,6 @@ _ALONE = norm_vectors.NONE
 """The backward is told of the activation by x alone."""
 
 
-def _waits(kind: str, act: int) -> bool:
-    """Whether grad_z waits in grad_x's memory until grad_x is made of it. Half types would round it."""
-    return kind == computed(kind) and norm_vectors.is_dear(ACTIVATIONS[act], _ALONE)
-
-
 # ---- steps ------------------------------------------------------------------------------------------------
 
 
@@ -233,7 +228,7 @@ def _planes_forward(kind: str, act: int, V: int) -> Task:
 @lru_cache(None)
 def _planes_backward(kind: str, act: int, V: int) -> Task:
     T = computed(kind)
-    waits = _waits(kind, act)
+    waits = norm_vectors.may_wait(kind, ACTIVATIONS[act], _ALONE)
     form = norm_vectors.READY if waits else _ALONE
     args = layout(f"int64*4 {T}**4 float64* {T}**2 int64*10")
 
@@ -476,7 +471,7 @@ def _image_constants(T, C, L, channels, weight, rstds, base, room, to_weight, to
 @lru_cache(None)
 def _columns_backward(kind: str, act: int, V: int) -> Task:
     T = computed(kind)
-    waits = _waits(kind, act)
+    waits = norm_vectors.may_wait(kind, ACTIVATIONS[act], _ALONE)
     form = norm_vectors.READY if waits else _ALONE
     args = layout(f"int64*4 {T}**4 float64* {T}**2 int64*11")
 
@@ -824,7 +819,8 @@ def _backward(
     result = result_like(grad_x, x.dtype, together)
     n = _Numbers.of(shape)
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
-    past, work = x.nbytes >= simd.PAST and not _waits(kind, act), 4.0 * n.N * n.C * n.L
+    past, work = x.nbytes >= simd.PAST, 4.0 * n.N * n.C * n.L
+    past = past and not norm_vectors.may_wait(kind, activation, _ALONE)
     adding = grads != [None, None]
     totals = -(-n.C // SPAN) if adding else 0
 

@@ -614,10 +614,7 @@ def batch_norm_bwd(
     ]
     act, V = ACTIVATIONS.index(activation), simd.lanes(NAME[dtype])
     to_x, to_z = results[:2]
-    # Half types would round what waits.
-    waits = (
-        training and to_z is None and x.dtype == dtype and norm_vectors.is_dear(activation, form)
-    )
+    waits = training and to_z is None and norm_vectors.may_wait(kind, activation, form)
     ends = grad_y, x, beside, to_x, to_x if waits else to_z, *given, *results[2:]
     past = x.nbytes >= simd.PAST and not waits
     work = 3.0 * shape.C * shape.count

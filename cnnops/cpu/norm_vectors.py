@@ -116,10 +116,11 @@ def _cheap(name: str) -> bool:
     return name in ("none", "relu", "relu6", "leaky_relu")
 
 
-def is_dear(name: str, form: int) -> bool:
-    """Whether an activation's derivative takes longer than to write its product with the gradient to memory
-    and to read it again."""
-    return form in (NONE, RESIDUAL) and name in ("silu", "gelu", "sigmoid", "tanh")
+def may_wait(kind: str, name: str, form: int) -> bool:
+    """Whether grad_z may wait in grad_x's memory until grad_x is made of it: where an activation's derivative
+    takes longer than to write it and to read it again. Half types would round it."""
+    dear = form in (NONE, RESIDUAL) and name in ("silu", "gelu", "sigmoid", "tanh")
+    return dear and kind in ("float32", "float64")
 
 
 # ---- loops -------------------------------------------------------------------------------------------------
